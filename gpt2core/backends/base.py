@@ -1,0 +1,64 @@
+"""The seam between the library and its engines: one verb, `forward`.
+
+A backend owns nothing but arithmetic. It sees token ids and returns logits; text, sampling, scheduling and
+stopping are decided outside, once, for all backends.
+"""
+
+# N new tokens in all, B rows, M wanted logits, V vocabulary, S cache slots
+
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from gpt2core._shapes import Float32
+from gpt2core.batch import Batch
+from gpt2core.config import ModelConfig
+from gpt2core.weights import Weights
+
+
+class Cache(Protocol):
+    """Keys and values of up to `slots` sequences of up to `capacity` tokens; opaque to callers."""
+
+    @property
+    def slots(self) -> int: ...
+    @property
+    def capacity(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """An engine that holds one model's weights."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def config(self) -> ModelConfig: ...
+
+    def new_cache(self, slots: int, capacity: int) -> Cache:
+        """An empty cache; `capacity` is at most the model's context."""
+        ...
+
+    def forward(self, batch: Batch, cache: Cache) -> Float32[np.ndarray, "M V"]:
+        """Append the batch's tokens to `cache` and return the logits at `batch.logits_at`.
+
+        The result belongs to the caller. Only positions from `start` on of the batch's own slots are written. A call
+        that raises has committed nothing: what was cached before each row's `start` still holds, and the same
+        batch may be tried again.
+
+        Raises:
+            RequestError: the batch does not fit the vocabulary or the cache.
+            BackendError: the engine failed.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free what the backend holds; calling it twice is harmless."""
+        ...
+
+
+class BackendFactory(Protocol):
+    """What an entry point of the group `gpt2core.backends` names."""
+
+    def __call__(self, weights: Weights, *, device: str = "cpu", threads: int | None = None) -> Backend: ...

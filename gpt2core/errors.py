@@ -1,0 +1,50 @@
+"""What can go wrong, as types.
+
+    Gpt2CoreError
+    ├── CheckpointError              a file is missing, broken or not what config.json promises
+    │   └── UnsupportedCheckpointError   a sound checkpoint of something this library does not compute
+    ├── BackendError                 an engine failed
+    │   ├── BackendUnavailableError      its package or device is not there; says the pip extra
+    │   └── NumericalError               it returned NaN or infinity; names backend and step
+    └── RequestError (ValueError)    the caller asked for something impossible
+        ├── ContextLengthError           prompt plus new tokens exceed the model's context
+        └── InvalidSamplingError         a sampling parameter out of its range
+
+Each message names the value, the limit and the remedy.
+"""
+
+
+class Gpt2CoreError(Exception):
+    """Base of every error that gpt2core raises on purpose."""
+
+
+class CheckpointError(Gpt2CoreError):
+    """A checkpoint cannot be found, read or trusted."""
+
+
+class UnsupportedCheckpointError(CheckpointError):
+    """A checkpoint asks for something that this library refuses or does not implement, by name."""
+
+
+class BackendError(Gpt2CoreError):
+    """A backend failed to compute."""
+
+
+class BackendUnavailableError(BackendError):
+    """A backend is unknown, or its package or device is missing."""
+
+
+class NumericalError(BackendError):
+    """A backend returned logits that are not finite."""
+
+
+class RequestError(Gpt2CoreError, ValueError):
+    """The request itself is wrong; trying again without a change will not help."""
+
+
+class ContextLengthError(RequestError):
+    """Prompt plus new tokens exceed the model's context."""
+
+
+class InvalidSamplingError(RequestError):
+    """A sampling parameter is outside its range or contradicts another."""
