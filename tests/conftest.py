@@ -10,3 +10,5 @@ SHAPE_CHECKED = (
     "gpt2core.backends.torch_backend",
 )
 install_import_hook(list(SHAPE_CHECKED), "beartype.beartype").__enter__()
+
+pytest_plugins = ["no_skips"]
