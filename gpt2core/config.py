@@ -1,21 +1,21 @@
 """ModelConfig: a strict reading of Hugging Face's `config.json` for GPT-2.
 
-Every field that changes the mathematics is implemented or refused by name; a field that this file does not know
-is refused too, since it might change the mathematics.
+Every field that changes the mathematics is implemented or refused by name; a field that this file does not
+know is refused too, since it might change the mathematics.
 """
 
-import json
-import math
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 from gpt2core.errors import CheckpointError, UnsupportedCheckpointError
+from gpt2core.strict_json import listed, parse_json_object, shown, shown_name
 
 ACTIVATIONS: Final = frozenset({
     "gelu", "gelu_10", "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python", "gelu_python_tanh",
-    "gelu_pytorch_tanh", "hardswish", "laplace", "leaky_relu", "linear", "mish", "quick_gelu", "relu", "relu2",
-    "relu6", "sigmoid", "silu", "sqrtsoftplus", "swish", "tanh",
+    "gelu_pytorch_tanh", "hardswish", "laplace", "leaky_relu", "linear", "mish", "quick_gelu", "relu",
+    "relu2", "relu6", "sigmoid", "silu", "sqrtsoftplus", "swish", "tanh",
 })  # fmt: skip
 """The parameter-free activations that transformers' GPT-2 accepts."""
 
@@ -28,18 +28,27 @@ _ALIASES: Final = {
 
 # Fields of Hugging Face's config that do not change what inference computes.
 _IGNORED: Final = frozenset({
-    "_attn_implementation_autoset", "_commit_hash", "_name_or_path", "_num_labels", "architectures",
-    "attn_implementation", "attn_pdrop", "bad_words_ids", "begin_suppress_tokens", "chunk_size_feed_forward",
+    "_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_experts_implementation",
+    "_flash_attn_2_enabled", "_name_or_path", "_num_labels", "architectures",
+    "assistant_confidence_threshold", "assistant_lookbehind", "attn_implementation", "attn_pdrop",
+    "bad_words_ids", "begin_suppress_tokens", "chunk_size_feed_forward", "classifier_dropout",
     "decoder_start_token_id", "diversity_penalty", "do_sample", "dtype", "early_stopping", "embd_pdrop",
-    "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id",
-    "forced_eos_token_id", "gradient_checkpointing", "id2label", "initializer_range", "is_decoder", "label2id",
-    "length_penalty", "max_length", "min_length", "n_ctx", "no_repeat_ngram_size", "num_beam_groups", "num_beams",
-    "num_labels", "num_return_sequences", "output_attentions", "output_hidden_states", "output_past",
-    "output_scores", "pad_token_id", "prefix", "problem_type", "remove_invalid_values", "repetition_penalty",
-    "resid_pdrop", "return_dict", "return_dict_in_generate", "sep_token_id", "summary_activation",
-    "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj", "suppress_tokens",
-    "task_specific_params", "temperature", "tf_legacy_loss", "tokenizer_class", "top_k", "top_p", "torch_dtype",
-    "torchscript", "transformers_version", "typical_p", "use_bfloat16", "use_cache",
+    "encoder_no_repeat_ngram_size", "encoder_repetition_penalty", "eos_token_ids", "epsilon_cutoff",
+    "eta_cutoff", "experts_implementation", "exponential_decay_length_penalty", "finetuning_task",
+    "forced_bos_token_id", "forced_eos_token_id", "gradient_checkpointing", "hidden_dropout",
+    "id2label", "initializer_range", "is_decoder", "label2id", "length_penalty", "max_length",
+    "max_new_tokens", "min_length", "min_new_tokens", "model_type", "n_ctx", "n_special",
+    "name_or_path", "no_repeat_ngram_size", "num_assistant_tokens", "num_assistant_tokens_schedule",
+    "num_beam_groups", "num_beams", "num_labels", "num_return_sequences", "output_attentions",
+    "output_hidden_states", "output_past", "output_scores", "pad_token_id", "predict_special_tokens",
+    "prefix", "problem_type", "remove_invalid_values", "repetition_penalty", "resid_pdrop",
+    "return_dict", "return_dict_in_generate", "sep_token_id", "summary_activation",
+    "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj",
+    "suppress_tokens", "target_lookbehind", "task_specific_params", "temperature", "tf_legacy_loss",
+    "tie_last_hidden_states", "tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript",
+    "transformers.js_config", "transformers_version", "typical_p", "unsloth_fixed", "unsloth_version",
+    "use_bfloat16", "use_cache", "use_return_dict", "xla_device",
+    "scale_attn_by_layer_idx",  # CodeParrot's recipe misspelt it; transformers computes as if it were absent
 })  # fmt: skip
 
 # Fields that would change the mathematics, with the values at which they do not.
@@ -48,6 +57,7 @@ _NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
     "auto_map": (None,),
     "cross_attention_hidden_size": (None,),
     "is_encoder_decoder": (False, None),
+    "per_layer_config": (None, {}),
     "pruned_heads": (None, {}),
     "quantization_config": (None,),
     "rope_scaling": (None,),
@@ -55,6 +65,8 @@ _NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
     "sliding_window": (None,),
     "tie_encoder_decoder": (False, None),
 }
+
+_END_OF_TEXT: Final = 50256  # what transformers takes for bos and eos where config.json is silent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,41 +94,8 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        faults = list(self._faults())
-        if faults:
-            raise CheckpointError("config.json: " + "; ".join(faults))
-        if self.activation_function not in ACTIVATIONS:
-            raise UnsupportedCheckpointError(
-                f"config.json: activation_function {self.activation_function!r} is not supported; "
-                f"supported are {', '.join(sorted(ACTIVATIONS))}"
-            )
-
-    def _faults(self) -> list[str]:
-        faults = []
-        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
-            if not _is_int(getattr(self, name), 1):
-                faults.append(f"{name} is {getattr(self, name)!r}, expected a whole number of 1 or more")
-        if self.n_inner is not None and not _is_int(self.n_inner, 1):
-            faults.append(f"n_inner is {self.n_inner!r}, expected null or a whole number of 1 or more")
-        epsilon = self.layer_norm_epsilon
-        if isinstance(epsilon, bool) or not isinstance(epsilon, int | float) or not 0 < epsilon < math.inf:
-            faults.append(f"layer_norm_epsilon is {epsilon!r}, expected a positive number")
-        for name in _BOOLEANS:
-            if not isinstance(getattr(self, name), bool):
-                faults.append(f"{name} is {getattr(self, name)!r}, expected true or false")
-        if not isinstance(self.activation_function, str):
-            faults.append(f"activation_function is {self.activation_function!r}, expected a name")
-        if not faults:
-            if self.n_embd % self.n_head:
-                faults.append(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
-            ids = (
-                self.eos_token_ids if self.bos_token_id is None else (*self.eos_token_ids, self.bos_token_id)
-            )
-            if not all(_is_int(i, 0) for i in ids):
-                faults.append(
-                    f"bos_token_id {self.bos_token_id!r} or eos_token_id {self.eos_token_ids!r} is no token id"
-                )
-        return faults
+        values = {name: getattr(self, name) for name in self.__slots__}
+        _raise_if_any(_value_faults(values), _unsupported_activation(values))
 
     @property
     def head_dim(self) -> int:
@@ -155,82 +134,114 @@ class ModelConfig:
         """Read Hugging Face's fields against the allow-list.
 
         Raises:
-            UnsupportedCheckpointError: `model_type` is not `gpt2`, or a field is unknown or asks for something
-                that is not implemented; every such field is named.
+            UnsupportedCheckpointError: `model_type` is not `gpt2`, or a field is unknown or asks for
+                something that is not implemented; every such field is named.
             CheckpointError: a value has the wrong type or range.
         """
         if fields.get("model_type", "gpt2") != "gpt2":
             raise UnsupportedCheckpointError(
-                f"config.json: model_type is {fields['model_type']!r}; gpt2core runs 'gpt2' only"
+                f'config.json: model_type is {shown(fields["model_type"])}; gpt2core runs "gpt2" only'
             )
         known: dict[str, Any] = {}
-        refused = []
+        faults, refused = [], []
         for name, value in fields.items():
             field = _ALIASES.get(name, name)
             if field in _READ:
-                if field in known and known[field] != value:
-                    raise CheckpointError(f"config.json: {name} is {value!r} and {field} is {known[field]!r}")
-                known[field] = value
+                if known.setdefault(field, value) != value:
+                    both = f"{shown(known[field])} and {shown(value)}"
+                    faults.append(f"{field} is given twice, as {both}; remove the wrong one")
             elif name in _NEUTRAL:
                 if not any(value is neutral or value == neutral for neutral in _NEUTRAL[name]):
-                    refused.append(f"{name} = {_short(value)}")
-            elif name not in _IGNORED and name != "model_type":
-                refused.append(f"{name} = {_short(value)} (unknown field)")
-        if refused:
-            raise UnsupportedCheckpointError(
-                f"config.json asks for what gpt2core does not implement: {', '.join(refused)}; "
-                "remove a field only if you are sure that it does not change what the model computes"
-            )
-        eos = known.pop("eos_token_id", None)
-        known["eos_token_ids"] = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
-        return cls(**known)
+                    refused.append(f"{shown_name(name)} = {shown(value)}")
+            elif name not in _IGNORED:
+                refused.append(f"{shown_name(name)} = {shown(value)} (unknown field)")
+        values: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(cls)} | known
+        eos = values.pop("eos_token_id", _END_OF_TEXT)
+        values["eos_token_ids"] = known_token_ids(eos, values["vocab_size"])
+        values["bos_token_id"] = known.get("bos_token_id", _END_OF_TEXT)
+        if _is_foreign(values["bos_token_id"], values["vocab_size"]):
+            values["bos_token_id"] = None
+        if _is_int(values["layer_norm_epsilon"], 1):
+            values["layer_norm_epsilon"] = float(values["layer_norm_epsilon"])
+        _raise_if_any(faults + _value_faults(values), refused + _unsupported_activation(values))
+        return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
         """The `config.json` that reads back as this configuration, also by transformers."""
-        fields: dict[str, Any] = {name: getattr(self, name) for name in _READ if name != "eos_token_id"}
+        values: dict[str, Any] = {name: getattr(self, name) for name in _READ if name != "eos_token_id"}
         eos = self.eos_token_ids
-        fields["eos_token_id"] = None if not eos else eos[0] if len(eos) == 1 else list(eos)
-        return {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", **fields}
+        values["eos_token_id"] = None if not eos else eos[0] if len(eos) == 1 else list(eos)
+        return {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", **values}
 
 
-_READ: Final = tuple(f for f in ModelConfig.__slots__ if f != "eos_token_ids") + ("eos_token_id",)
+_READ: Final = (*(name for name in ModelConfig.__slots__ if name != "eos_token_ids"), "eos_token_id")
 _BOOLEANS: Final = (
     "scale_attn_weights", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "tie_word_embeddings",
 )  # fmt: skip
 
 
-def parse_json_object(text: str | bytes, name: str) -> dict[str, Any]:
-    """Parse strict JSON whose top is an object.
+def known_token_ids(value: Any, vocab_size: Any) -> tuple[Any, ...]:
+    """A config's token id, list of ids or null as a tuple, without ids that the vocabulary does not hold.
 
-    Raises:
-        CheckpointError: `text` (of the file `name`) is not UTF-8, not JSON, nests too deep, holds NaN or
-            infinity, or has a key twice.
+    Fine-tunes exist that name an eos_token_id of -1 or past their vocabulary; the model never emits it, so
+    leaving it out changes nothing. What is no id at all (a string, true) is kept, for validation to refuse.
     """
-    try:
-        value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{name} is not strict JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{name} holds a JSON {type(value).__name__}, expected an object")
-    return value
+    ids = () if value is None else tuple(value) if isinstance(value, list) else (value,)
+    return tuple(i for i in ids if not _is_foreign(i, vocab_size))
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(k for k in keys if keys.count(k) > 1)!r} stands twice")
-    return result
+def _is_foreign(token_id: Any, vocab_size: Any) -> bool:
+    whole = isinstance(token_id, int) and not isinstance(token_id, bool)
+    return whole and not 0 <= token_id < (vocab_size if _is_int(vocab_size, 1) else 2**31)
 
 
-def _refuse_constant(name: str) -> Callable[[], None]:
-    raise ValueError(f"{name} is not a JSON number")
+def _value_faults(values: Mapping[str, Any]) -> list[str]:
+    faults = []
+    for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
+        if not _is_int(values[name], 1):
+            faults.append(f"{name} is {shown(values[name])}, expected a whole number from 1 to {2**31 - 1}")
+    if values["n_inner"] is not None and not _is_int(values["n_inner"], 1):
+        faults.append(f"n_inner is {shown(values['n_inner'])}, expected null or a whole number of 1 or more")
+    epsilon = values["layer_norm_epsilon"]
+    if isinstance(epsilon, bool) or not isinstance(epsilon, int | float) or not 0 < epsilon <= 1e38:
+        faults.append(f"layer_norm_epsilon is {shown(epsilon)}, expected a positive number up to 1e38")
+    for name in _BOOLEANS:
+        if not isinstance(values[name], bool):
+            faults.append(f"{name} is {shown(values[name])}, expected true or false")
+    if not isinstance(values["activation_function"], str):
+        faults.append(f"activation_function is {shown(values['activation_function'])}, expected a name")
+    width, heads = values["n_embd"], values["n_head"]
+    if _is_int(width, 1) and _is_int(heads, 1) and width % heads:
+        faults.append(f"n_embd {width} is not a multiple of n_head {heads}")
+    limit = values["vocab_size"] if _is_int(values["vocab_size"], 1) else 2**31
+    if not isinstance(values["eos_token_ids"], tuple):
+        faults.append(f"eos_token_ids is {shown(values['eos_token_ids'])}, expected a tuple of token ids")
+    else:
+        bad = [i for i in values["eos_token_ids"] if not _is_int(i, 0) or i >= limit]
+        faults += [f"eos_token_id is {shown(i)}, expected a token id below vocab_size {limit}" for i in bad]
+    bos = values["bos_token_id"]
+    if bos is not None and not (_is_int(bos, 0) and bos < limit):
+        faults.append(f"bos_token_id is {shown(bos)}, expected null or a token id below vocab_size {limit}")
+    return faults
+
+
+def _unsupported_activation(values: Mapping[str, Any]) -> list[str]:
+    name = values["activation_function"]
+    if not isinstance(name, str) or name in ACTIVATIONS:
+        return []
+    return [f"activation_function = {shown(name)} (supported are {', '.join(sorted(ACTIVATIONS))})"]
+
+
+def _raise_if_any(faults: list[str], refused: list[str]) -> None:
+    if refused:
+        raise UnsupportedCheckpointError(
+            f"config.json asks for what gpt2core does not implement: {listed(refused)}; "
+            "remove a field only if you are sure that it does not change what the model computes"
+            + (f"; also: {listed(faults)}" if faults else "")
+        )
+    if faults:
+        raise CheckpointError(f"config.json: {listed(faults)}")
 
 
 def _is_int(value: object, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**31
-
-
-def _short(value: object) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."
