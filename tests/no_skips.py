@@ -1,4 +1,4 @@
-"""A pytest plugin: under CI=true or GPT2CORE_NO_SKIPS=1 a skipped test fails the run unless hardware is its reason.
+"""A pytest plugin: under CI=true or GPT2CORE_NO_SKIPS=1 a skip fails the run unless hardware is its reason.
 
 A test that this machine could run but did not is a test that nobody runs.
 """
