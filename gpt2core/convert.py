@@ -35,7 +35,7 @@ def convert_pickle(folder: str | Path, output: str | Path | None = None, *, forc
     """Write `model.safetensors` from a folder's pickled weights, in their own dtype, and check it whole.
 
     Reads `pytorch_model.bin`, the shards of `pytorch_model.bin.index.json`, or else the only `*.bin` or
-    `*.pt` file, through `torch.load(weights_only=True)`. Causal masks and the copy of a tied head are left out.
+    `*.pt` file, through `torch.load(weights_only=True)`. Causal masks and a tied head's copy are left out.
 
     Args:
         folder: holds the pickle and `config.json`.
@@ -46,7 +46,7 @@ def convert_pickle(folder: str | Path, output: str | Path | None = None, *, forc
         The path of the new `model.safetensors`.
 
     Raises:
-        CheckpointError: there is no pickle, it holds more than tensors, or not those that config.json promises.
+        CheckpointError: there is no pickle, or it does not hold just the tensors that config.json promises.
         BackendUnavailableError: PyTorch is missing or too old.
     """
     folder = Path(folder)

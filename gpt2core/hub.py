@@ -73,7 +73,7 @@ def download(
             return usable
         reason = "local_files_only=True" if local_files_only else "HF_HUB_OFFLINE"
         raise CheckpointError(
-            f"{name} is not in the cache {cache_dir or constants.HF_HUB_CACHE} (missing: {', '.join(lacking)}), "
+            f"{name} is not in the cache {cache_dir or constants.HF_HUB_CACHE} (missing: {listed(lacking)}), "
             f"and {reason} forbids the network; allow it once, or name a folder that holds the model"
         )
     try:
@@ -113,7 +113,7 @@ def _silent_bar() -> Any:
 
     bar: Any = utils.tqdm  # type: ignore[attr-defined]
 
-    class Silent(bar):
+    class Silent(bar):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **{**kwargs, "disable": True})
 
@@ -131,7 +131,7 @@ def _why(error: Exception, repo_id: str, name: str, endpoint: str) -> str:
         return f"{endpoint} has no {name}; give a branch, tag or commit that {repo_id} has"
     if isinstance(error, errors.RepositoryNotFoundError):
         return (
-            f"{name} is no folder here, and {endpoint} has no such model or does not show it (status {status}); "
+            f"{name} is no folder here, and {endpoint} has no such model or hides it (status {status}); "
             f"check the spelling, or if it is private, {login}"
         )
     if status in (401, 403):
