@@ -1,0 +1,37 @@
+"""`gpt2core backends`: the engines that can compute here, and which one `--backend auto` takes."""
+
+import click
+
+from gpt2core.cli.console import json_option, write, write_json, write_table
+
+
+@click.command(short_help="List the engines and what `auto` would choose.")
+@json_option
+def backends(as_json: bool) -> None:
+    """List the engines, how to install those that are missing, and which one `auto` would choose."""
+    from gpt2core.backends import available, choose
+    from gpt2core.checkpoint import read_config, resolve
+    from gpt2core.config import ModelConfig
+
+    engines = available().values()
+    models = {"demo": read_config(resolve("demo")), "openai-community/gpt2": ModelConfig()}
+    auto = {model: choose(config) for model, config in models.items()}
+    if as_json:
+        write_json(
+            {
+                "backends": [
+                    {"name": e.name, "available": e.available, "version": e.version, "reason": e.reason}
+                    for e in engines
+                ],
+                "auto": {model: {"backend": name, "why": why} for model, (name, why) in auto.items()},
+            }
+        )
+        return
+    write_table(
+        [
+            ("backend", "version", "status"),
+            *((e.name, e.version or "-", "available" if e.available else e.reason) for e in engines),
+        ]
+    )
+    write("\n")
+    write_table([("model", "auto", "why"), *((model, name, why) for model, (name, why) in auto.items())])

@@ -1,0 +1,198 @@
+"""What all commands share: the common options, reading text, writing results, and a status line."""
+
+import json
+import math
+import os
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Self, TypeVar
+
+import click
+
+from gpt2core.errors import RequestError
+
+if TYPE_CHECKING:
+    from gpt2core.model import GPT2
+
+STATUS_DELAY_S = 1.0
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+checkpoint_options = (
+    click.option("--revision", metavar="NAME", help="Branch, tag or commit of a model on the hub."),
+    click.option("--offline", is_flag=True, help="Use local files only; never ask the hub."),
+)
+model_options = (
+    click.option(
+        "--model",
+        metavar="MODEL",
+        default="demo",
+        show_default=True,
+        help="`demo`, a folder, or an id on the hub.",
+    ),
+    *checkpoint_options,
+    click.option(
+        "--backend", metavar="NAME", default="auto", show_default=True, help="Engine; see `backends`."
+    ),
+    click.option("--precision", metavar="NAME", default="float32", show_default=True, help="Of the weights."),
+    click.option(
+        "--device", metavar="NAME", default="cpu", show_default=True, help="Where the engine computes."
+    ),
+    click.option("--threads", type=click.IntRange(min=1), help="CPU threads; by default the engine decides."),
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+
+
+def options(*groups: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Apply several `click.option` decorators, shown by --help in the order given."""
+
+    def apply(command: Command) -> Command:
+        for option in reversed(groups):
+            command = option(command)
+        return command
+
+    return apply
+
+
+def load(model: str, *, revision: str | None, offline: bool, **engine: Any) -> "GPT2":
+    """Find and load what the options name; what takes long shows itself on stderr."""
+    from gpt2core.checkpoint import resolve
+    from gpt2core.model import GPT2
+
+    folder = resolve(model, revision=revision, local_files_only=offline)  # the hub client has its own display
+    with Status(f"loading {model}"):
+        return GPT2.from_pretrained(folder, **engine)
+
+
+def write(text: str) -> None:
+    """Write to stdout at once.
+
+    Raises:
+        BrokenPipeError: the reader is gone.
+        OSError: naming stdout, for any other reason, such as a full disk.
+    """
+    if sys.stdout is None:  # started with `>&-`
+        raise OSError("cannot write to standard output: it is closed")
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        discard_stdout()
+        raise OSError(f"cannot write to standard output: {error.strerror}") from error
+
+
+def write_json(document: dict[str, Any]) -> None:
+    """Write one line of strict JSON, in ASCII so that every locale can carry it; see `finite`."""
+    write(json.dumps(document, allow_nan=False) + "\n")
+
+
+def finite(value: float | None) -> float | None:
+    """JSON has no infinity: a perplexity beyond float64 is null."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def write_table(rows: Sequence[tuple[str, ...]]) -> None:
+    """Write rows as columns of equal width, two spaces apart."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        write("  ".join(cells).rstrip() + "\n")
+
+
+def discard_stdout() -> None:
+    """Let later writes go nowhere; otherwise the interpreter's own flush at exit would complain again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def one_line(message: str) -> str:
+    """Fold white space and escape what a terminal would interpret."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
+
+
+def read_stdin(limit_nbytes: int | None = None) -> str:
+    """`read_text` of stdin."""
+    if sys.stdin is None:  # started with `<&-`
+        raise RequestError("standard input is closed; give the text another way")
+    return read_text(sys.stdin.buffer, "standard input", limit_nbytes)
+
+
+def read_text(stream: BinaryIO, name: str, limit_nbytes: int | None = None) -> str:
+    """Read UTF-8; a byte order mark at the start is no part of the text.
+
+    Raises:
+        RequestError: `stream` (called `name`) is not UTF-8, or longer than `limit_nbytes`.
+    """
+    data = stream.read() if limit_nbytes is None else stream.read(limit_nbytes + 1)
+    if limit_nbytes is not None and len(data) > limit_nbytes:
+        raise RequestError(
+            f"{name} has more than {limit_nbytes} bytes; no model's context holds that; shorten it"
+        )
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RequestError(
+            f"{name} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}; "
+            "convert it first, for example with iconv -f LATIN1 -t UTF-8"
+        ) from error
+
+
+def format_nbytes(nbytes: int) -> str:
+    """Bytes with a decimal unit: 12.3 MB."""
+    size, units = float(nbytes), ["bytes", "kB", "MB", "GB", "TB"]
+    while size >= 999.95 and len(units) > 1:
+        size /= 1000
+        units.pop(0)
+    return f"{nbytes} bytes" if units[0] == "bytes" else f"{size:.1f} {units[0]}"
+
+
+def peak_memory_nbytes() -> int | None:
+    """The most resident memory that this process has had, or None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+class Status:
+    """A context that says on stderr what takes long: only on a terminal, after a second, gone at the end."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._lock = threading.Lock()
+        self._state: Literal["waiting", "shown", "done"] = "waiting"
+        self._timer = threading.Timer(STATUS_DELAY_S, self._show)
+        self._timer.daemon = True
+
+    def __enter__(self) -> Self:
+        if sys.stderr.isatty():
+            self._timer.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._timer.cancel()
+        with self._lock:
+            if self._state == "shown":
+                _draw("")
+            self._state = "done"
+
+    def update(self, text: str) -> None:
+        """Replace the text."""
+        with self._lock:
+            self._text = text
+            if self._state == "shown":
+                _draw(text)
+
+    def _show(self) -> None:
+        with self._lock:
+            if self._state == "waiting":  # the timer may fire while the context ends
+                self._state = "shown"
+                _draw(self._text)
+
+
+def _draw(text: str) -> None:
+    sys.stderr.write(f"\r\x1b[K{text}")
+    sys.stderr.flush()

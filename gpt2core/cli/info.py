@@ -1,0 +1,78 @@
+"""`gpt2core info`: what a checkpoint is, without reading its weights."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import click
+
+from gpt2core.cli.console import (
+    checkpoint_options,
+    format_nbytes,
+    json_option,
+    options,
+    write_json,
+    write_table,
+)
+
+
+@click.command(short_help="Describe a checkpoint.")
+@click.argument("model", default="demo")
+@options(*checkpoint_options, json_option)
+def info(model: str, revision: str | None, offline: bool, as_json: bool) -> None:
+    """Describe MODEL: the demo model, a folder, or a model's id on the hub."""
+    from gpt2core.checkpoint import read_config, resolve
+    from gpt2core.tokenizer import Tokenizer
+
+    folder = resolve(model, revision=revision, local_files_only=offline)
+    config = read_config(folder)
+    tokenizer = Tokenizer.from_folder(folder)
+    document = {
+        "model": model,
+        "folder": str(folder),
+        "config": dataclasses.asdict(config),
+        "parameters": config.parameters,
+        "float32_nbytes": 4 * config.parameters,
+        "cache_nbytes_per_sequence": config.cache_nbytes(1, config.n_positions),
+        "tokenizer": {"vocab_size": tokenizer.vocab_size, "special_ids": sorted(tokenizer.special_ids)},
+        "files": _files(folder),
+    }
+    if as_json:
+        write_json(document)
+    else:
+        write_table(_rows(document))
+
+
+def _files(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
+
+
+def _rows(document: dict[str, Any]) -> list[tuple[str, ...]]:
+    config, tokenizer = document["config"], document["tokenizer"]
+    parameters = document["parameters"]
+    cache_nbytes = document["cache_nbytes_per_sequence"]
+    rows: list[tuple[str, ...]] = [
+        ("model", document["model"]),
+        ("folder", document["folder"]),
+        ("parameters", f"{parameters:,} ({format_nbytes(document['float32_nbytes'])} as float32)"),
+        (
+            "KV cache",
+            f"{format_nbytes(cache_nbytes)} per sequence of {config['n_positions']} tokens, float32",
+        ),
+        ("tied head", "yes" if config["tie_word_embeddings"] else "no"),
+        ("tokenizer", f"{tokenizer['vocab_size']} tokens, {len(tokenizer['special_ids'])} of them special"),
+    ]
+    rows += [("config", ""), *((f"  {name}", _shown(value)) for name, value in config.items())]
+    rows += [("files", ""), *((f"  {name}", format_nbytes(size)) for name, size in document["files"].items())]
+    return rows
+
+
+def _shown(value: object) -> str:
+    match value:
+        case None | ():
+            return "-"
+        case bool():
+            return "yes" if value else "no"
+        case tuple():
+            return ", ".join(map(str, value))
+    return str(value)
