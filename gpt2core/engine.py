@@ -1,0 +1,340 @@
+"""The only generation loop: submit, step, cancel.
+
+Each step is one forward pass over all rows that run (continuous batching): the scheduler says who, the
+backend returns logits, `sampling` draws each row's token, the sequence decides whether it goes on. Text,
+randomness and stopping do not depend on what else is in the batch.
+"""
+
+# n logits rows of one sequence, M of the whole batch, V vocabulary
+
+import math
+import secrets
+import threading
+import time
+from collections import abc, deque
+from typing import Any, Final, TypeVar
+
+import numpy as np
+
+from gpt2core._shapes import Float32
+from gpt2core.backends.base import Backend, Cache
+from gpt2core.batch import Batch
+from gpt2core.errors import BackendError, Gpt2CoreError, NumericalError, RequestError
+from gpt2core.params import SamplingParams
+from gpt2core.prompts import check_token_ids
+from gpt2core.rows import Drawn, Row, decode_batch, mixed_batch, read_row
+from gpt2core.scheduler import Scheduler
+from gpt2core.sequence import LogitsReader, PromptLogprobs, Sequence, TextStream, Update
+from gpt2core.tokenizer import Tokenizer
+
+T = TypeVar("T")
+
+CACHE_NBYTES: Final = 4 * 2**30
+"""Default limit on the KV cache of one engine, bytes."""
+
+
+class Engine:
+    """Runs many sequences on one backend, batched.
+
+    `submit`, `cancel` and `close` may be called from any thread, also during a step; steps run one at a time,
+    and a second caller of `step` waits for the first.
+
+    Args:
+        backend: what computes; the engine does not close it.
+        tokenizer: turns tokens into text; without one there is no text, and stop strings and echo are
+            refused.
+        max_slots: most sequences that run at once; more of them wait in order of arrival.
+        cache_nbytes: limit on the KV cache, bytes, counted in float32; lowers the number of slots where it
+            must.
+        step_tokens: about how many tokens one step takes; what decoding rows leave of it is shared by
+            prompts.
+
+    Raises:
+        RequestError: a limit is not a whole number of 1 or more, or not even one sequence fits
+            `cache_nbytes`.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        tokenizer: Tokenizer | None = None,
+        *,
+        max_slots: int = 32,
+        cache_nbytes: int = CACHE_NBYTES,
+        step_tokens: int = 512,
+    ) -> None:
+        for name, value in (("max_slots", max_slots), ("step_tokens", step_tokens)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise RequestError(f"{name} is {value!r}; it must be a whole number of 1 or more")
+        self.config = backend.config
+        one_nbytes = self.config.cache_nbytes(1, self.config.n_positions)
+        if not cache_nbytes >= one_nbytes:
+            raise RequestError(
+                f"cache_nbytes is {cache_nbytes!r}; one sequence of this model's context of "
+                f"{self.config.n_positions} tokens needs {one_nbytes} bytes; raise cache_nbytes to that much"
+            )
+        self.backend = backend
+        self.tokenizer = tokenizer
+        self.slots = min(max_slots, int(cache_nbytes // one_nbytes))
+        self.steps = 0
+        self._scheduler = Scheduler(slots=self.slots, step_tokens=step_tokens)
+        self._cache: Cache | None = None
+        self._closed = False
+        self._eos = frozenset(self.config.eos_token_ids)
+        self._stepping = threading.Lock()  # one step at a time; held while the backend computes
+        # Guards the scheduler and the sequences; held for microseconds. Re-entrant, because a finaliser that
+        # cancels may run in the very thread that holds it.
+        self._lock = threading.RLock()
+        self._changing = False
+        self._to_cancel: deque[Sequence] = deque()
+        self._ones = np.ones(self.slots, np.int32)
+        self._indices = np.arange(self.slots, dtype=np.int32)
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
+
+    @property
+    def waiting(self) -> int:
+        """How many sequences wait for a slot."""
+        return len(self._scheduler.waiting)
+
+    @property
+    def running(self) -> int:
+        """How many sequences hold a slot."""
+        return self._scheduler.running
+
+    def check(self, prompt_ids: abc.Iterable[int], params: SamplingParams) -> tuple[list[int], int]:
+        """Refuse what cannot run; return the token ids as a new list, and how many tokens may be generated.
+
+        Raises:
+            RequestError: the prompt is empty or holds what is not a token id; stop strings or echo are asked
+                for without a tokenizer.
+            ContextLengthError: prompt and new tokens exceed the context.
+            InvalidSamplingError: `logit_bias` names an id outside the vocabulary.
+        """
+        ids = check_token_ids(prompt_ids, self.config.vocab_size)
+        params.check_vocabulary(self.config.vocab_size)
+        if self.tokenizer is None and (params.stop or params.echo):
+            raise RequestError("stop strings and echo need text; make the engine with a tokenizer")
+        return ids, params.resolve_max_new_tokens(len(ids), self.config.n_positions)
+
+    def submit(
+        self,
+        prompt_ids: abc.Iterable[int],
+        params: SamplingParams,
+        *,
+        prompt: int = 0,
+        stream: bool = False,
+        logits_from: int = 0,
+        on_logits: LogitsReader | None = None,
+    ) -> list[Sequence]:
+        """Queue a prompt; return one sequence per choice (`params.n`), in order of choice.
+
+        Args:
+            prompt_ids: at least one token id; prompt and new tokens must fit the context.
+            params: how to sample; `seed=None` draws a seed, which the sequences name.
+            prompt: number of the prompt in the caller's list, for the pieces.
+            stream: whether to collect `Piece`s in `sequence.pieces`, for the caller to take.
+            logits_from: first prompt position whose logits `on_logits` reads.
+            on_logits: is called in a step with a position and the logits from there on, (n, V) float32, chunk
+                by chunk in order, until the prompt's last. It must not call the engine.
+
+        Raises:
+            RequestError: what `check` raises, or the engine is closed.
+            BackendError: the cache cannot be made.
+        """
+        ids, max_new_tokens = self.check(prompt_ids, params)
+        if on_logits is None and params.echo and params.logprobs is not None:
+            on_logits = PromptLogprobs(ids, params.logprobs)
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        now_s = time.perf_counter()
+        sequences = [
+            Sequence(
+                token_ids=ids.copy(),
+                prompt_tokens=len(ids),
+                prompt=prompt,
+                choice=choice,
+                params=params,
+                seed=seed,
+                max_new_tokens=max_new_tokens,
+                eos_token_ids=self._eos,
+                stream=TextStream(self.tokenizer.stream_decoder(), params.stop) if self.tokenizer else None,
+                echo=self.tokenizer.decode(ids) if self.tokenizer and params.echo else "",
+                logits_from=None if on_logits is None else logits_from,
+                on_logits=on_logits,
+                pieces=deque() if stream else None,
+                submitted_s=now_s,
+            )
+            for choice in range(params.n)
+        ]
+        self._change(self._add, sequences)
+        return sequences
+
+    def cancel(self, sequence: Sequence) -> None:
+        """End a sequence wherever it stands, with `finish_reason` "cancelled", and free its slot.
+
+        It has ended when this returns, and no later step reports it; what ended before stays as it is. Never
+        waits for a step, and may be called by a finaliser.
+        """
+        if sequence.finished:
+            return
+        self._to_cancel.append(sequence)
+        with self._lock:
+            if not self._changing:  # otherwise this thread is in the middle of `_change`, which ends it
+                self._change(self._end_cancelled)
+
+    def step(self) -> list[Update]:
+        """Run one forward pass and return what it did, in the order of the batch; [] if nothing is to do.
+
+        A backend that raises ends the sequences of this step with `BackendError`, and logits that are not
+        finite end only their own sequence with `NumericalError`; the others go on. An interrupt
+        (`KeyboardInterrupt`) during the pass propagates and changes nothing: the next step repeats it.
+        """
+        with self._stepping:
+            planned = self._change(self._plan)
+            if planned is None:
+                return []
+            rows, batch = planned
+            logits = self._forward(batch)
+            if isinstance(logits, Exception):
+                return self._change(self._commit, rows, [self._failure(logits) for _ in rows])
+            with np.errstate(invalid="ignore", over="ignore"):
+                finite = math.isfinite(logits.sum())  # else a look at each row decides: a sum may overflow
+            return self._change(self._commit, rows, [self._draw(row, logits, finite) for row in rows])
+
+    def close(self) -> None:
+        """Cancel whatever waits or runs, once a step under way has ended, and let go of the cache."""
+        with self._stepping:
+            self._change(self._end_all)
+
+    def _change(self, change: abc.Callable[..., T], *args: Any) -> T:
+        """Change the scheduler's and the sequences' state, one thread at a time."""
+        with self._lock:
+            self._changing = True
+            try:
+                return change(*args)
+            except BaseException:
+                self._scheduler.repair()
+                raise
+            finally:
+                self._changing = False
+                if self._to_cancel:
+                    self._change(self._end_cancelled)
+
+    def _add(self, sequences: list[Sequence]) -> None:
+        if self._closed:
+            raise RequestError("this model is closed; load it again")
+        if self._cache is None:
+            try:
+                self._cache = self.backend.new_cache(self.slots, self.config.n_positions)
+            except (BackendError, MemoryError) as error:
+                nbytes = self.config.cache_nbytes(self.slots, self.config.n_positions)
+                raise BackendError(
+                    f"backend {self.backend.name!r} cannot make a cache of {self.slots} slots (some {nbytes} "
+                    f"bytes): {error!r}; lower max_batch or cache_nbytes"
+                ) from error
+        for sequence in sequences:
+            self._scheduler.add(sequence)
+
+    def _end_cancelled(self) -> None:
+        while self._to_cancel:
+            sequence = self._to_cancel.popleft()
+            if not sequence.finished:
+                sequence.cancel(time.perf_counter())
+                self._scheduler.remove(sequence)
+
+    def _end_all(self) -> None:
+        scheduler = self._scheduler
+        self._to_cancel.extend((*scheduler.waiting, *scheduler.prefilling, *scheduler.decoding))
+        self._end_cancelled()
+        self._closed = True
+        self._cache = None
+
+    def _plan(self) -> tuple[list[Row], Batch] | None:
+        step = self._scheduler.plan()
+        if not step.prefill and not step.decode:
+            return None
+        self.steps += 1
+        return mixed_batch(step) if step.prefill else decode_batch(step.decode, self._ones, self._indices)
+
+    def _forward(self, batch: Batch) -> Float32[np.ndarray, "M V"] | Exception:
+        # Catching here keeps the traceback, which holds its frames' variables, clear of sequences.
+        try:
+            assert self._cache is not None
+            logits = self.backend.forward(batch, self._cache)
+            if logits.shape != (len(batch.logits_at), self.config.vocab_size):
+                wanted = f"({len(batch.logits_at)}, {self.config.vocab_size})"
+                raise BackendError(f"it returned logits of shape {logits.shape} instead of {wanted}")
+            return logits
+        except Exception as error:
+            return error
+
+    def _failure(self, error: Exception) -> BackendError:
+        """A new error for each sequence, since each is raised in its own caller's thread."""
+        kind = NumericalError if isinstance(error, NumericalError) else BackendError
+        failure = kind(
+            f"backend {self.backend.name!r} failed in step {self.steps}: {type(error).__name__}: {error}; "
+            "the requests in that step ended, others go on"
+        )
+        failure.__cause__ = error
+        return failure
+
+    def _draw(
+        self, row: Row, logits: Float32[np.ndarray, "M V"], finite: bool
+    ) -> Drawn | Gpt2CoreError | None:
+        """The row's token, or an error that is its sequence's alone, or None in the middle of a prompt."""
+        if row.sequence.finished:  # cancelled while the backend computed
+            return None
+        try:
+            mine = logits[row.first : row.end]  # (n, V)
+            if not finite and not np.isfinite(mine).all():
+                return NumericalError(
+                    f"backend {self.backend.name!r} returned logits that are not finite in step {self.steps} "
+                    f"at token {row.sequence.cached + row.tokens} of a sequence; check the checkpoint with "
+                    "`gpt2core verify`, or take another backend"
+                )
+            return read_row(row, mine, self.config.eos_token_ids)
+        except Gpt2CoreError as error:
+            return error
+        except Exception as error:
+            return self._failure(error)
+
+    def _commit(self, rows: list[Row], drawn: list[Drawn | Gpt2CoreError | None]) -> list[Update]:
+        now_s = time.perf_counter()
+        try:
+            return self._record(rows, drawn, now_s)
+        except BaseException as error:
+            # Which of these sequences took its token is not known any more, so none may go on.
+            for row in rows:
+                if not row.sequence.finished:
+                    row.sequence.fail(BackendError(f"interrupted in step {self.steps}: {error!r}"), now_s)
+            raise  # to `_change`, which repairs the scheduler
+
+    def _record(
+        self,
+        rows: list[Row],
+        drawn: list[Drawn | Gpt2CoreError | None],
+        now_s: float,
+    ) -> list[Update]:
+        updates: list[Update] = []
+        for row, result in zip(rows, drawn, strict=True):
+            sequence = row.sequence
+            if sequence.finished:  # cancelled while the backend computed: its slot is free already
+                continue
+            if isinstance(result, Gpt2CoreError):
+                updates.append(sequence.fail(result, now_s))
+            else:
+                prefilling = sequence.cached < sequence.prompt_tokens
+                sequence.cached += row.tokens
+                if prefilling and sequence.cached == sequence.prompt_tokens:
+                    if (update := sequence.take_prompt(now_s)) is not None:
+                        updates.append(update)
+                    if not sequence.finished:
+                        self._scheduler.begin_decoding(sequence)
+                if result is not None:
+                    updates.append(sequence.take_token(*result, now_s))
+            if sequence.finished:
+                self._scheduler.remove(sequence)
+        return updates

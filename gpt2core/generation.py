@@ -1,0 +1,73 @@
+"""What `generate` returns: Generation and its Timing."""
+
+from dataclasses import dataclass
+
+from gpt2core import sequence
+from gpt2core.sampling import TokenLogprob
+from gpt2core.sequence import FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """How long one generation took, in wall-clock seconds from the moment when it was submitted.
+
+    Attributes:
+        ttft_s: until its first token was drawn, waiting for a slot included; None when none was.
+        elapsed_s: until it ended.
+        tokens_per_s: decoding speed: the tokens after the first, divided by the time from the first to the
+            last; None with fewer than two tokens. In a batch each generation has its own.
+    """
+
+    ttft_s: float | None
+    elapsed_s: float
+    tokens_per_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One text that was generated.
+
+    Attributes:
+        text: what was generated, without the prompt (with `echo=True`: after it), cut before a stop string.
+        token_ids: what was generated, always without the prompt; the end-of-text token or the tokens of a
+            stop string that ended it are included.
+        finish_reason: "stop" at an end-of-text token or stop string, "length" at the last token allowed,
+            "cancelled" when the model was closed meanwhile.
+        prompt_tokens: how many tokens the prompt has.
+        logprobs: one entry per token, when asked for; with `echo=True` the prompt's come first, and the very
+            first has `logprob=None`.
+        seed: the seed that gives this text again (with the same `choice`).
+        choice: which of the `n` choices this is, from 0.
+        timing: how long it took.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    prompt_tokens: int
+    logprobs: list[TokenLogprob] | None
+    seed: int
+    choice: int
+    timing: Timing
+
+
+def generation_of(done: sequence.Sequence) -> Generation:
+    """The result of a sequence that has ended well."""
+    assert done.finish_reason is not None
+    assert done.finished_s is not None
+    ttft_s = tokens_per_s = None
+    token_ids = done.generated
+    if done.first_token_s is not None and done.last_token_s is not None:
+        ttft_s = done.first_token_s - done.submitted_s
+        if len(token_ids) > 1 and done.last_token_s > done.first_token_s:
+            tokens_per_s = (len(token_ids) - 1) / (done.last_token_s - done.first_token_s)
+    return Generation(
+        text=done.text,
+        token_ids=token_ids,
+        finish_reason=done.finish_reason,
+        prompt_tokens=done.prompt_tokens,
+        logprobs=None if done.params.logprobs is None else done.logprobs.copy(),
+        seed=done.seed,
+        choice=done.choice,
+        timing=Timing(ttft_s, done.finished_s - done.submitted_s, tokens_per_s),
+    )

@@ -1,0 +1,380 @@
+"""GPT2: the facade that people import. Thread-safe: threads that call it at the same time share one batch."""
+
+# T tokens, V vocabulary, n positions of one chunk
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self, Unpack, overload
+
+import numpy as np
+
+from gpt2core import backends, sequence
+from gpt2core._shapes import Float32
+from gpt2core.backends.base import Backend
+from gpt2core.checkpoint import open_checkpoint
+from gpt2core.config import ModelConfig
+from gpt2core.engine import CACHE_NBYTES, Engine
+from gpt2core.errors import RequestError
+from gpt2core.generation import Generation, Timing, generation_of
+from gpt2core.prompts import (
+    OneChoiceOptions,
+    Prompt,
+    SamplingOptions,
+    check_token_ids,
+    encode_prompt,
+    split_prompts,
+    with_options,
+)
+from gpt2core.sampling import SamplingParams
+from gpt2core.scoring import Score, score_of, score_windows
+from gpt2core.sequence import LogitsReader, Piece, PromptLogprobs
+from gpt2core.tokenizer import Tokenizer
+
+__all__ = ["GPT2", "Generation", "Piece", "Prompt", "SamplingOptions", "Score", "Timing"]
+
+_READ_ONLY = SamplingParams(max_new_tokens=0)
+
+
+class GPT2:
+    """A model, ready to generate.
+
+    Every method may be called from several threads at once; each of their calls is one more row of the same
+    batch. Threads that wait take turns in running the steps, so there is no thread in the background.
+
+    Args:
+        backend: what computes; `close` closes it.
+        tokenizer: the checkpoint's.
+        max_batch: most texts that are generated at once; further ones wait for their turn.
+        cache_nbytes: limit on the KV cache, bytes, counted in float32; may lower `max_batch`.
+
+    Raises:
+        RequestError: a limit is too low.
+    """
+
+    def __init__(
+        self, backend: Backend, tokenizer: Tokenizer, *, max_batch: int = 32, cache_nbytes: int = CACHE_NBYTES
+    ) -> None:
+        self.backend = backend
+        self.tokenizer = tokenizer
+        self._engine = Engine(backend, tokenizer, max_slots=max_batch, cache_nbytes=cache_nbytes)
+        self._turn = threading.Condition()
+        self._led = False  # whether one of the threads that wait runs the steps
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | os.PathLike[str],
+        *,
+        backend: str = "auto",
+        precision: str = "float32",
+        device: str = "cpu",
+        threads: int | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        token: str | None = None,
+        max_batch: int = 32,
+        cache_nbytes: int = CACHE_NBYTES,
+    ) -> Self:
+        """Load a checkpoint.
+
+        Args:
+            model: "demo" (bundled), a folder, or a model's id on the Hugging Face hub.
+            backend: a name that `gpt2core backends` lists, or "auto".
+            precision: of the weights, "float32" or what the backend offers beyond.
+            device: where the backend computes.
+            threads: CPU threads for it; None lets it decide.
+            revision: branch, tag or commit on the hub.
+            cache_dir: where the hub's files are kept.
+            local_files_only: never ask the hub.
+            token: the hub's access token.
+            max_batch: as of the class.
+            cache_nbytes: as of the class.
+
+        Raises:
+            CheckpointError: the checkpoint cannot be found, read or trusted.
+            BackendUnavailableError: the backend is unknown, or its package or device is missing.
+            RequestError: an option is out of its range.
+        """
+        checkpoint = open_checkpoint(
+            model, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token
+        )
+        tokenizer = Tokenizer.from_folder(checkpoint.folder)
+        if backend == "auto":
+            backend, _ = backends.choose(checkpoint.config, device=device)
+        engine = backends.create_backend(
+            backend, checkpoint.weights, device=device, threads=threads, precision=precision
+        )
+        try:
+            return cls(engine, tokenizer, max_batch=max_batch, cache_nbytes=cache_nbytes)
+        except BaseException:
+            engine.close()
+            raise
+
+    @property
+    def config(self) -> ModelConfig:
+        """What the model computes."""
+        return self.backend.config
+
+    @overload
+    def generate(
+        self,
+        prompt: Prompt,
+        params: None = None,
+        *,
+        allow_special: bool = ...,
+        n: Literal[1] = 1,
+        **sampling: Unpack[OneChoiceOptions],
+    ) -> Generation: ...
+    @overload
+    def generate(
+        self,
+        prompt: list[str] | list[list[int]],
+        params: SamplingParams | None = None,
+        *,
+        allow_special: bool = ...,
+        **sampling: Unpack[SamplingOptions],
+    ) -> list[Generation]: ...
+    @overload
+    def generate(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        params: SamplingParams | None = None,
+        *,
+        allow_special: bool = ...,
+        **sampling: Unpack[SamplingOptions],
+    ) -> Generation | list[Generation]: ...
+    def generate(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        params: SamplingParams | None = None,
+        *,
+        allow_special: bool = False,
+        **sampling: Any,
+    ) -> Generation | list[Generation]:
+        """Continue one prompt or several, batched.
+
+        Args:
+            prompt: a text; or one prompt as a list of token ids; or a list of texts and of lists of token
+                ids.
+            params: how to sample.
+            allow_special: whether special tokens that a text spells out, as `<|endoftext|>`, become those
+                tokens.
+            **sampling: fields of `SamplingParams`, which take precedence over `params`.
+
+        Returns:
+            One `Generation` for one prompt with `n=1`; otherwise a flat list, prompt after prompt, each
+            prompt's `n` choices side by side. An empty list gives an empty list.
+
+        Raises:
+            InvalidSamplingError: a keyword is unknown or out of its range.
+            ContextLengthError: prompt and new tokens exceed the model's context.
+            RequestError: a prompt is empty or no prompt, or the model is closed.
+            BackendError: the backend failed; `NumericalError` if what it returned is not finite.
+
+        With one `seed` and several prompts each prompt gets what it would get alone. Without a seed each
+        prompt has a fresh one, which its `Generation` names.
+        """
+        params = with_options(params, sampling)
+        prompts, single = self._prompts(prompt, params, allow_special)
+        sequences: list[sequence.Sequence] = []
+        try:
+            for i, ids in enumerate(prompts):
+                sequences += self._engine.submit(ids, params, prompt=i)
+            self._run_until(lambda: _settled(sequences))
+        finally:
+            for one in sequences:
+                self._engine.cancel(one)  # what has ended stays as it is
+        _raise_error(sequences)
+        generations = [generation_of(one) for one in sequences]
+        return generations[0] if single and params.n == 1 else generations
+
+    def stream(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        params: SamplingParams | None = None,
+        *,
+        allow_special: bool = False,
+        **sampling: Unpack[SamplingOptions],
+    ) -> Iterator[Piece]:
+        """Continue a prompt piece by piece: one `Piece` per token, as soon as it is drawn.
+
+        The texts of the pieces join to exactly what `generate` returns with the same seed: a character that
+        is split between tokens comes whole, and what may turn out to begin a stop string comes when that is
+        decided. With `echo=True` a piece with the prompt's text comes first. Of several prompts, or with `n`
+        above 1, the pieces come interleaved; `piece.prompt` and `piece.choice` tell them apart.
+
+        Arguments and errors are those of `generate`; what is wrong with the request is raised here and not by
+        the first `next`, which starts the work. Closing the iterator, or leaving the loop, ends the
+        generation.
+        """
+        params = with_options(params, sampling)
+        prompts, _ = self._prompts(prompt, params, allow_special)
+        return self._pieces(prompts, params)
+
+    def logits(self, token_ids: Sequence[int]) -> Float32[np.ndarray, "T V"]:
+        """The model's logits at every position of one sequence.
+
+        Shapes: `token_ids` (T,) with T at most the context, result (T, V) float32.
+
+        Raises:
+            ContextLengthError: more tokens than the context.
+            RequestError: no tokens, or something that is not a token id.
+            BackendError: the backend failed.
+        """
+        ids = check_token_ids(token_ids, self.config.vocab_size)
+        _READ_ONLY.resolve_max_new_tokens(len(ids), self.config.n_positions)
+        result = np.empty((len(ids), self.config.vocab_size), np.float32)
+
+        def read(position: int, logits: Float32[np.ndarray, "n V"]) -> None:
+            result[position : position + len(logits)] = logits
+
+        self._read(ids, 0, read)
+        return result
+
+    def score(
+        self,
+        text: Prompt,
+        *,
+        allow_special: bool = False,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> Score:
+        """How well the model predicts a text, or token ids, of any length.
+
+        A text that exceeds the context is read in windows that overlap by half
+        (`gpt2core.scoring.score_windows`), so that each token is predicted from at least half a context, or
+        from all that precedes it.
+
+        Args:
+            text: a text, or token ids.
+            allow_special: as of `generate`.
+            on_progress: is called after each window with the tokens scored so far and the tokens in all.
+
+        Raises:
+            RequestError: fewer than 2 tokens: the first is not predicted.
+            BackendError: the backend failed.
+        """
+        self._check_open()
+        given = self.tokenizer.encode(text, allow_special=allow_special) if isinstance(text, str) else text
+        ids = check_token_ids(given, self.config.vocab_size)
+        if len(ids) < 2:
+            raise RequestError(
+                f"text has {len(ids)} token; a score needs at least 2, since the first is not predicted"
+            )
+        logprobs: list[float] = []
+        for window in score_windows(len(ids), self.config.n_positions):
+            reader = PromptLogprobs(ids[window.start : window.end + 1], 0)
+            self._read(ids[window.start : window.end], window.scored_from - window.start, reader)
+            logprobs += [entry.logprob for entry in reader.entries if entry.logprob is not None]
+            if on_progress is not None:
+                on_progress(window.end + 1, len(ids))
+        text_nbytes = None
+        if isinstance(text, str):
+            text_nbytes = len(text.encode()) - len(self.tokenizer.token_bytes(ids[0]))
+        return score_of(ids, logprobs, text_nbytes)
+
+    def close(self) -> None:
+        """Free the model; calling it twice is harmless. Calls in other threads end as "cancelled"."""
+        self._engine.close()
+        self.backend.close()
+        with self._turn:
+            self._turn.notify_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _pieces(self, prompts: list[list[int]], params: SamplingParams) -> Iterator[Piece]:
+        sequences: list[sequence.Sequence] = []
+        try:
+            for i, ids in enumerate(prompts):
+                sequences += self._engine.submit(ids, params, prompt=i, stream=True)
+            open_ = list(sequences)
+            while open_:
+                self._run_until(lambda: any(one.pieces or one.finished for one in open_))
+                for one in list(open_):
+                    finished = one.finished  # before its pieces are taken: no more can follow
+                    assert one.pieces is not None
+                    while one.pieces:
+                        yield one.pieces.popleft()
+                    if finished:
+                        open_.remove(one)
+                        _raise_error([one])
+        finally:
+            for one in sequences:
+                self._engine.cancel(one)
+
+    def _read(self, ids: list[int], logits_from: int, reader: LogitsReader) -> None:
+        """Let `reader` see the logits from position `logits_from` on."""
+        sequences: list[sequence.Sequence] = []
+        try:
+            sequences += self._engine.submit(ids, _READ_ONLY, logits_from=logits_from, on_logits=reader)
+            self._run_until(lambda: _settled(sequences))
+        finally:
+            for one in sequences:
+                self._engine.cancel(one)
+        _raise_error(sequences)
+        if any(one.finish_reason == "cancelled" for one in sequences):
+            self._check_open()
+
+    def _run_until(self, ready: Callable[[], bool]) -> None:
+        """Return once `ready()`. One waiting thread runs the steps for all; who leaves hands over."""
+        leading = False
+        try:
+            with self._turn:
+                while self._led and not ready():
+                    self._turn.wait()
+                if ready():
+                    return
+                leading = self._led = True
+            while not ready():
+                updates = self._engine.step()
+                if any(u.finish_reason or u.error or u.sequence.pieces is not None for u in updates):
+                    with self._turn:
+                        self._turn.notify_all()
+        finally:
+            if leading:
+                self._led = False
+                with self._turn:
+                    self._turn.notify_all()
+
+    def _prompts(
+        self, prompt: Prompt | Sequence[Prompt], params: SamplingParams, allow_special: bool
+    ) -> tuple[list[list[int]], bool]:
+        """Each prompt's token ids, checked before anything is submitted, and whether it is one prompt."""
+        self._check_open()
+        prompts, single = split_prompts(prompt)
+        checked = []
+        for i, one in enumerate(prompts):
+            try:
+                if isinstance(one, str):
+                    one = encode_prompt(
+                        one, self.tokenizer, self.config.n_positions, allow_special=allow_special
+                    )
+                checked.append(self._engine.check(one, params)[0])
+            except RequestError as error:
+                if single:
+                    raise
+                raise type(error)(f"prompt {i} of the list: {error}") from None
+        return checked, single
+
+    def _check_open(self) -> None:
+        if self._engine.closed:
+            raise RequestError("this model is closed; load it again with GPT2.from_pretrained")
+
+
+def _settled(sequences: list[sequence.Sequence]) -> bool:
+    return all(one.finished for one in sequences) or any(one.error for one in sequences)
+
+
+def _raise_error(sequences: list[sequence.Sequence]) -> None:
+    for one in sequences:
+        if one.error is not None:
+            raise one.error
