@@ -26,8 +26,8 @@ def add_bias(logits: Logits, bias: Mapping[int, float]) -> None:
 def penalize_repetition(logits: Logits, tokens: Int[np.ndarray, "T"], penalty: float) -> None:
     """Divide the positive logits of tokens that occurred by `penalty`, and multiply the negative ones.
 
-    After Keskar et al. 2019, "CTRL", section 4.1, in the form of Hugging Face's `RepetitionPenaltyLogitsProcessor`:
-    each token once, however often it occurred.
+    After Keskar et al. 2019, "CTRL", section 4.1, in the form of Hugging Face's
+    `RepetitionPenaltyLogitsProcessor`: each token once, however often it occurred.
     """
     seen = np.unique(tokens)
     seen = seen[seen < len(logits)]
@@ -38,9 +38,9 @@ def penalize_repetition(logits: Logits, tokens: Int[np.ndarray, "T"], penalty: f
 def penalize_presence(
     logits: Logits, generated: Int[np.ndarray, "G"], presence: float, frequency: float
 ) -> None:
-    """Subtract `presence` from each generated token's logit, and `frequency` times how often it was generated.
+    """Subtract `presence` from each generated token's logit, and `frequency` for each time it was generated.
 
-    After the formula of OpenAI's API reference ("Frequency and presence penalties"); the prompt does not count.
+    After the formula in OpenAI's API guide ("Frequency and presence penalties"); the prompt does not count.
     """
     seen, counts = np.unique(generated, return_counts=True)
     inside = seen < len(logits)
@@ -75,13 +75,13 @@ def truncate(
 
     `logits` must have 0 as greatest value. Each filter sees what the one before it left.
 
-    - `top_k` (0 = off), Fan et al. 2018, "Hierarchical Neural Story Generation", section 5.4: tokens that tie with the
-      k-th stay, as in Hugging Face's `TopKLogitsWarper`.
-    - `top_p` (1 = off), Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration", section 3.1: the smallest
-      set of most likely tokens whose probability reaches `top_p`; never empty. Of tokens that tie at the border
-      the higher ids stay, as in Hugging Face's `TopPLogitsWarper` (its ascending stable sort).
-    - `min_p` (0 = off), Nguyen et al. 2024, "Turning Up the Heat: Min-p Sampling", section 3: tokens at least `min_p`
-      times as likely as the likeliest.
+    - `top_k` (0 = off), Fan et al. 2018, "Hierarchical Neural Story Generation", section 5.4: the k likeliest
+      tokens; those that tie with the k-th stay, as in Hugging Face's `TopKLogitsWarper`.
+    - `top_p` (1 = off), Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration", section 3.1:
+      the smallest set of likeliest tokens whose probability reaches `top_p`; never empty. Of tokens that tie
+      at the border the higher ids stay, as in Hugging Face's `TopPLogitsWarper`, which sorts ascending.
+    - `min_p` (0 = off), Nguyen et al. 2024, "Turning Up the Heat: Min-p Sampling", section 3: tokens at least
+      `min_p` times as likely as the likeliest.
     """
     kept: Int[np.ndarray, "K"] | None = None
     if 0 < top_k < len(logits):
@@ -101,8 +101,8 @@ def truncate(
 def _nucleus(weights: Float64[np.ndarray, "V"], top_p: float) -> Int[np.ndarray, "K"]:
     """Indices of the nucleus, ascending.
 
-    Sorts only the greatest weights, and more of them until they cover `top_p`: the sums of a longer sort begin with
-    the same numbers, so the result does not depend on how many were sorted.
+    Sorts only the greatest weights, and more of them until they cover `top_p`: the sums of a longer sort
+    begin with the same numbers, so the result does not depend on how many were sorted.
     """
     wanted = top_p * weights.sum()
     size = _FIRST_PARTITION

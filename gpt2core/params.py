@@ -46,12 +46,12 @@ class _FrozenBias(Mapping[int, float]):
 class SamplingParams:
     """How tokens are drawn and when generation ends. Validated when made; frozen, hashable, picklable.
 
-    Names and meaning follow Hugging Face's `GenerationConfig` where it has the parameter, OpenAI's API otherwise.
-    `transform_logits` says in which order they act.
+    Names and meaning follow Hugging Face's `GenerationConfig` where it has the parameter, else OpenAI's API.
+    `gpt2core.sampling.transform_logits` says in which order they act.
 
     Attributes:
-        max_new_tokens: at most so many tokens; None = what `max_length` leaves, or else 100 as far as the context
-            reaches. 0 is allowed.
+        max_new_tokens: at most so many tokens, from 0; None = what `max_length` leaves, or else 100 as far as
+            the context reaches.
         min_new_tokens: the end-of-text token is not drawn before so many tokens.
         max_length: at most so many tokens with the prompt; not together with `max_new_tokens`.
         temperature: 0 = greedy, the likeliest token (then `top_k`, `top_p` and `min_p` change nothing).
@@ -66,12 +66,12 @@ class SamplingParams:
         stop: literal strings that end the text and are not part of it; one string or up to 16.
         n: how many texts per prompt, 1 to 128.
         seed: in [0, 2**63); None = a fresh one.
-        logprobs: also report the logarithm of each token's probability and the so many likeliest alternatives,
-            0 to 20; None = report nothing.
+        logprobs: also report the logarithm of each token's probability, and those of so many of the
+            likeliest tokens, 0 to 20; None = report nothing.
         echo: the result begins with the prompt.
 
     Raises:
-        InvalidSamplingError: a value of the wrong type or out of its range, or two that contradict each other.
+        InvalidSamplingError: a value of the wrong type or out of its range, or two that contradict.
     """
 
     max_new_tokens: int | None = None
@@ -127,8 +127,8 @@ class SamplingParams:
             raise InvalidSamplingError(f"echo is {_show(self.echo)}; it must be True or False")
         if self.max_new_tokens is not None and self.max_length is not None:
             raise InvalidSamplingError(
-                f"max_new_tokens {self.max_new_tokens} and max_length {self.max_length} (prompt + new) are both given; "
-                "give one of them"
+                f"max_new_tokens {self.max_new_tokens} and max_length {self.max_length} (prompt + new) are "
+                "both given; leave one of them out"
             )
         most = self.max_new_tokens if self.max_new_tokens is not None else self.max_length
         if most is not None and self.min_new_tokens > most:
@@ -141,7 +141,7 @@ class SamplingParams:
         """How many tokens at most a prompt of `prompt_tokens` gets in a model whose context is `context`.
 
         Raises:
-            ContextLengthError: prompt and new tokens do not fit the context, or the prompt exceeds `max_length`.
+            ContextLengthError: prompt and new tokens exceed the context, or the prompt exceeds `max_length`.
             InvalidSamplingError: `min_new_tokens` is more than what is left.
         """
         if prompt_tokens > context:
@@ -153,9 +153,9 @@ class SamplingParams:
         if self.max_new_tokens is not None:
             if self.max_new_tokens > room:
                 raise ContextLengthError(
-                    f"prompt has {prompt_tokens} tokens and max_new_tokens is {self.max_new_tokens}, together "
-                    f"{prompt_tokens + self.max_new_tokens}; this model's context is {context}; shorten the prompt "
-                    f"or pass max_new_tokens={room} or less"
+                    f"prompt has {prompt_tokens} tokens and max_new_tokens is {self.max_new_tokens}, "
+                    f"{prompt_tokens + self.max_new_tokens} in all; this model's context is {context}; "
+                    f"shorten the prompt or pass max_new_tokens={room} or less"
                 )
             most = self.max_new_tokens
         elif self.max_length is not None:
@@ -179,8 +179,8 @@ class SamplingParams:
             most = min(DEFAULT_NEW_TOKENS, room)
         if self.min_new_tokens > most:
             raise InvalidSamplingError(
-                f"min_new_tokens is {self.min_new_tokens}; a prompt of {prompt_tokens} tokens leaves at most {most} "
-                f"new ones here (context {context}); lower it or pass max_new_tokens"
+                f"min_new_tokens is {self.min_new_tokens}; a prompt of {prompt_tokens} tokens gets at most "
+                f"{most} new ones here (context {context}); lower it or pass max_new_tokens"
             )
         return most
 
@@ -264,7 +264,7 @@ def _stops(value: object) -> tuple[str, ...]:
             raise InvalidSamplingError(f"stop[{i}] is {_show(text)}; it must be a string")
         if not 1 <= len(text) <= MAX_STOP_CHARACTERS:
             raise InvalidSamplingError(
-                f"stop[{i}] has {len(text)} characters; it must have 1 to {MAX_STOP_CHARACTERS}; leave an empty one out"
+                f"stop[{i}] has {len(text)} characters; it must have 1 to {MAX_STOP_CHARACTERS}"
             )
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise InvalidSamplingError(f"stop[{i}] holds a lone surrogate, which no text contains; remove it")

@@ -37,10 +37,11 @@ class TokenLogprob:
 def uniform(seed: int, choice: int, position: int) -> float:
     """The random number in [0, 1) that draws the token at `position` of the text number `choice`.
 
-    Counter-based: it depends on these three numbers only, so that a seed gives the same text alone, in a batch, or on
-    another backend. First output of Philox4x64-10 (Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3",
-    section 3.3) with key (seed, choice) and counter position + 1, its upper 53 bits as a fraction; equal to
-    `numpy.random.Philox(key=[seed, choice], counter=[position, 0, 0, 0])`, whose import would cost 25 ms.
+    Counter-based: it depends on these three numbers only, so that a seed gives the same text alone, in a
+    batch, or on another backend. The first word of Philox4x64-10 (Salmon et al. 2011, "Parallel Random Numbers:
+    As Easy as 1, 2, 3") with key (seed, choice) and counter position + 1, its upper 53 bits as a fraction: the
+    first double of `numpy.random.Philox(key=[seed, choice], counter=[position, 0, 0, 0])`, written out because
+    importing numpy.random takes longer than all draws of a text.
     """
     c0, c1, c2, c3 = position + 1, 0, 0, 0
     k0, k1 = seed, choice
@@ -68,7 +69,7 @@ def transform_logits(
     3. `presence_penalty` and `frequency_penalty`, over the text
     4. `no_repeat_ngram_size`, over prompt and text
     5. `min_new_tokens`: no end of text before
-    6. `temperature` (from here on the greatest logit is 0); with temperature 0 the order ends before this step
+    6. `temperature`; from here on the greatest logit is 0. With temperature 0 the order ends before this step
     7. `top_k`
     8. `top_p`
     9. `min_p`
@@ -179,7 +180,7 @@ def _edit(
 def _temper(
     edited: Float[np.ndarray, "V"], logits: Float[np.ndarray, "V"], temperature: float, position: int
 ) -> Float64[np.ndarray, "V"]:
-    """Step 6. The greatest logit is subtracted first: then no temperature, however small, overflows upwards."""
+    """Step 6. The greatest logit is subtracted first, so that no temperature makes the others overflow."""
     maximum = edited.max()
     _check_maximum(maximum, logits, position)
     shifted = edited.astype(np.float64)
@@ -196,7 +197,7 @@ def _truncate(
 
 
 def _pick(weights: Float64[np.ndarray, "K"], u: float) -> int:
-    """Inverse CDF: the first index whose cumulated weight exceeds `u` times the sum; never one of weight 0."""
+    """Inverse CDF: the first index whose cumulated weight exceeds `u` times the sum; never of weight 0."""
     cumulated = np.cumsum(weights)
     total = cumulated[-1]
     index = int(cumulated.searchsorted(u * total, side="right"))
@@ -217,6 +218,6 @@ def _check_maximum(maximum: float, logits: Float[np.ndarray, "V"], position: int
             "check the checkpoint, or try another backend or precision"
         )
     raise InvalidSamplingError(
-        f"no token can be drawn{where}: after the penalties and bans the greatest of {len(logits)} logits is {maximum}; "
-        "loosen no_repeat_ngram_size, min_new_tokens or repetition_penalty"
+        f"no token can be drawn{where}: after the penalties and bans the greatest of {len(logits)} logits is "
+        f"{maximum}; loosen no_repeat_ngram_size, min_new_tokens or repetition_penalty"
     )

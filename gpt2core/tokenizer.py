@@ -1,12 +1,13 @@
 """Tokenizer: text to token ids and back, exactly; a wrapper of the `tokenizers` library.
 
-GPT-2's tokens are pieces of UTF-8, not of text: a character may be split between tokens. So tokens are turned into
-bytes, and bytes into text, here.
+GPT-2's tokens are pieces of UTF-8, not of text: a character may be split between tokens. So tokens are turned
+into bytes, and bytes into text, here.
 """
 
 import codecs
 import json
 import operator
+import os
 import re
 import threading
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from gpt2core.tokenizer_files import read_tokenizer
 
 MAX_TOKEN_ID: Final = 2**31 - 1
 UNBOUNDED_TOKEN_BYTES: Final = 2**16
-"""What `max_token_bytes` says where one token may stand for text of any length."""
+"""What `Tokenizer.max_token_bytes` says where one token may stand for text of any length."""
 
 
 class StreamDecoder(Protocol):
@@ -33,7 +34,7 @@ class StreamDecoder(Protocol):
     """
 
     def push(self, token_id: int) -> str:
-        """Text that is certain with this token; "" while a character is incomplete, and for special tokens."""
+        """Text that is certain with this token: "" while a character is incomplete, "" for special tokens."""
         ...
 
     def flush(self) -> str:
@@ -58,25 +59,25 @@ class Tokenizer:
             inner.model.dropout = None  # it would make encode random
         if inner.decoder is None and isinstance(inner.pre_tokenizer, ByteLevelSplit):
             inner.decoder = ByteLevel()
-        added = inner.get_added_tokens_decoder()
-        self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        inner.encode_special_tokens = True  # means: special tokens in text are encoded as text
+        self._inner = inner
         self._with_special: tokenizers.Tokenizer | None = None
         self._with_special_lock = threading.Lock()
-        self._inner = inner
-        inner.encode_special_tokens = True  # means: special tokens in text are encoded as text
         self._byte_level = isinstance(inner.decoder, ByteLevel)
+        self._added = inner.get_added_tokens_decoder()
+        self.special_ids = frozenset(token_id for token_id, token in self._added.items() if token.special)
         self._bytes: dict[int, bytes] = {}
-        for token_id, token in added.items():
+        for token_id, token in self._added.items():
             if token.special or inner.model.id_to_token(token_id) != token.content:
                 self._bytes[token_id] = token.content.encode()  # literal, where tokenizers would garble "é"
         self._missing_bytes: frozenset[int] = frozenset()
-        if self._byte_level and inner.normalizer is None and getattr(inner.model, "unk_token", None) is None:
+        if self._byte_level and inner.normalizer is None and not self._has_unknown_token:
             self._missing_bytes = frozenset(
                 byte for character, byte in _BYTE_OF.items() if inner.token_to_id(character) is None
             )
 
     @classmethod
-    def from_folder(cls, folder: str | Path) -> "Tokenizer":
+    def from_folder(cls, folder: str | os.PathLike[str]) -> "Tokenizer":
         """Read `tokenizer.json`, or else `vocab.json` and `merges.txt`.
 
         Raises:
@@ -90,7 +91,7 @@ class Tokenizer:
         A tokenizer whose template begins each text with a token begins it here too.
 
         Raises:
-            RequestError: `text` is not a string of Unicode characters, or holds a byte that this vocabulary lacks.
+            RequestError: `text` is not a string of Unicode characters, or the vocabulary cannot express it.
         """
         if not isinstance(text, str):
             raise RequestError(f"text is a {type(text).__name__}, expected a str; decode bytes first")
@@ -101,13 +102,16 @@ class Tokenizer:
                 f"text holds a lone surrogate, U+{ord(text[error.start]):04X}, at character {error.start}; "
                 "it is no Unicode character; remove it"
             ) from None
-        if self._missing_bytes:
-            self._check_alphabet(text, data)
+        if not self._missing_bytes.isdisjoint(data):
+            self._check_alphabet(text, allow_special)
         inner = self._special_encoder() if allow_special else self._inner
-        return inner.encode(text).ids
+        try:
+            return inner.encode(text).ids
+        except Exception as error:  # the library's only type; a vocabulary of words without an unknown token
+            raise RequestError(f"this tokenizer cannot encode the text: {error}; change the text") from error
 
     def decode(self, token_ids: Sequence[int], *, skip_special: bool = False) -> str:
-        """The text of `token_ids`; bytes that are not UTF-8 become U+FFFD. Ids past the vocabulary give nothing.
+        """The text of `token_ids`; bytes that are not UTF-8 become U+FFFD, ids past the vocabulary nothing.
 
         Raises:
             RequestError: an id is not a whole number, is negative or above 2**31 - 1.
@@ -120,7 +124,7 @@ class Tokenizer:
         return b"".join(map(self._token_bytes, ids)).decode("utf-8", "replace")
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that a token stands for; b"" for ids past the vocabulary (embeddings are sometimes padded).
+        """The bytes that a token stands for; b"" for ids past the vocabulary, as padded embeddings have them.
 
         Of a tokenizer that is not byte-level: the UTF-8 of what the token gives alone.
 
@@ -133,6 +137,10 @@ class Tokenizer:
         """A token for display: its bytes as text, U+FFFD for what is not UTF-8."""
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
+    def content(self, token_id: int) -> str | None:
+        """A token as the vocabulary spells it, a space as "Ġ"; None past the vocabulary."""
+        return self._inner.id_to_token(_check_id(token_id))
+
     @cached_property
     def vocab_size(self) -> int:
         """The greatest token id plus one, added tokens included."""
@@ -142,18 +150,18 @@ class Tokenizer:
     def max_token_bytes(self) -> int:
         """A text of more than `n * max_token_bytes` bytes has more than n tokens.
 
-        65536 where a token may stand for text of any length: a normalizer, an unknown token, a token that swallows
-        the whitespace around it.
+        65536 where a token may stand for text of any length: a normalizer, an unknown token, a token that
+        swallows the whitespace around it, a split that removes text.
         """
-        added = self._inner.get_added_tokens_decoder()
         if (
             not self._byte_level
             or self._inner.normalizer is not None
-            or getattr(self._inner.model, "unk_token", None) is not None
-            or any(token.lstrip or token.rstrip for token in added.values())
+            or self._has_unknown_token
+            or any(token.lstrip or token.rstrip for token in self._added.values())
+            or not _keeps_text(self._inner.pre_tokenizer)
         ):
             return UNBOUNDED_TOKEN_BYTES
-        longest_added = max((len(token.content.encode()) for token in added.values()), default=1)
+        longest_added = max((len(token.content.encode()) for token in self._added.values()), default=1)
         return max(longest_added, max(map(len, self._inner.get_vocab(with_added_tokens=False)), default=1))
 
     def stream_decoder(self) -> StreamDecoder:
@@ -162,9 +170,9 @@ class Tokenizer:
             return ByteStreamDecoder(self)
         return TextStreamDecoder(self, stable=_is_prefix_stable(self._inner.decoder))
 
-    def content(self, token_id: int) -> str | None:
-        """A token as the vocabulary spells it; None past the vocabulary."""
-        return self._inner.id_to_token(_check_id(token_id))
+    @property
+    def _has_unknown_token(self) -> bool:
+        return getattr(self._inner.model, "unk_token", None) is not None
 
     def _token_bytes(self, token_id: int) -> bytes:
         known = self._bytes.get(token_id)
@@ -187,15 +195,18 @@ class Tokenizer:
                 self._with_special = tokenizers.Tokenizer.from_str(self._inner.to_str())
             return self._with_special
 
-    def _check_alphabet(self, text: str, data: bytes) -> None:
-        if self._missing_bytes.isdisjoint(data):
-            return
-        for i, character in enumerate(text):
+    def _check_alphabet(self, text: str, allow_special: bool) -> None:
+        """Refuse a character that the vocabulary cannot spell; the library would leave it out silently."""
+        rest = text
+        for token in self._added.values():
+            if allow_special or not token.special:
+                rest = rest.replace(token.content, "")
+        for character in rest:
             for byte in character.encode():
                 if byte in self._missing_bytes:
                     raise RequestError(
-                        f"text holds {character!r} at character {i}, and this tokenizer has no token for the byte "
-                        f"0x{byte:02X}; remove it"
+                        f"text holds {character!r} at character {text.index(character)}, and this tokenizer "
+                        f"has no token for the byte 0x{byte:02X}; remove it"
                     )
 
 
@@ -217,10 +228,10 @@ class ByteStreamDecoder:
 
 
 class TextStreamDecoder:
-    """`StreamDecoder` of other tokenizers, whose tokens look different beside each other: decodes all, gives the news.
+    """`StreamDecoder` of other tokenizers, whose tokens look different beside each other: decodes all again.
 
-    `stable` says that more tokens never change the text of those before; then only the bytes of one character are
-    held back. Otherwise all text comes with `flush`.
+    `stable` says that more tokens never change the text of those before; then only bytes that may belong to
+    one character are held back. Otherwise all text comes with `flush`.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, stable: bool) -> None:
@@ -248,7 +259,7 @@ class TextStreamDecoder:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's spelling of bytes in vocab.json: printable Latin-1 stands for itself, the rest moves to 256 and on.
+    """GPT-2's spelling of bytes in vocab.json: printable Latin-1 is itself, the rest moves to 256 and on.
 
     After `bytes_to_unicode` in OpenAI's gpt-2 (src/encoder.py).
     """
@@ -264,32 +275,48 @@ _BYTE_TOKEN: Final = re.compile("<0x[0-9A-F]{2}>")
 def _spelled_bytes(token: str) -> bytes:
     """What a byte-level token stands for; one with a character outside the alphabet is literal."""
     try:
-        return bytes(_BYTE_OF[character] for character in token)
+        return bytes([_BYTE_OF[character] for character in token])
     except KeyError:
         return token.encode()
 
 
 def _check_id(token_id: object) -> int:
-    if isinstance(token_id, bool) or not hasattr(token_id, "__index__"):
+    try:
+        number = operator.index(token_id)  # type: ignore[arg-type]
+    except TypeError:
+        number = None
+    if number is None or isinstance(token_id, bool):
         raise RequestError(
-            f"token id {token_id!r:.60} is a {type(token_id).__name__}; it must be a whole number"
+            f"token id {token_id!r:.40} is a {type(token_id).__name__}, expected a whole number"
         )
-    number = operator.index(token_id)
     if not 0 <= number <= MAX_TOKEN_ID:
-        raise RequestError(f"token id {number} is out of range; it must be from 0 to {MAX_TOKEN_ID}")
+        raise RequestError(f"token id {number!r:.40} is out of range; it must be from 0 to {MAX_TOKEN_ID}")
     return number
+
+
+def _keeps_text(split: Any) -> bool:
+    """Whether a pre-tokenizer passes on all of a text."""
+    if split is None:
+        return True
+    state = json.loads(split.__getstate__())
+    parts = state["pretokenizers"] if state["type"] == "Sequence" else [state]
+    return all(
+        part["type"] in ("ByteLevel", "Digits")
+        or (part["type"] in ("Split", "Punctuation") and part["behavior"] != "Removed")
+        for part in parts
+    )
 
 
 def _is_prefix_stable(decoder: Any) -> bool:
     """Whether the text of some tokens begins the text of the same and more, bytes of a character aside."""
     if decoder is None:
         return True
-    spec = json.loads(decoder.__getstate__())
-    if spec["type"] != "Sequence":
-        return spec["type"] in ("Metaspace", "WordPiece")
+    state = json.loads(decoder.__getstate__())
+    if state["type"] != "Sequence":
+        return state["type"] in ("Metaspace", "WordPiece")
     return all(
         part["type"] in ("ByteFallback", "Fuse", "Metaspace")
         or (part["type"] == "Replace" and len(part["pattern"].get("String", "")) == 1)
         or (part["type"] == "Strip" and part["stop"] == 0)
-        for part in spec["decoders"]
+        for part in state["decoders"]
     )

@@ -6,19 +6,19 @@ from typing import Any, Final, TypeVar
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from gpt2core.config import parse_json_object
 from gpt2core.errors import CheckpointError
+from gpt2core.strict_json import parse_json_object, shown
 
 _T = TypeVar("_T")
 
+_MAX_NBYTES: Final = 64 * 2**20  # GPT-2's tokenizer.json has 3.6 MB
+_BYTES_AND_END: Final = 257  # a vocabulary that needs no merges: all bytes and <|endoftext|>
 # Classes of transformers that take add_prefix_space from tokenizer_config.json, whatever tokenizer.json says.
 _PREFIX_FROM_CONFIG: Final = (None, "GPT2Tokenizer", "GPT2TokenizerFast")
 _SPECIAL_NAMES: Final = (
     "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
 )  # fmt: skip
-_REMEDY: Final = (
-    "download the checkpoint again, or save its tokenizer anew with transformers' save_pretrained"
-)
+_FLAGS: Final = ("lstrip", "rstrip", "single_word", "normalized")
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
@@ -34,22 +34,24 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     prefix = config.get("add_prefix_space")
     if (folder / "tokenizer.json").exists():
         tokenizer = _read_tokenizer_json(folder / "tokenizer.json")
-        if (
-            isinstance(prefix, bool)
-            and config.get("tokenizer_class") in _PREFIX_FROM_CONFIG
-            and isinstance(tokenizer.pre_tokenizer, pre_tokenizers.ByteLevel)
-        ):
-            tokenizer.pre_tokenizer.add_prefix_space = prefix
+        split = tokenizer.pre_tokenizer
+        follows_config = config.get("tokenizer_class") in _PREFIX_FROM_CONFIG
+        if isinstance(prefix, bool) and follows_config and isinstance(split, pre_tokenizers.ByteLevel):
+            split.add_prefix_space = prefix
     else:
         tokenizer = _read_vocab_and_merges(folder, add_prefix_space=prefix is True)
         _add_tokens(tokenizer, folder / "added_tokens.json")
-    special = [AddedToken("<|endoftext|>", special=True, normalized=False)]
-    special += _special_tokens(config)
-    special += _special_tokens(_read_object(folder / "special_tokens_map.json"))
-    # What the vocabulary lacks stays out: a new id would have no embedding.
-    known = [token for token in special if tokenizer.token_to_id(token.content) is not None]
-    already = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
-    tokenizer.add_special_tokens([token for token in known if token.content not in already])
+    special = [
+        AddedToken("<|endoftext|>", special=True, normalized=False),
+        *_special_tokens(config),
+        *_special_tokens(_read_object(folder / "special_tokens_map.json")),
+    ]
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+    for token in special:
+        # What the vocabulary lacks stays out: a new id would have no embedding.
+        if token.content not in known and tokenizer.token_to_id(token.content) is not None:
+            tokenizer.add_special_tokens([token])
+            known.add(token.content)
     return tokenizer
 
 
@@ -57,47 +59,45 @@ def _read_tokenizer_json(file: Path) -> Tokenizer:
     data = _read(file)
     fields = parse_json_object(data, str(file))
     model = fields.get("model")
-    if (
-        isinstance(model, dict)
-        and isinstance(model.get("vocab"), dict)
-        and isinstance(model.get("merges"), list)
-    ):
-        if not model.get("continuing_subword_prefix"):
-            merges = [tuple(m.split(" ")) if isinstance(m, str) else m for m in model["merges"]]
-            _check_merges(merges, model["vocab"], file)
-    return _build(lambda: Tokenizer.from_buffer(data), file)
+    if isinstance(model, dict) and not model.get("continuing_subword_prefix"):
+        vocab, merges = model.get("vocab"), model.get("merges")
+        if isinstance(vocab, dict) and isinstance(merges, list):
+            _check_merges([m.split(" ") if isinstance(m, str) else m for m in merges], vocab, file)
+    tokenizer = _build(lambda: Tokenizer.from_buffer(data), file)
+    for token in fields.get("added_tokens") or ():
+        _check_added(tokenizer, token["content"], token["id"], file)
+    return tokenizer
 
 
 def _read_vocab_and_merges(folder: Path, *, add_prefix_space: bool) -> Tokenizer:
     vocab_file, merges_file = folder / "vocab.json", folder / "merges.txt"
-    for file in (vocab_file, merges_file):
-        if not file.exists():
-            raise CheckpointError(
-                f"{folder} has no tokenizer: neither tokenizer.json nor {file.name} (with "
-                f"{'merges.txt' if file is vocab_file else 'vocab.json'}) is there; {_REMEDY}"
-            )
+    missing = [file.name for file in (vocab_file, merges_file) if not file.exists()]
+    if missing:
+        raise _broken(
+            folder, f"has no tokenizer: tokenizer.json is missing, and so is {' and '.join(missing)}"
+        )
     vocab = parse_json_object(_read(vocab_file), str(vocab_file))
-    if not vocab:
-        raise CheckpointError(f"{vocab_file} holds no tokens; {_REMEDY}")
     for token, token_id in vocab.items():
-        if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < 2**31:
-            raise CheckpointError(
-                f"{vocab_file}: token {token!r} has the id {token_id!r:.40}; it must be a whole number from 0 to "
-                f"{2**31 - 1}; {_REMEDY}"
+        if type(token_id) is not int or not 0 <= token_id < 2**31:
+            raise _broken(
+                vocab_file,
+                f"gives the token {shown(token)} the id {shown(token_id)}, expected a whole number from 0 to "
+                f"{2**31 - 1}",
             )
     if len(set(vocab.values())) != len(vocab):
-        raise CheckpointError(f"{vocab_file} gives two tokens the same id; {_REMEDY}")
+        raise _broken(vocab_file, "gives two tokens the same id")
     try:
         lines = _read(merges_file).decode().replace("\r\n", "\n").split("\n")
     except UnicodeDecodeError as error:
-        raise CheckpointError(f"{merges_file} is not UTF-8: {error}; {_REMEDY}") from error
+        raise _broken(merges_file, f"is not UTF-8: {error}") from error
     if lines[0].startswith("#version"):
         del lines[0]
-    merges = [tuple(line.split(" ")) for line in lines if line]
-    if not merges and len(vocab) > 257:  # 257: all bytes and <|endoftext|>
-        raise CheckpointError(f"{merges_file} holds no merges, and vocab.json {len(vocab)} tokens; {_REMEDY}")
+    merges = [line.split(" ") for line in lines if line]
+    if not merges and len(vocab) > _BYTES_AND_END:
+        raise _broken(merges_file, f"holds no merges, and vocab.json {len(vocab)} tokens")
     _check_merges(merges, vocab, merges_file)
-    tokenizer = _build(lambda: Tokenizer(models.BPE(vocab, merges)), vocab_file)
+    pairs = [(left, right) for left, right in merges]
+    tokenizer = _build(lambda: Tokenizer(models.BPE(vocab, pairs)), vocab_file)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
@@ -105,13 +105,19 @@ def _read_vocab_and_merges(folder: Path, *, add_prefix_space: bool) -> Tokenizer
 
 def _add_tokens(tokenizer: Tokenizer, file: Path) -> None:
     """Add the tokens of `added_tokens.json`, which older versions of transformers wrote: content -> id."""
-    for content, token_id in sorted(_read_object(file).items(), key=lambda item: str(item[1])):
+    added = _read_object(file)
+    for content in sorted(added, key=lambda content: (type(added[content]) is not int, added[content])):
         tokenizer.add_tokens([AddedToken(content, normalized=False)])
-        if tokenizer.token_to_id(content) != token_id:
-            raise CheckpointError(
-                f"{file}: token {content!r} has the id {token_id!r:.40}, and the next free one is "
-                f"{tokenizer.token_to_id(content)}; {_REMEDY}"
-            )
+        _check_added(tokenizer, content, added[content], file)
+
+
+def _check_added(tokenizer: Tokenizer, content: str, token_id: object, file: Path) -> None:
+    actual = tokenizer.token_to_id(content)
+    if actual != token_id:  # the library numbers added tokens itself, and goes on silently
+        raise _broken(
+            file,
+            f"gives the added token {shown(content)} the id {shown(token_id)}, and its place is {actual}",
+        )
 
 
 def _special_tokens(config: Mapping[str, Any]) -> Iterator[AddedToken]:
@@ -122,28 +128,25 @@ def _special_tokens(config: Mapping[str, Any]) -> Iterator[AddedToken]:
         values += extra.values() if isinstance(extra, dict) else extra if isinstance(extra, list) else ()
     added = config.get("added_tokens_decoder")
     if isinstance(added, dict):
-        values += [
-            token for token in added.values() if isinstance(token, dict) and token.get("special") is True
-        ]
+        values += [token for token in added.values() if isinstance(token, dict) and token.get("special")]
     for value in values:
         fields = value if isinstance(value, dict) else {"content": value}
         if isinstance(fields.get("content"), str) and fields["content"]:
-            flags = {
-                name: fields.get(name) is True for name in ("lstrip", "rstrip", "single_word", "normalized")
-            }
+            flags = {name: fields.get(name) is True for name in _FLAGS}
             yield AddedToken(fields["content"], special=True, **flags)
 
 
 def _check_merges(merges: Iterable[Any], vocab: Mapping[str, Any], file: Path) -> None:
     # Here and not in the tokenizers library, which panics on some of these and prints a trace.
     for number, merge in enumerate(merges, 1):
-        if not isinstance(merge, tuple | list) or [type(part) for part in merge] != [str, str]:
-            raise CheckpointError(f"{file}: merge {number} is {merge!r:.60}, expected two tokens; {_REMEDY}")
-        for token in (*merge, merge[0] + merge[1]):
+        if not isinstance(merge, list) or [type(part) for part in merge] != [str, str]:
+            raise _broken(file, f"holds as merge {number} {shown(merge)}, expected two tokens")
+        left, right = merge
+        for token in (left, right, left + right):
             if token not in vocab:
-                raise CheckpointError(
-                    f"{file}: merge {number}, {' '.join(merge)!r}, needs the token {token!r}, which the vocabulary "
-                    f"lacks; {_REMEDY}"
+                raise _broken(
+                    file,
+                    f"holds as merge {number} {shown(merge)}, but the vocabulary has no token {shown(token)}",
                 )
 
 
@@ -154,11 +157,16 @@ def _read_object(file: Path) -> dict[str, Any]:
 
 def _read(file: Path) -> bytes:
     try:
-        data = file.read_bytes()
+        if not file.is_file():  # also keeps a pipe or a device from being opened
+            raise _broken(file, "is not a file")
+        with file.open("rb") as stream:
+            data = stream.read(_MAX_NBYTES + 1)
     except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror}; {_REMEDY}") from error
+        raise _broken(file, f"cannot be read: {error.strerror}") from error
     if not data:
-        raise CheckpointError(f"{file} is empty; {_REMEDY}")
+        raise _broken(file, "is empty")
+    if len(data) > _MAX_NBYTES:
+        raise _broken(file, f"is larger than {_MAX_NBYTES} bytes, the limit for a tokenizer's file")
     return data
 
 
@@ -168,7 +176,11 @@ def _build(make: Callable[[], _T], file: Path) -> _T:
     except BaseException as error:
         # The library raises bare Exception, and PanicException, which does not even derive from that.
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            raise CheckpointError(
-                f"{file} is not a tokenizer that can be read: {error}; {_REMEDY}"
-            ) from error
+            raise _broken(file, f"is not a tokenizer that can be read: {error}") from error
         raise
+
+
+def _broken(path: Path, fault: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} {fault}; download the checkpoint again, or save its tokenizer anew with transformers"
+    )
