@@ -16,8 +16,8 @@ from gpt2core.errors import RequestError
 class Batch:
     """New tokens of several sequences, concatenated; prefill, decode and mixtures of both have this one form.
 
-    A row begins with `start == 0` in a free slot, leaves by being left out of the next batch, and rewinds with a
-    `start` smaller than what is cached.
+    A row begins with `start == 0` in a free slot, leaves by being left out of the next batch, and rewinds
+    with a `start` smaller than what is cached.
     """
 
     tokens: Int32[np.ndarray, "N"]  # the rows' new tokens, one row after the other
@@ -30,7 +30,7 @@ class Batch:
     def of(
         cls, rows: Iterable[tuple[Sequence[int], int, int]], logits_at: Sequence[int] | None = None
     ) -> Self:
-        """Build a batch from rows of (new tokens, start, slot); by default each row's last logits are wanted."""
+        """Build a batch from rows of (new tokens, start, slot); by default their last logits are wanted."""
         rows = list(rows)
         lengths = np.array([len(tokens) for tokens, _, _ in rows], np.int32)
         if logits_at is None:
@@ -69,7 +69,8 @@ class Batch:
             raise RequestError("batch has no rows; a forward pass needs at least one")
         if len(self.starts) != rows or len(self.slots) != rows:
             raise RequestError(
-                f"batch has {rows} lengths, {len(self.starts)} starts and {len(self.slots)} slots; they must match"
+                f"batch has {rows} lengths, {len(self.starts)} starts and {len(self.slots)} slots; "
+                "each row needs one of each"
             )
         if self.lengths.min() < 1 or self.lengths.sum(dtype=np.int64) != len(self.tokens):
             raise RequestError(
@@ -83,8 +84,8 @@ class Batch:
         end = int((self.starts.astype(np.int64) + self.lengths).max())
         if self.starts.min() < 0 or end > capacity:
             raise RequestError(
-                f"batch.starts {self.starts.tolist()} plus lengths {self.lengths.tolist()} must lie in the cache's "
-                f"capacity of {capacity}"
+                f"batch.starts {self.starts.tolist()} plus lengths {self.lengths.tolist()} must lie in the "
+                f"cache's capacity of {capacity}"
             )
 
 

@@ -1,8 +1,8 @@
-"""GPT-2 written down once more, as plainly as it can be, in float64: the reference that every backend is held to.
+"""GPT-2 once more, as plainly as it can be written, in float64: the reference that backends are held to.
 
 No cache, no batch, no blocks: one sequence in, the logits at every position out. Slow on purpose.
-After Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3, with the variants of
-Hugging Face's GPT2Config.
+After Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3, with the
+variants of Hugging Face's GPT2Config.
 """
 
 # T tokens, D width, H heads, V vocabulary

@@ -3,10 +3,10 @@
 from jaxtyping import install_import_hook
 
 SHAPE_CHECKED = (
-    "gpt2core.batch",
     "gpt2core.reference",
     "gpt2core.backends.numpy_kernels",
     "gpt2core.backends.numpy_backend",
+    "gpt2core.backends.ragged",
     "gpt2core.backends.torch_backend",
 )
 install_import_hook(list(SHAPE_CHECKED), "beartype.beartype").__enter__()

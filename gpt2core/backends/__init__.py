@@ -1,0 +1,176 @@
+"""The registry: which backends there are, which can run here, and which one `backend="auto"` takes.
+
+Built-in backends stand in one table; others come from the entry points of the group `gpt2core.backends`,
+each naming a `BackendFactory`. A backend's module, and with it its framework, is imported only when that
+backend is made.
+"""
+
+import importlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Final
+
+from gpt2core.backends.base import Backend, BackendFactory, Cache
+from gpt2core.config import ModelConfig
+from gpt2core.errors import BackendUnavailableError, RequestError
+from gpt2core.weights import Weights
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
+__all__ = [
+    "Backend",
+    "BackendFactory",
+    "BackendInfo",
+    "Cache",
+    "available",
+    "choose",
+    "create_backend",
+    "load_factory",
+]
+
+ENTRY_POINT_GROUP: Final = "gpt2core.backends"
+PRECISIONS: Final = ("float32",)
+SMALL_MODEL_PARAMETERS: Final = 30_000_000
+"""Below this, starting a framework takes longer than most texts take on NumPy."""
+
+
+@dataclass(frozen=True, slots=True)
+class _BuiltIn:
+    factory: str  # module:attribute
+    package: str  # what it imports; also the name of the pip extra and of the distribution
+
+
+_BUILT_IN: Final[Mapping[str, _BuiltIn]] = {
+    "numpy": _BuiltIn("gpt2core.backends.numpy_backend:NumpyBackend", "numpy"),
+    "torch": _BuiltIn("gpt2core.backends.torch_backend:TorchBackend", "torch"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class BackendInfo:
+    """One known backend: can it run here, and if not, why, with the remedy."""
+
+    name: str
+    available: bool
+    version: str | None  # of the package that does its arithmetic
+    reason: str  # empty where it is available
+
+
+def available() -> dict[str, BackendInfo]:
+    """Every known backend by name, built-in ones first; a broken plugin is listed with its error.
+
+    Built-in frameworks are looked up, not imported; plugins are loaded.
+    """
+    infos = {}
+    for name, built_in in _BUILT_IN.items():
+        found = find_spec(built_in.package) is not None
+        infos[name] = BackendInfo(
+            name=name,
+            available=found,
+            version=_version(built_in.package) if found else None,
+            reason="" if found else _install_hint(name),
+        )
+    for name, entry in _plugins().items():
+        version = entry.dist.version if entry.dist else None
+        try:
+            entry.load()
+        except Exception as error:  # whatever a stranger's module raises, the others must stay usable
+            infos[name] = BackendInfo(name, False, version, f"its plugin failed to load: {_describe(error)}")
+        else:
+            infos[name] = BackendInfo(name, True, version, "")
+    return infos
+
+
+def load_factory(name: str) -> BackendFactory:
+    """The factory of the backend `name`, its framework imported.
+
+    Raises:
+        BackendUnavailableError: no such backend, its package is missing (names the pip extra), or its plugin
+        is
+            broken.
+    """
+    if name in _BUILT_IN:
+        module, _, attribute = _BUILT_IN[name].factory.partition(":")
+        try:
+            factory: BackendFactory = getattr(importlib.import_module(module), attribute)
+        except ImportError as error:
+            missing = isinstance(error, ModuleNotFoundError) and error.name == _BUILT_IN[name].package
+            hint = _install_hint(name) if missing else f"its import failed: {_describe(error)}"
+            raise BackendUnavailableError(f"backend {name!r} is not available: {hint}") from error
+        return factory
+    plugins = _plugins()
+    if name not in plugins:
+        known = ", ".join(["auto", *_BUILT_IN, *plugins])
+        raise BackendUnavailableError(f"there is no backend {name!r}; known are {known}")
+    try:
+        loaded: BackendFactory = plugins[name].load()
+    except Exception as error:  # a stranger's module may raise anything; it becomes one typed error
+        raise BackendUnavailableError(
+            f"backend {name!r} is not available: its plugin failed to load: {_describe(error)}"
+        ) from error
+    return loaded
+
+
+def choose(config: ModelConfig, *, device: str = "cpu") -> tuple[str, str]:
+    """The backend that `backend="auto"` takes, and why.
+
+    In this order: the environment variable GPT2CORE_BACKEND; PyTorch for any device but the CPU; NumPy for
+    models of less than 30 million parameters; PyTorch where it is installed; NumPy.
+    """
+    named = os.environ.get("GPT2CORE_BACKEND")
+    if named and named != "auto":
+        return named, "GPT2CORE_BACKEND names it"
+    if device != "cpu":
+        return "torch", f"it runs on device {device!r}"
+    if config.parameters < SMALL_MODEL_PARAMETERS:
+        return "numpy", f"{config.parameters / 1e6:.1f} million parameters run before a framework has started"
+    if find_spec("torch") is not None:
+        return "torch", "it is the fastest of those installed"
+    return "numpy", "no framework is installed"
+
+
+def create_backend(
+    name: str,
+    weights: Weights,
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    precision: str = "float32",
+) -> Backend:
+    """Make the backend `name` ("auto" for `choose`'s answer) over `weights`.
+
+    Raises:
+        BackendUnavailableError: as `load_factory`, or the backend does not run on `device`.
+        RequestError: an unknown precision, or `threads` below 1.
+    """
+    if precision not in PRECISIONS:
+        raise RequestError(f"precision {precision!r} is unknown; use {' or '.join(map(repr, PRECISIONS))}")
+    if name == "auto":
+        name, _ = choose(weights.config, device=device)
+    return load_factory(name)(weights, device=device, threads=threads)
+
+
+def _plugins() -> dict[str, "EntryPoint"]:
+    from importlib.metadata import entry_points  # costs tens of milliseconds, so only where plugins matter
+
+    return {e.name: e for e in entry_points(group=ENTRY_POINT_GROUP) if e.name not in _BUILT_IN}
+
+
+def _version(package: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _install_hint(name: str) -> str:
+    return f"install it with: pip install 'gpt2core[{name}]'"
+
+
+def _describe(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"

@@ -43,9 +43,9 @@ class Backend(Protocol):
     def forward(self, batch: Batch, cache: Cache) -> Float32[np.ndarray, "M V"]:
         """Append the batch's tokens to `cache` and return the logits at `batch.logits_at`.
 
-        The result belongs to the caller. Only positions from `start` on of the batch's own slots are written. A call
-        that raises has committed nothing: what was cached before each row's `start` still holds, and the same
-        batch may be tried again.
+        The result belongs to the caller. Only positions from `start` on of the batch's own slots are
+        written. A call that raises has committed nothing: what was cached before each row's `start`
+        still holds, and the same batch may be tried again.
 
         Raises:
             RequestError: the batch does not fit the vocabulary or the cache.

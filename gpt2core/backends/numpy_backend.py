@@ -1,0 +1,122 @@
+"""The NumPy backend: the readable one among the fast, and the default where no framework is installed.
+
+One forward pass, top to bottom, is `NumpyBackend._logits`; the arithmetic is in `numpy_kernels`. Weights are
+used where they lie: a memory-mapped float32 checkpoint is never copied.
+"""
+
+# N new tokens in all, B rows, M wanted logits, D width, H heads, K head width, V vocabulary
+# L layers, S cache slots, C cache capacity
+
+from typing import final
+
+import numpy as np
+
+from gpt2core._shapes import Float, Float32
+from gpt2core.backends import numpy_kernels as kernels
+from gpt2core.backends.blas_threads import blas_threads
+from gpt2core.backends.ragged import AttentionPlan, note_filled, plan_attention
+from gpt2core.batch import Batch
+from gpt2core.config import ModelConfig
+from gpt2core.errors import BackendUnavailableError, RequestError
+from gpt2core.weights import Weights
+
+
+@final
+class NumpyCache:
+    """Keys and values as one array (L, 2, S, H, C, K); zeroed lazily, so unused slots take no memory."""
+
+    def __init__(self, config: ModelConfig, slots: int, capacity: int) -> None:
+        shape = (config.n_layer, 2, slots, config.n_head, capacity, config.head_dim)
+        self.slots, self.capacity = slots, capacity
+        self.kv = np.zeros(shape, np.float32)
+        self.filled = np.zeros(slots, np.int32)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a full cache takes."""
+        return self.kv.nbytes
+
+
+@final
+class NumpyBackend:
+    """GPT-2 in pure NumPy.
+
+    Args:
+        weights: float32 weights; they are shared, not copied.
+        device: only "cpu".
+        threads: threads of NumPy's BLAS during a forward pass; None leaves them as they are.
+
+    Raises:
+        BackendUnavailableError: another device, or a NumPy whose BLAS cannot be told its threads.
+    """
+
+    name = "numpy"
+
+    def __init__(self, weights: Weights, *, device: str = "cpu", threads: int | None = None) -> None:
+        if device != "cpu":
+            raise BackendUnavailableError(
+                f"the numpy backend runs on device 'cpu' only, not {device!r}; use backend='torch' for it"
+            )
+        self.config = weights.config
+        self._weights: Weights | None = weights
+        self._threads = blas_threads(threads)
+
+    def new_cache(self, slots: int, capacity: int) -> NumpyCache:
+        """An empty cache for `slots` sequences of up to `capacity` tokens."""
+        return NumpyCache(self.config, slots, capacity)
+
+    def forward(self, batch: Batch, cache: NumpyCache) -> Float32[np.ndarray, "M V"]:
+        """See `gpt2core.backends.base.Backend.forward`."""
+        if self._weights is None:
+            raise RequestError("the numpy backend is closed; load the model again")
+        batch.check(vocab_size=self.config.vocab_size, slots=cache.slots, capacity=cache.capacity)
+        for slot, positions in note_filled(cache.filled, batch):
+            cache.kv[:, :, slot, :, positions] = 0
+        with self._threads, np.errstate(all="ignore"):  # what is not finite is found in the logits, by name
+            return self._logits(self._weights, batch, cache)
+
+    def _logits(self, weights: Weights, batch: Batch, cache: NumpyCache) -> Float32[np.ndarray, "M V"]:
+        config, epsilon = self.config, self.config.layer_norm_epsilon
+        plan = plan_attention(batch)
+        x = weights.wte[batch.tokens]  # (N, D)
+        x += weights.wpe[batch.positions]
+        for i, block in enumerate(weights.blocks):
+            h = kernels.layer_norm(x, block.ln_1.weight, block.ln_1.bias, epsilon)
+            qkv = kernels.linear(h, block.c_attn.weight, block.c_attn.bias)  # (N, 3 D)
+            qkv = qkv.reshape(len(x), 3, config.n_head, -1)  # (N, 3, H, K)
+            y = _attention(qkv, cache.kv[i], plan, config.attention_scale(i))  # (N, D)
+            if i == config.n_layer - 1:  # from here on only the wanted tokens matter
+                if len(batch.logits_at) == 0:
+                    return np.empty((0, config.vocab_size), np.float32)
+                x, y = x[batch.logits_at], y[batch.logits_at]  # (M, D)
+            x += kernels.linear(y, block.attn_c_proj.weight, block.attn_c_proj.bias)
+            h = kernels.layer_norm(x, block.ln_2.weight, block.ln_2.bias, epsilon)
+            h = kernels.linear(h, block.c_fc.weight, block.c_fc.bias)  # (N, mlp_dim)
+            kernels.activate(h, config.activation_function)
+            x += kernels.linear(h, block.mlp_c_proj.weight, block.mlp_c_proj.bias)
+        x = kernels.layer_norm(x, weights.ln_f.weight, weights.ln_f.bias, epsilon)
+        return x @ weights.lm_head.T
+
+    def close(self) -> None:
+        """Let go of the weights."""
+        self._weights = None
+
+
+def _attention(
+    qkv: Float[np.ndarray, "N 3 H K"],
+    kv: Float[np.ndarray, "2 S H C K"],
+    plan: AttentionPlan,
+    scale: float,
+) -> Float[np.ndarray, "N D"]:
+    """Write the new keys and values into one layer's cache, then attend."""
+    q = qkv[:, 0]  # (N, H, K)
+    y = np.empty_like(q, order="C")  # (N, H, K)
+    for run in plan.decode:
+        kv[:, run.rows, :, run.ends - 1] = qkv[run.tokens, 1:]
+        k, v = kv[:, run.slots, :, : run.longest]  # (R, H, T, K) each
+        y[run.tokens] = kernels.attend_one(q[run.tokens], k, v, run.ends, scale)
+    for row in plan.prefill:
+        kv[:, row.slot, :, row.start : row.end] = qkv[row.tokens, 1:].transpose(1, 2, 0, 3)
+        k, v = kv[:, row.slot, :, : row.end]  # (H, T, K) each
+        y[row.tokens] = kernels.attend_causal(q[row.tokens], k, v, scale)
+    return y.reshape(len(y), -1)

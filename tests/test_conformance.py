@@ -1,0 +1,201 @@
+"""The built-in backends pass the conformance suite on every variant; broken ones fail their check."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from gpt2core.backends import load_factory
+from gpt2core.backends.numpy_backend import NumpyBackend
+from gpt2core.batch import Batch
+from gpt2core.errors import RequestError
+from gpt2core.testing import CONFORMANCE_CHECKS, VARIANTS, check_backend, random_config, random_weights
+
+BACKENDS = ("numpy", "torch")
+
+
+@pytest.mark.parametrize("check", CONFORMANCE_CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_built_in_backends_conform(backend, check):
+    check_backend(load_factory(backend), checks=[check])
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v != "plain"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_built_in_backends_conform_on_every_variant(backend, variant):
+    weights = random_weights(random_config(n_positions=64, **VARIANTS[variant]), seed=1)
+    check_backend(load_factory(backend), weights)
+
+
+class Broken:
+    """A NumPy backend with one planted fault."""
+
+    name = "broken"
+
+    def __init__(self, weights, *, device="cpu", threads=None):
+        self.inner = NumpyBackend(weights)
+        self.config = weights.config
+
+    def new_cache(self, slots, capacity):
+        return self.inner.new_cache(slots, capacity)
+
+    def forward(self, batch, cache):
+        return self.inner.forward(batch, cache)
+
+    def close(self):
+        self.inner.close()
+
+
+class NoPositions(Broken):
+    def __init__(self, weights, **options):
+        super().__init__(replace(weights, wpe=np.zeros_like(weights.wpe)))
+        self.config = weights.config
+
+
+class HalfPrecision(Broken):
+    def forward(self, batch, cache):
+        return super().forward(batch, cache).astype(np.float16).astype(np.float32)
+
+
+class ReversesRows(Broken):
+    def forward(self, batch, cache):
+        return super().forward(batch, cache)[::-1].copy()
+
+
+class IgnoresSlots(Broken):
+    def forward(self, batch, cache):
+        batch.check(vocab_size=self.config.vocab_size, slots=cache.slots, capacity=cache.capacity)
+        return super().forward(replace(batch, slots=np.arange(len(batch.slots), dtype=np.int32)), cache)
+
+
+class WritesIntoTheNextSlot(Broken):
+    def forward(self, batch, cache):
+        logits = super().forward(batch, cache)
+        if batch.slots.max() + 1 < cache.slots and len(batch.lengths) == 2:
+            cache.kv[:, :, batch.slots.max() + 1] += 0.5
+        return logits
+
+
+class KeepsNaN(Broken):
+    def forward(self, batch, cache):
+        cache.filled[:] = 0  # so that nothing is ever zeroed
+        return super().forward(batch, cache)
+
+
+class ReusesItsOutput(Broken):
+    buffer = None
+
+    def forward(self, batch, cache):
+        logits = super().forward(batch, cache)
+        if self.buffer is None or self.buffer.shape != logits.shape:
+            self.buffer = logits
+        self.buffer[...] = logits
+        return self.buffer
+
+
+class CommitsBeforeChecking(Broken):
+    def forward(self, batch, cache):
+        try:
+            batch.check(vocab_size=self.config.vocab_size, slots=cache.slots, capacity=cache.capacity)
+        except RequestError:
+            cache.kv[...] = 1
+            raise
+        return super().forward(batch, cache)
+
+
+class ClampsTokens(Broken):
+    def forward(self, batch, cache):
+        tokens = batch.tokens.clip(0, self.config.vocab_size - 1)
+        return super().forward(replace(batch, tokens=tokens), cache)
+
+
+class SharesOneCache(Broken):
+    def new_cache(self, slots, capacity):
+        if (capacity, slots) != (getattr(self, "capacity", 0), getattr(self, "slots", 0)):
+            self.capacity, self.slots, self.cache = capacity, slots, super().new_cache(slots, capacity)
+        return self.cache
+
+
+class CannotClose(Broken):
+    def close(self):
+        self.inner = NumpyBackend(random_weights(self.config))
+
+
+class RefusesToRewind(Broken):
+    def forward(self, batch, cache):
+        batch.check(vocab_size=self.config.vocab_size, slots=cache.slots, capacity=cache.capacity)
+        starts = np.maximum(batch.starts, np.minimum(cache.filled[batch.slots], 19)).astype(np.int32)
+        starts[batch.starts == 0] = 0
+        return super().forward(replace(batch, starts=starts), cache)
+
+
+class AlwaysReturnsSomething(Broken):
+    def forward(self, batch, cache):
+        if len(batch.logits_at) == 0:
+            batch = replace(batch, logits_at=np.array([0], np.int32))
+        return super().forward(batch, cache)
+
+
+@pytest.mark.parametrize(
+    ("fault", "caught_by"),
+    [
+        (NoPositions, "agrees_with_the_reference_at_every_position"),
+        (NoPositions, "decoding_equals_prefilling"),
+        (NoPositions, "chunked_prefill_equals_whole"),
+        (HalfPrecision, "agrees_with_the_reference_at_every_position"),
+        (ReversesRows, "batch_equals_single"),
+        (ReversesRows, "prefill_and_decode_mix_in_one_batch"),
+        (IgnoresSlots, "rows_join_and_leave"),
+        (IgnoresSlots, "nothing_is_written_outside_the_batchs_slots"),
+        (WritesIntoTheNextSlot, "nothing_is_written_outside_the_batchs_slots"),
+        (KeepsNaN, "nan_in_one_row_stays_there"),
+        (RefusesToRewind, "rewinding_forgets_what_came_after"),
+        (AlwaysReturnsSomething, "wanted_logits_come_in_the_order_asked"),
+        (ReusesItsOutput, "logits_belong_to_the_caller"),
+        (ClampsTokens, "an_error_commits_nothing"),
+        (CommitsBeforeChecking, "an_error_commits_nothing"),
+        (SharesOneCache, "caches_are_independent"),
+        (CannotClose, "closing_is_final_and_harmless"),
+    ],
+)
+def test_a_planted_fault_is_caught(fault, caught_by):
+    checks = [check for check in CONFORMANCE_CHECKS if check.__name__ == caught_by]
+    with pytest.raises(AssertionError, match=caught_by):
+        check_backend(fault, checks=checks)
+
+
+def test_a_dirty_slot_that_shows_through_is_caught():
+    class SeesThePast(Broken):
+        def forward(self, batch, cache):
+            if batch.starts.max() == 5 and len(batch.starts) == 2:
+                starts = batch.starts + np.array([3, 0], np.int32)
+                return super().forward(replace(batch, starts=starts), cache)
+            return super().forward(batch, cache)
+
+    checks = [check for check in CONFORMANCE_CHECKS if check.__name__ == "dirty_slot_equals_clean_slot"]
+    check_backend(Broken, checks=checks)
+
+    class ForgetsToMask(Broken):
+        def forward(self, batch, cache):
+            starts = np.where(batch.starts == 5, 7, batch.starts).astype(np.int32)
+            return super().forward(replace(batch, starts=starts), cache)
+
+    with pytest.raises(AssertionError, match="short row beside a long one"):
+        check_backend(ForgetsToMask, checks=checks)
+
+
+def test_the_untouched_wrapper_conforms():
+    check_backend(Broken)
+
+
+def test_every_check_is_named_and_says_its_claim():
+    names = [check.__name__ for check in CONFORMANCE_CHECKS]
+    assert len(set(names)) == len(names) >= 16
+    assert all(check.__doc__ for check in CONFORMANCE_CHECKS)
+
+
+def test_batch_of_wants_each_rows_last_logits_by_default():
+    batch = Batch.of([([1, 2, 3], 0, 1), ([4], 9, 0)])
+    assert batch.logits_at.tolist() == [2, 3]
+    assert batch.positions.tolist() == [0, 1, 2, 9]
+    assert batch.ends.tolist() == [3, 10]
