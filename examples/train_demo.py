@@ -1,11 +1,12 @@
 """Train a small GPT-2 on a folder of stories: the script that made the bundled demo model.
 
     pip install -c constraints.txt "gpt2core[torch]"
-    python examples/train_demo.py TEXT_FOLDER OUT_FOLDER --tokens 40e6
+    python examples/train_demo.py TEXT_FOLDER OUT_FOLDER --tokens 20e6
 
-TEXT_FOLDER holds one book a file (`*.txt` or `*.txt.gz`, UTF-8). OUT_FOLDER receives a checkpoint in Hugging Face
-layout (`config.json`, `model.safetensors` in float16, `tokenizer.json`), `training_log.jsonl` and `resume.pt`.
-Run the same command again after an interruption: it goes on from the last saved step and ends with the same model.
+TEXT_FOLDER holds one book a file (`*.txt` or `*.txt.gz`, UTF-8). OUT_FOLDER receives a checkpoint in Hugging
+Face layout (`config.json`, `model.safetensors` in float16, `tokenizer.json`), `training_log.jsonl` and
+`resume.pt`. Run the same command again after an interruption: it goes on from the last saved step and ends
+with the same model.
 
 What it does, and why:
 
@@ -13,10 +14,10 @@ What it does, and why:
   `<|endoftext|>` closes every story, so that the model learns to begin with a first sentence and to end.
 - Held out, and never trained on: the last 1 % of every book, and the whole books named by `--held-out-book`.
 - Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) for the blocks' matrices, AdamW for
-  embeddings, norms and biases; warm-up, then linear decay to zero; the last tenth's weights are averaged.
+  embeddings, norms and biases; warm-up, then linear decay to zero.
 - bfloat16 products where the processor has them (`--dtype`), float32 weights and sums.
-- Windows of 256 tokens for most of the run, then of 512, so that late positions are trained too. One window in
-  sixteen starts at the first word of a story, where a user's prompt starts.
+- Windows of 256 tokens for most of the run, then of 512, so that late positions are trained too. One window
+  in sixteen starts at the first word of a story, where a user's prompt starts.
 """
 
 # N batch, T tokens, D width, H heads, V vocabulary
@@ -126,7 +127,7 @@ class Windows:
         self.story_starts = starts.numpy()
 
     def batch(self, first: int, rows: int, length: int) -> tuple[Tensor, Tensor]:
-        """Rows `first ... first + rows` of an endless shuffled walk over the text: inputs and targets (N, T)."""
+        """Rows `first ... first + rows` of an endless shuffled walk: inputs and targets (N, T)."""
         per_epoch = (len(self.tokens) - 2 * length) // length
         offsets = []
         for row in range(first, first + rows):
@@ -161,6 +162,7 @@ class Conv1D(nn.Module):
         self.bias = nn.Parameter(torch.zeros(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, T, inputs) -> (N, T, outputs)."""
         return x @ self.weight + self.bias
 
 
@@ -177,6 +179,7 @@ class Block(nn.Module):
         self.mlp = nn.ModuleDict({"c_fc": Conv1D(d, 4 * d, 0.02), "c_proj": Conv1D(4 * d, d, small)})
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, T, D) -> (N, T, D)."""
         n, t, d = x.shape
         qkv = self.attn["c_attn"](self.ln_1(x)).view(n, t, 3, self.heads, d // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (N, H, T, D/H) each
@@ -200,6 +203,7 @@ class GPT2(nn.Module):
         self.ln_f = nn.LayerNorm(shape.n_embd)
 
     def forward(self, tokens: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+        """Cross-entropy of `targets` (N, T) in nats: their mean, or each of them with reduction="none"."""
         x = self.wte(tokens) + self.wpe.weight[: tokens.shape[1]]  # (N, T, D)
         for block in self.h:
             x = block(x)
@@ -223,14 +227,16 @@ def make_optimizers(model: GPT2, args: argparse.Namespace) -> list[torch.optim.O
 
 
 @torch.no_grad()
-def bits_per_byte(model: nn.Module, tokens: Tensor, text_bytes: int, length: int, autocast: object) -> float:
+def bits_per_byte(
+    model: nn.Module, tokens: Tensor, text_bytes: int, length: int, autocast: torch.autocast
+) -> float:
     """Bits per UTF-8 byte of `tokens`, windows of `length` that overlap by half: each token has context."""
     model.eval()
     total, stride = 0.0, length // 2
     for start in range(0, len(tokens) - 1, stride):
         window = tokens[max(0, start - stride) : start + stride + 1]
         fresh = min(stride, len(tokens) - 1 - start)
-        with autocast:  # type: ignore[attr-defined]
+        with autocast:
             losses = model(window[None, :-1], window[None, 1:], reduction="none")
         total += float(losses[-fresh:].double().sum())
     model.train()
@@ -264,11 +270,11 @@ def main() -> None:
     )
     parser.add_argument("texts", type=pathlib.Path)
     parser.add_argument("out", type=pathlib.Path)
-    parser.add_argument("--tokens", type=float, default=40e6, help="tokens to train on, in all")
-    parser.add_argument("--rows", type=int, default=16, help="windows of 256 tokens per step")
+    parser.add_argument("--tokens", type=float, default=20e6, help="tokens to train on, in all")
+    parser.add_argument("--rows", type=int, default=8, help="windows of 256 tokens per step")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--weight-decay", type=float, default=0.05)
-    parser.add_argument("--late", type=float, default=0.2, help="share of the tokens in windows of 512")
+    parser.add_argument("--late", type=float, default=0.15, help="share of the tokens in windows of 512")
     parser.add_argument("--held-out-book", action="append", default=[], help="a file's name without endings")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument(
@@ -307,23 +313,24 @@ def main() -> None:
     optimizers = make_optimizers(model, args)
     step_tokens = args.rows * 256
     steps = int(args.tokens // step_tokens)
-    late_from, average_from = int(steps * (1 - args.late)), int(steps * 0.9)
-    average: dict[str, Tensor] = {}
-    averaged = step = 0
+    late_from, step = int(steps * (1 - args.late)), 0
     resume_file = args.out / "resume.pt"
     if resume_file.exists():
         saved = torch.load(resume_file, weights_only=True)
         model.load_state_dict(saved["model"])
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-        average, averaged, step = saved["average"], saved["averaged"], saved["step"]
+        step = saved["step"]
         print(f"resuming at step {step} of {steps}", flush=True)
     run = torch.compile(model, dynamic=False) if args.compile else model
     autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=args.dtype == "bfloat16")
 
+    def evaluate(name: str, precision: torch.autocast) -> float:
+        return bits_per_byte(model, held_tokens[name], held_bytes[name], shape.n_positions, precision)
+
     def save_resume() -> None:
         state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
-                 "average": average, "averaged": averaged, "step": step}  # fmt: skip
+                 "step": step}  # fmt: skip
         torch.save(state, resume_file.with_suffix(".tmp"))
         os.replace(resume_file.with_suffix(".tmp"), resume_file)
 
@@ -346,27 +353,20 @@ def main() -> None:
             optimizer.zero_grad(set_to_none=True)
         step += 1
         recent.append(loss.item())
-        if step > average_from:
-            averaged += 1
-            for name, value in model.state_dict().items():
-                mean = average.setdefault(name, torch.zeros_like(value))
-                mean.lerp_(value, 1 / averaged)
         if step % args.eval_every == 0 or step == steps:
             speed = (step - began_step) * step_tokens / (time.perf_counter() - began)
             row = {"step": step, "tokens": step * step_tokens, "train_loss": round(float(np.mean(recent)), 4),
-                   "bits_per_byte": round(bits_per_byte(model, held_tokens["tails"], held_bytes["tails"], 512, autocast), 4),
+                   "bits_per_byte": round(evaluate("tails", autocast), 4),
                    "tokens_per_s": round(speed)}  # fmt: skip
             print(json.dumps(row), flush=True)
             print(json.dumps(row), file=log, flush=True)
             save_resume()
             recent = []
 
-    rounded = {name: value.to(torch.float16).float() for name, value in average.items()}
+    rounded = {name: value.to(torch.float16).float() for name, value in model.state_dict().items()}
     model.load_state_dict(rounded)
     exact = torch.autocast("cpu", enabled=False)
-    figures = {
-        k: round(bits_per_byte(model, t, held_bytes[k], 512, exact), 4) for k, t in held_tokens.items()
-    }
+    figures = {name: round(evaluate(name, exact), 4) for name in held_tokens}
     print(json.dumps({"final_bits_per_byte": figures}), flush=True)
     print(json.dumps({"final_bits_per_byte": figures}), file=log, flush=True)
     save_checkpoint(args.out, rounded, shape, tokenizer)
