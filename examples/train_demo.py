@@ -325,8 +325,8 @@ def main() -> None:
     run = torch.compile(model, dynamic=False) if args.compile else model
     autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=args.dtype == "bfloat16")
 
-    def evaluate(name: str, precision: torch.autocast) -> float:
-        return bits_per_byte(model, held_tokens[name], held_bytes[name], shape.n_positions, precision)
+    def evaluate(name: str, length: int, precision: torch.autocast) -> float:
+        return bits_per_byte(model, held_tokens[name], held_bytes[name], length, precision)
 
     def save_resume() -> None:
         state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
@@ -356,7 +356,7 @@ def main() -> None:
         if step % args.eval_every == 0 or step == steps:
             speed = (step - began_step) * step_tokens / (time.perf_counter() - began)
             row = {"step": step, "tokens": step * step_tokens, "train_loss": round(float(np.mean(recent)), 4),
-                   "bits_per_byte": round(evaluate("tails", autocast), 4),
+                   "bits_per_byte": round(evaluate("tails", length, autocast), 4),
                    "tokens_per_s": round(speed)}  # fmt: skip
             print(json.dumps(row), flush=True)
             print(json.dumps(row), file=log, flush=True)
@@ -366,7 +366,7 @@ def main() -> None:
     rounded = {name: value.to(torch.float16).float() for name, value in model.state_dict().items()}
     model.load_state_dict(rounded)
     exact = torch.autocast("cpu", enabled=False)
-    figures = {name: round(evaluate(name, exact), 4) for name in held_tokens}
+    figures = {name: round(evaluate(name, shape.n_positions, exact), 4) for name in held_tokens}
     print(json.dumps({"final_bits_per_byte": figures}), flush=True)
     print(json.dumps({"final_bits_per_byte": figures}), file=log, flush=True)
     save_checkpoint(args.out, rounded, shape, tokenizer)
