@@ -15,7 +15,7 @@ import click
 
 from gpt2core import __version__
 from gpt2core.cli.backends import backends
-from gpt2core.cli.console import discard_stdout, one_line, write
+from gpt2core.cli.console import one_line
 from gpt2core.cli.convert import convert
 from gpt2core.cli.generate import generate
 from gpt2core.cli.info import info
@@ -42,11 +42,8 @@ def main(args: Sequence[str] | None = None) -> int:
             errors="replace"
         )  # what the terminal cannot show becomes "?"; the story goes on
     try:
-        code = program.main(args, prog_name="gpt2core", standalone_mode=False)
-        write("")
-    except BrokenPipeError:
-        discard_stdout()
-        return 0
+        # Commands return nothing; the code of an Exit, --help's for one, comes back as the result.
+        code: int | None = program.main(args, prog_name="gpt2core", standalone_mode=False)
     except (click.Abort, KeyboardInterrupt):
         return EXIT_INTERRUPTED
     except Exception as error:

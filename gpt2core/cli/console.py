@@ -65,10 +65,9 @@ def load(model: str, *, revision: str | None, offline: bool, **engine: Any) -> "
 
 
 def write(text: str) -> None:
-    """Write to stdout at once.
+    """Write to stdout at once. When the reader of a pipe is gone, the program ends with 0: it has enough.
 
     Raises:
-        BrokenPipeError: the reader is gone.
         OSError: naming stdout, for any other reason, such as a full disk.
     """
     if sys.stdout is None:  # started with `>&-`
@@ -77,7 +76,8 @@ def write(text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
     except BrokenPipeError:
-        raise
+        discard_stdout()
+        raise click.exceptions.Exit(0) from None
     except OSError as error:
         discard_stdout()
         raise OSError(f"cannot write to standard output: {error.strerror}") from error
