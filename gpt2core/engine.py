@@ -260,7 +260,6 @@ class Engine:
         return mixed_batch(step) if step.prefill else decode_batch(step.decode, self._ones, self._indices)
 
     def _forward(self, batch: Batch) -> Float32[np.ndarray, "M V"] | Exception:
-        # Catching here keeps the traceback, which holds its frames' variables, clear of sequences.
         try:
             assert self._cache is not None
             logits = self.backend.forward(batch, self._cache)

@@ -3,10 +3,8 @@
 # T tokens, V vocabulary, n positions of one chunk
 
 import os
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, Self, Unpack, overload
 
 import numpy as np
@@ -31,6 +29,7 @@ from gpt2core.prompts import (
 from gpt2core.sampling import SamplingParams
 from gpt2core.scoring import Score, score_of, score_windows
 from gpt2core.sequence import LogitsReader, Piece, PromptLogprobs
+from gpt2core.stepping import Stepping
 from gpt2core.tokenizer import Tokenizer
 
 __all__ = ["GPT2", "Generation", "Piece", "Prompt", "SamplingOptions", "Score", "Timing"]
@@ -60,8 +59,7 @@ class GPT2:
         self.backend = backend
         self.tokenizer = tokenizer
         self._engine = Engine(backend, tokenizer, max_slots=max_batch, cache_nbytes=cache_nbytes)
-        self._turn = threading.Condition()
-        self._led = False  # whether one of the threads that wait runs the steps
+        self._stepping = Stepping(self._engine)
 
     @classmethod
     def from_pretrained(
@@ -91,8 +89,7 @@ class GPT2:
             cache_dir: where the hub's files are kept.
             local_files_only: never ask the hub.
             token: the hub's access token.
-            max_batch: as of the class.
-            cache_nbytes: as of the class.
+            max_batch, cache_nbytes: as of the class.
 
         Raises:
             CheckpointError: the checkpoint cannot be found, read or trusted.
@@ -184,7 +181,7 @@ class GPT2:
         try:
             for i, ids in enumerate(prompts):
                 sequences += self._engine.submit(ids, params, prompt=i)
-            self._run_until(lambda: _settled(sequences))
+            self._stepping.run_until(lambda: _settled(sequences))
         finally:
             for one in sequences:
                 self._engine.cancel(one)  # what has ended stays as it is
@@ -261,9 +258,7 @@ class GPT2:
         given = self.tokenizer.encode(text, allow_special=allow_special) if isinstance(text, str) else text
         ids = check_token_ids(given, self.config.vocab_size)
         if len(ids) < 2:
-            raise RequestError(
-                f"text has {len(ids)} token; a score needs at least 2, since the first is not predicted"
-            )
+            raise RequestError("text has 1 token; a score needs at least 2, since the first is not predicted")
         logprobs: list[float] = []
         for window in score_windows(len(ids), self.config.n_positions):
             reader = PromptLogprobs(ids[window.start : window.end + 1], 0)
@@ -280,15 +275,12 @@ class GPT2:
         """Free the model; calling it twice is harmless. Calls in other threads end as "cancelled"."""
         self._engine.close()
         self.backend.close()
-        with self._turn:
-            self._turn.notify_all()
+        self._stepping.wake()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _pieces(self, prompts: list[list[int]], params: SamplingParams) -> Iterator[Piece]:
@@ -298,7 +290,7 @@ class GPT2:
                 sequences += self._engine.submit(ids, params, prompt=i, stream=True)
             open_ = list(sequences)
             while open_:
-                self._run_until(lambda: any(one.pieces or one.finished for one in open_))
+                self._stepping.run_until(lambda: any(one.pieces or one.finished for one in open_))
                 for one in list(open_):
                     finished = one.finished  # before its pieces are taken: no more can follow
                     assert one.pieces is not None
@@ -316,7 +308,7 @@ class GPT2:
         sequences: list[sequence.Sequence] = []
         try:
             sequences += self._engine.submit(ids, _READ_ONLY, logits_from=logits_from, on_logits=reader)
-            self._run_until(lambda: _settled(sequences))
+            self._stepping.run_until(lambda: _settled(sequences))
         finally:
             for one in sequences:
                 self._engine.cancel(one)
@@ -324,40 +316,17 @@ class GPT2:
         if any(one.finish_reason == "cancelled" for one in sequences):
             self._check_open()
 
-    def _run_until(self, ready: Callable[[], bool]) -> None:
-        """Return once `ready()`. One waiting thread runs the steps for all; who leaves hands over."""
-        leading = False
-        try:
-            with self._turn:
-                while self._led and not ready():
-                    self._turn.wait()
-                if ready():
-                    return
-                leading = self._led = True
-            while not ready():
-                updates = self._engine.step()
-                if any(u.finish_reason or u.error or u.sequence.pieces is not None for u in updates):
-                    with self._turn:
-                        self._turn.notify_all()
-        finally:
-            if leading:
-                self._led = False
-                with self._turn:
-                    self._turn.notify_all()
-
     def _prompts(
         self, prompt: Prompt | Sequence[Prompt], params: SamplingParams, allow_special: bool
     ) -> tuple[list[list[int]], bool]:
         """Each prompt's token ids, checked before anything is submitted, and whether it is one prompt."""
         self._check_open()
         prompts, single = split_prompts(prompt)
-        checked = []
+        context, checked = self.config.n_positions, []
         for i, one in enumerate(prompts):
             try:
                 if isinstance(one, str):
-                    one = encode_prompt(
-                        one, self.tokenizer, self.config.n_positions, allow_special=allow_special
-                    )
+                    one = encode_prompt(one, self.tokenizer, context, allow_special=allow_special)
                 checked.append(self._engine.check(one, params)[0])
             except RequestError as error:
                 if single:

@@ -127,7 +127,7 @@ class PromptLogprobs:
             self.entries.append(token_logprobs(row, token_id, self._top))
 
 
-@dataclass(eq=False, slots=True, weakref_slot=True, kw_only=True)
+@dataclass(eq=False, repr=False, slots=True, weakref_slot=True, kw_only=True)
 class Sequence:
     """One choice of one request. The engine writes, others read; `_s`: of `time.perf_counter()`."""
 
