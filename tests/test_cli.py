@@ -264,8 +264,8 @@ def test_a_program_without_standard_streams_says_so(run, folder, monkeypatch):
         patch.setattr(console.sys, "stdout", None)
         result = run("info", folder)
     assert (result.code, result.error()) == (1, "cannot write to standard output: it is closed")
+    monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(RequestError, match="standard input is closed; give the text another way"):
-        monkeypatch.setattr(sys, "stdin", None)
         console.read_stdin()
 
 
