@@ -79,7 +79,7 @@ def truncate(
       tokens; those that tie with the k-th stay, as in Hugging Face's `TopKLogitsWarper`.
     - `top_p` (1 = off), Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration", section 3.1:
       the smallest set of likeliest tokens whose probability reaches `top_p`; never empty. Of tokens that tie
-      at the border the higher ids stay, as in Hugging Face's `TopPLogitsWarper`, which sorts ascending.
+      at the border the lower ids stay; Hugging Face's `TopPLogitsWarper` leaves that to an unstable sort.
     - `min_p` (0 = off), Nguyen et al. 2024, "Turning Up the Heat: Min-p Sampling", section 3: tokens at least
       `min_p` times as likely as the likeliest.
     """
@@ -119,7 +119,7 @@ def _nucleus(weights: Float64[np.ndarray, "V"], top_p: float) -> Int[np.ndarray,
     inside = np.flatnonzero(weights > border)
     ties = np.flatnonzero(weights == border)
     missing = count - len(inside)
-    return np.sort(np.concatenate((inside, ties[len(ties) - missing :])))
+    return np.sort(np.concatenate((inside, ties[:missing])))
 
 
 def log_softmax(logits: Float[np.ndarray, "V"]) -> Logits:

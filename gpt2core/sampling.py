@@ -38,10 +38,10 @@ def uniform(seed: int, choice: int, position: int) -> float:
     """The random number in [0, 1) that draws the token at `position` of the text number `choice`.
 
     Counter-based: it depends on these three numbers only, so that a seed gives the same text alone, in a
-    batch, or on another backend. The first word of Philox4x64-10 (Salmon et al. 2011, "Parallel Random Numbers:
-    As Easy as 1, 2, 3") with key (seed, choice) and counter position + 1, its upper 53 bits as a fraction: the
-    first double of `numpy.random.Philox(key=[seed, choice], counter=[position, 0, 0, 0])`, written out because
-    importing numpy.random takes longer than all draws of a text.
+    batch, or on another backend. The first word of Philox4x64-10 (Salmon et al. 2011, "Parallel Random
+    Numbers: As Easy as 1, 2, 3") with key (seed, choice) and counter position + 1, its upper 53 bits as a
+    fraction: the first double of `numpy.random.Philox(key=[seed, choice], counter=[position, 0, 0, 0])`,
+    written out because importing numpy.random takes longer than all draws of a text.
     """
     c0, c1, c2, c3 = position + 1, 0, 0, 0
     k0, k1 = seed, choice
