@@ -19,7 +19,7 @@ find_python() {
   fail "no Python of version 3.11 or later on the PATH; install one (on Debian: apt install python3 python3-venv)"
 }
 
-# install WHAT REQUIREMENT: installs the project with pip unless the stamp of WHAT says that it is there already
+# install NAME REQUIREMENT: installs the project with pip, unless the stamp of that name says that nothing changed
 install() {
   local stamp="$VENV/gpt2core-$1.stamp" wanted
   wanted=$(cat pyproject.toml constraints.txt | cksum; pwd)
@@ -30,7 +30,7 @@ install() {
     "$python" -m venv "$VENV" || fail "could not make $VENV; on Debian: apt install python3-venv"
   fi
   if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
-    echo "$(basename "$0"): installing $2 into $VENV; this happens once" >&2
+    echo "$(basename "$0"): installing gpt2core ($1) into $VENV; this happens once" >&2
     "$VENV/bin/python" -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt -e "$2" >&2 ||
       fail "the installation failed; see above"
     echo "$wanted" >"$stamp"
