@@ -103,13 +103,13 @@ def resolve(
         folder = DEMO
     else:
         folder = Path(os.path.expanduser(name))
-    if os.path.isdir(folder):  # unlike Path.is_dir, no error for a name too long for the file system
+    if name and os.path.isdir(folder):  # unlike Path.is_dir, no error for a name too long for the file system
         if revision is not None:
             raise CheckpointError(
                 f"{name} is a local folder, which has no revision {revision!r}; leave it out"
             )
         return folder
-    if os.path.exists(folder):
+    if name and os.path.exists(folder):
         raise CheckpointError(f"{name} is a file; name the folder that holds it")
 
     from gpt2core import hub

@@ -1,6 +1,7 @@
 """Strict JSON from files that are not trusted, and how their contents may appear in an error message."""
 
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ def read_json_object(path: Path, *, max_nbytes: int = 4 * 2**20) -> dict[str, An
         if not path.is_file():  # also keeps a pipe or a device from being opened
             raise CheckpointError(f"{path} {'is not a file' if path.exists() else 'does not exist'}")
         with path.open("rb") as file:
-            text = file.read(max_nbytes + 1)
+            text = file.read(min(os.fstat(file.fileno()).st_size, max_nbytes) + 1)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     if len(text) > max_nbytes:
