@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 TOOLS = ("bash", "basename", "cat", "chmod", "cksum", "dirname", "env", "mkdir")
 
-# A Python of any version that "makes" virtual environments; what their pip and program are asked goes to the log.
+# A Python that "makes" virtual environments; what their pip and program are asked goes to the log.
 PYTHON = """#!/usr/bin/env bash
 case "$*" in
   "-c import sys"*) exit {too_old} ;;
