@@ -195,7 +195,7 @@ def test_a_reader_of_prompt_logits_that_fails_ends_its_own_sequence_only():
 
 @pytest.mark.parametrize("seed", range(4))
 def test_the_same_seed_gives_the_same_tokens_beside_anybody(seed):
-    """Batch sizes, chunk sizes, orders of arrival, temperatures and cancelled neighbours are drawn at random."""
+    """Batch sizes, chunk sizes, orders of arrival, temperatures and cancelled neighbours are random."""
     rng = random.Random(seed)
     jobs = []
     for i in range(40):
