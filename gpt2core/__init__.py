@@ -8,8 +8,7 @@
 Importing the package imports nothing else: each name below is loaded when it is first used.
 """
 
-from typing import TYPE_CHECKING
-
+TYPE_CHECKING = False  # type checkers take it for true; `typing` itself would cost more than all of the rest
 if TYPE_CHECKING:
     from gpt2core.backends.base import Backend, BackendFactory, Cache
     from gpt2core.batch import Batch

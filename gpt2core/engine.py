@@ -8,7 +8,7 @@ randomness and stopping do not depend on what else is in the batch.
 # n logits rows of one sequence, M of the whole batch, V vocabulary
 
 import math
-import secrets
+import os
 import threading
 import time
 from collections import abc, deque
@@ -148,7 +148,7 @@ class Engine:
         ids, max_new_tokens = self.check(prompt_ids, params)
         if on_logits is None and params.echo and params.logprobs is not None:
             on_logits = PromptLogprobs(ids, params.logprobs)
-        seed = secrets.randbits(63) if params.seed is None else params.seed
+        seed = int.from_bytes(os.urandom(8)) >> 1 if params.seed is None else params.seed
         now_s = time.perf_counter()
         sequences = [
             Sequence(
