@@ -123,7 +123,7 @@ def _silent_bar() -> Any:
 def _why(error: Exception, repo_id: str, name: str, endpoint: str) -> str:
     from huggingface_hub import errors
 
-    status = getattr(getattr(error, "response", None), "status_code", None)
+    status = _status(error)
     login = "pass a token (token=..., HF_TOKEN, or `hf auth login`)"
     if isinstance(error, errors.GatedRepoError):
         return f"{name} is gated: accept its terms at {endpoint}/{repo_id}, then {login}"
@@ -141,6 +141,15 @@ def _why(error: Exception, repo_id: str, name: str, endpoint: str) -> str:
         f"{name} is no folder here and could not be downloaded from {endpoint} "
         f"({type(error).__name__}: {reason:.300}); check the network and try again: whole files are kept"
     )
+
+
+def _status(error: BaseException | None) -> int | None:
+    """The HTTP status behind an error, which huggingface_hub may have wrapped in others."""
+    while error is not None:
+        if (response := getattr(error, "response", None)) is not None:
+            return int(response.status_code)
+        error = error.__cause__
+    return None
 
 
 def _incomplete(name: str, folder: Path, lacking: list[str], wanted: dict[str, Any]) -> CheckpointError:
