@@ -19,8 +19,9 @@ import tokenizers
 from tokenizers.decoders import ByteLevel
 from tokenizers.pre_tokenizers import ByteLevel as ByteLevelSplit
 
-from gpt2core.errors import RequestError
-from gpt2core.tokenizer_files import read_tokenizer
+from gpt2core.errors import RequestError, UnsupportedCheckpointError
+from gpt2core.strict_json import shown
+from gpt2core.tokenizer_files import is_library_error, read_tokenizer
 
 MAX_TOKEN_ID: Final = 2**31 - 1
 UNBOUNDED_TOKEN_BYTES: Final = 2**16
@@ -52,13 +53,18 @@ class Tokenizer:
     special_ids: frozenset[int]
 
     def __init__(self, inner: tokenizers.Tokenizer) -> None:
-        """Wrap a `tokenizers.Tokenizer`, which then belongs to this object."""
+        """Wrap a `tokenizers.Tokenizer`, which then belongs to this object.
+
+        Raises:
+            UnsupportedCheckpointError: its decoder is of a kind whose text cannot be streamed.
+        """
         inner.no_truncation()  # settings of its training; transformers ignores them too
         inner.no_padding()
         if hasattr(inner.model, "dropout"):
             inner.model.dropout = None  # it would make encode random
         if inner.decoder is None and isinstance(inner.pre_tokenizer, ByteLevelSplit):
             inner.decoder = ByteLevel()
+        _check_decoder(inner.decoder)
         inner.encode_special_tokens = True  # means: special tokens in text are encoded as text
         self._inner = inner
         self._with_special: tokenizers.Tokenizer | None = None
@@ -82,6 +88,7 @@ class Tokenizer:
 
         Raises:
             CheckpointError: the files are missing or broken; names file and remedy.
+            UnsupportedCheckpointError: the decoder is of a kind whose text cannot be streamed.
         """
         return cls(read_tokenizer(Path(folder)))
 
@@ -107,7 +114,10 @@ class Tokenizer:
         inner = self._special_encoder() if allow_special else self._inner
         try:
             return inner.encode(text).ids
-        except Exception as error:  # the library's only type; a vocabulary of words without an unknown token
+        except BaseException as error:
+            if not is_library_error(error):
+                raise
+            # As a vocabulary of words does that has no token for unknown ones.
             raise RequestError(f"this tokenizer cannot encode the text: {error}; change the text") from error
 
     def decode(self, token_ids: Sequence[int], *, skip_special: bool = False) -> str:
@@ -166,9 +176,7 @@ class Tokenizer:
 
     def stream_decoder(self) -> StreamDecoder:
         """A decoder for one text that arrives token by token."""
-        if self._byte_level:
-            return ByteStreamDecoder(self)
-        return TextStreamDecoder(self, stable=_is_prefix_stable(self._inner.decoder))
+        return ByteStreamDecoder(self) if self._byte_level else TextStreamDecoder(self)
 
     @property
     def _has_unknown_token(self) -> bool:
@@ -230,13 +238,12 @@ class ByteStreamDecoder:
 class TextStreamDecoder:
     """`StreamDecoder` of other tokenizers, whose tokens look different beside each other: decodes all again.
 
-    `stable` says that more tokens never change the text of those before; then only bytes that may belong to
-    one character are held back. Otherwise all text comes with `flush`.
+    More tokens never change the text of those before (`_check_decoder` has seen to that), except that bytes
+    may join to a character: a run of them is held back.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, stable: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._stable = stable
         self._ids: list[int] = []
         self._given = 0  # characters of their text
 
@@ -246,9 +253,7 @@ class TextStreamDecoder:
         if content is None or token_id in self._tokenizer.special_ids:
             return ""
         self._ids.append(token_id)
-        if not self._stable or _BYTE_TOKEN.fullmatch(content):  # a byte becomes text with those that follow
-            return ""
-        return self.flush()
+        return "" if _BYTE_TOKEN.fullmatch(content) else self.flush()
 
     def flush(self) -> str:
         """The rest."""
@@ -307,16 +312,23 @@ def _keeps_text(split: Any) -> bool:
     )
 
 
-def _is_prefix_stable(decoder: Any) -> bool:
-    """Whether the text of some tokens begins the text of the same and more, bytes of a character aside."""
+def _check_decoder(decoder: Any) -> None:
+    """Refuse a decoder with which more tokens could change the text of those before; it could not stream."""
     if decoder is None:
-        return True
+        return
     state = json.loads(decoder.__getstate__())
-    if state["type"] != "Sequence":
-        return state["type"] in ("Metaspace", "WordPiece")
-    return all(
-        part["type"] in ("ByteFallback", "Fuse", "Metaspace")
-        or (part["type"] == "Replace" and len(part["pattern"].get("String", "")) == 1)
-        or (part["type"] == "Strip" and part["stop"] == 0)
-        for part in state["decoders"]
-    )
+    name = state["type"]
+    if name in ("ByteLevel", "Metaspace", "WordPiece"):
+        return
+    parts = state["decoders"] if name == "Sequence" else [state]
+    for part in parts:
+        if part["type"] in ("ByteFallback", "Fuse", "Metaspace"):
+            continue
+        if part["type"] == "Replace" and len(part["pattern"].get("String", "")) == 1:
+            continue
+        if part["type"] == "Strip" and part["stop"] == 0:
+            continue
+        raise UnsupportedCheckpointError(
+            f"the tokenizer's decoder {'holds' if name == 'Sequence' else 'is'} {shown(part)}, which is not "
+            "supported; supported are ByteLevel (GPT-2's), Metaspace, WordPiece and SentencePiece's sequence"
+        )

@@ -174,10 +174,14 @@ def _build(make: Callable[[], _T], file: Path) -> _T:
     try:
         return make()
     except BaseException as error:
-        # The library raises bare Exception, and PanicException, which does not even derive from that.
-        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            raise _broken(file, f"is not a tokenizer that can be read: {error}") from error
-        raise
+        if not is_library_error(error):
+            raise
+        raise _broken(file, f"is not a tokenizer that can be read: {error}") from error
+
+
+def is_library_error(error: BaseException) -> bool:
+    """Whether an error is of the tokenizers library: Exception itself, or PanicException, which is none."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def _broken(path: Path, fault: str) -> CheckpointError:
