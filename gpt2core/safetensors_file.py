@@ -29,8 +29,9 @@ ITEM_NBYTES: Final = {
 READABLE: Final = ("F32", "F16", "BF16", "F64")
 """The dtypes that weights may have; other tensors can only be ignored."""
 
-# GPT-2 XL's header has 60 kB. The format allows 100 MB, but as objects JSON takes up to 20 times its text.
-MAX_HEADER_NBYTES: Final = 10_000_000
+# GPT-2 XL's header has 60 kB. The format allows 100 MB, but as objects JSON takes 30 times its text, and
+# seconds to check.
+MAX_HEADER_NBYTES: Final = 2_000_000
 MAX_DIMENSIONS: Final = 8
 _STORED: Final = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
 _BLOCK: Final = 1 << 16  # elements; a block and its mask stay in the processor's cache

@@ -73,11 +73,15 @@ def _finite_float(text: str) -> float:
 
 def shown(value: object) -> str:
     """A value from a file, as an error message may print it: one short line of ASCII."""
+    text = ""
     try:
-        text = json.dumps(value, default=str)
-    except (ValueError, RecursionError):  # an integer of thousands of digits; nesting just short of the limit
-        text = f"a {type(value).__name__} too large to show"
-    return text if len(text) <= 60 else text[:57] + "..."
+        for part in json.JSONEncoder(default=str).iterencode(value):  # only as far as it is shown
+            text += part
+            if len(text) > 60:
+                return text[:57] + "..."
+    except ValueError:  # an integer of thousands of digits
+        return f"a {type(value).__name__} too large to show"
+    return text
 
 
 def shown_name(name: str) -> str:

@@ -397,7 +397,8 @@ def test_values_are_shown_as_short_printable_ascii():
         deep = [deep]
     assert shown("\ud800\n\x1b") == '"\\ud800\\n\\u001b"'
     assert shown(10**5000) == "a int too large to show"
-    assert shown(deep) == "a list too large to show"
+    assert shown(deep) == "[" * 57 + "..."
+    assert shown({"a": [1, None, 2.5, True]}) == '{"a": [1, null, 2.5, true]}'
     assert len(shown("x" * 1000)) == 60
     assert shown(Path("x")) == '"x"'
     assert shown_name("h.0.attn.c_attn.weight") == "h.0.attn.c_attn.weight"
