@@ -32,6 +32,7 @@ READABLE: Final = ("F32", "F16", "BF16", "F64")
 # GPT-2 XL's header has 60 kB. The format allows 100 MB, but as objects JSON takes 30 times its text, and
 # seconds to check.
 MAX_HEADER_NBYTES: Final = 2_000_000
+MAX_TENSORS: Final = 50_000
 MAX_DIMENSIONS: Final = 8
 _STORED: Final = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
 _BLOCK: Final = 1 << 16  # elements; a block and its mask stay in the processor's cache
@@ -161,7 +162,10 @@ def _read_header(path: Path, file: BinaryIO, nbytes: int) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} is no safetensors file: its header does not begin with an opening brace"
         )
-    return parse_json_object(text, f"the header of {path}")
+    header = parse_json_object(text, f"the header of {path}")
+    if len(header) > MAX_TENSORS:
+        raise CheckpointError(f"{path}: its header names {len(header)} tensors, the limit is {MAX_TENSORS}")
+    return header
 
 
 def _parse_entry(value: object, data_begin: int) -> TensorEntry | str:

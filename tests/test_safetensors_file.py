@@ -310,6 +310,12 @@ def test_header_above_the_limit_is_refused_before_it_is_read(tmp_path):
         tracemalloc.stop()
 
 
+def test_header_of_too_many_tensors_is_refused(tmp_path):
+    header = "{" + ",".join(f'"{i}":0' for i in range(50_001)) + "}"
+    with pytest.raises(CheckpointError, match="its header names 50001 tensors, the limit is 50000"):
+        opened(tmp_path, file_bytes(header.encode()))
+
+
 def test_lying_header_takes_no_more_memory_than_an_honest_one(tmp_path):
     path = tmp_path / "x.safetensors"
     lies = {
