@@ -1,17 +1,21 @@
 """The command line: what it prints and where, its exit codes, its one-line errors."""
 
 import dataclasses
+import fcntl
 import io
 import json
 import math
 import os
 import signal
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from fake_hub import FakeHub, Repository
 
 from gpt2core import GPT2, ModelConfig, __version__, checkpoint
 from gpt2core.cli import console, main, program
@@ -449,6 +453,35 @@ def test_a_closed_standard_stream_is_one_line(folder, redirect, code, message):
     )
     assert result.returncode == code
     assert message in Result(result.returncode, result.stdout, result.stderr).error()
+
+
+def test_without_stderr_an_error_does_not_go_to_stdout():
+    command = ["bash", "-c", '"$@" info ./nowhere 2>&-', "bash", *PROGRAM]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (1, "")
+
+
+@pytest.mark.parametrize("terminal", [False, True], ids=["pipe", "terminal"])
+def test_a_download_shows_progress_on_a_terminal_only(folder, tmp_path, terminal):
+    files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+    ours, theirs = os.openpty() if terminal else os.pipe()
+    if terminal:
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    with FakeHub({"owner/tiny": Repository({"main": files})}) as server:
+        env = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path), "NO_PROXY": "*", "no_proxy": "*"}
+        args = ("generate", PROMPT, "--model", "owner/tiny", "--max-new-tokens", "0")
+        result = spawn(*args, stdout=subprocess.PIPE, stderr=theirs, env=env)
+    os.close(theirs)
+    shown = b""
+    try:
+        while chunk := os.read(ours, 2**16):
+            shown += chunk
+    except OSError:  # how a terminal says that nobody writes to it any more
+        assert terminal
+    os.close(ours)
+    assert (result.returncode, result.stdout) == (0, PROMPT.encode() + b"\n")
+    assert (b"3/3" in shown) == terminal
+    assert terminal or shown == b""
 
 
 def test_ctrl_c_exits_130_and_leaves_what_was_streamed(tmp_path):

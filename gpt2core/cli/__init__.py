@@ -37,6 +37,8 @@ for _command in (generate, score, info, backends, convert):
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the program with `args` (default: those of the process) and return its exit code."""
+    if sys.stderr is None:  # started with `2>&-`; print would take stdout instead
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(
             errors="replace"

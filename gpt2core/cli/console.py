@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Self, TypeVar
 
 import click
@@ -54,12 +55,18 @@ def options(*groups: Callable[[Command], Command]) -> Callable[[Command], Comman
     return apply
 
 
-def load(model: str, *, revision: str | None, offline: bool, **engine: Any) -> "GPT2":
-    """Find and load what the options name; what takes long shows itself on stderr."""
+def find(model: str, *, revision: str | None, offline: bool) -> Path:
+    """The folder of the model that the options name; a download shows its progress on a terminal."""
     from gpt2core.checkpoint import resolve
+
+    return resolve(model, revision=revision, local_files_only=offline, progress=sys.stderr.isatty())
+
+
+def load(model: str, *, revision: str | None, offline: bool, **engine: Any) -> "GPT2":
+    """Find and load what the options name."""
     from gpt2core.model import GPT2
 
-    folder = resolve(model, revision=revision, local_files_only=offline)  # the hub client has its own display
+    folder = find(model, revision=revision, offline=offline)
     with Status(f"loading {model}"):
         return GPT2.from_pretrained(folder, **engine)
 

@@ -8,6 +8,7 @@ import click
 
 from gpt2core.cli.console import (
     checkpoint_options,
+    find,
     format_nbytes,
     json_option,
     options,
@@ -21,10 +22,10 @@ from gpt2core.cli.console import (
 @options(*checkpoint_options, json_option)
 def info(model: str, revision: str | None, offline: bool, as_json: bool) -> None:
     """Describe MODEL: the demo model, a folder, or a model's id on the hub."""
-    from gpt2core.checkpoint import read_config, resolve
+    from gpt2core.checkpoint import read_config
     from gpt2core.tokenizer import Tokenizer
 
-    folder = resolve(model, revision=revision, local_files_only=offline)
+    folder = find(model, revision=revision, offline=offline)
     config = read_config(folder)
     tokenizer = Tokenizer.from_folder(folder)
     document = {
