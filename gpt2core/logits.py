@@ -1,12 +1,13 @@
 """What changes logits before a token is drawn: pure functions of NumPy arrays, one per transform.
 
-The functions of the first half edit a float64 array in place; `truncate` says what is left to draw from.
+The functions of the first half edit a float64 array in place; `weigh` says what is left to draw from.
 `gpt2core.sampling.transform_logits` composes them and documents the order.
 """
 
 # V vocabulary, T tokens so far, G generated so far, K kept tokens
 
 from collections.abc import Iterable, Mapping
+from typing import Final
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from gpt2core._shapes import Float, Float64, Int
 
 Logits = Float64[np.ndarray, "V"]
 
-_FIRST_PARTITION = 512  # the nucleus of a trained model seldom holds more tokens than this
+_ROUNDING: Final = 1e-9  # relative, of a sum of up to 2**22 numbers
 
 
 def add_bias(logits: Logits, bias: Mapping[int, float]) -> None:
@@ -68,12 +69,25 @@ def ban(logits: Logits, token_ids: Iterable[int]) -> None:
             logits[token_id] = -np.inf
 
 
-def truncate(
-    logits: Logits, *, top_k: int, top_p: float, min_p: float
-) -> tuple[Int[np.ndarray, "K"] | None, Float64[np.ndarray, "K"]]:
-    """The tokens that stay, in ascending order (None = all), and their weights: probabilities up to a factor.
+def temper(logits: Float[np.ndarray, "V"], temperature: float) -> Logits:
+    """Logits relative to the greatest, which must be finite, divided by `temperature`, which must be above 0.
 
-    `logits` must have 0 as greatest value. Each filter sees what the one before it left.
+    Ackley et al. 1985, "A Learning Algorithm for Boltzmann Machines", section 2. With 0 as the greatest logit
+    no temperature, however small, makes anything overflow but to -inf.
+    """
+    result = logits.astype(np.float64)
+    result -= result.max()
+    with np.errstate(over="ignore"):
+        result /= temperature
+    return result
+
+
+def weigh(
+    logits: Float[np.ndarray, "V"], *, temperature: float, top_k: int, top_p: float, min_p: float
+) -> tuple[Int[np.ndarray, "K"] | None, Float64[np.ndarray, "K"]]:
+    """The tokens that may be drawn, in ascending order (None = all), and their probabilities up to a factor.
+
+    Each filter sees what the one before it left.
 
     - `top_k` (0 = off), Fan et al. 2018, "Hierarchical Neural Story Generation", section 5.4: the k likeliest
       tokens; those that tie with the k-th stay, as in Hugging Face's `TopKLogitsWarper`.
@@ -84,11 +98,14 @@ def truncate(
       `min_p` times as likely as the likeliest.
     """
     kept: Int[np.ndarray, "K"] | None = None
-    if 0 < top_k < len(logits):
+    if (
+        0 < top_k < len(logits)
+    ):  # before the temperature, which changes no order: so little is left to compute
         kth = np.partition(logits, len(logits) - top_k)[len(logits) - top_k]
         kept = np.flatnonzero(logits >= kth)
         logits = logits[kept]
-    weights = np.exp(logits)
+    weights = temper(logits, temperature)
+    np.exp(weights, out=weights)
     if top_p < 1:
         inside = _nucleus(weights, top_p)
         kept, weights = inside if kept is None else kept[inside], weights[inside]
@@ -99,27 +116,19 @@ def truncate(
 
 
 def _nucleus(weights: Float64[np.ndarray, "V"], top_p: float) -> Int[np.ndarray, "K"]:
-    """Indices of the nucleus, ascending.
-
-    Sorts only the greatest weights, and more of them until they cover `top_p`: the sums of a longer sort
-    begin with the same numbers, so the result does not depend on how many were sorted.
-    """
-    wanted = top_p * weights.sum()
-    size = _FIRST_PARTITION
-    while True:
-        rest = len(weights) - size
-        top = np.partition(weights, rest)[rest:] if rest > 0 else weights
-        descending = np.sort(top)[::-1]
-        covered = np.cumsum(descending)
-        if covered[-1] >= wanted or rest <= 0:
-            break
-        size *= 16
-    count = min(1 + int(np.searchsorted(covered, wanted, side="left")), len(covered))
+    """Indices of the nucleus, ascending."""
+    total = weights.sum()
+    # Tokens of less than the share (1 - top_p) / V come to less than 1 - top_p together: none is in the
+    # nucleus. Halved, and less what sums are rounded by, the result is that of sorting all.
+    least = max((1 - top_p) / 2 - _ROUNDING, 0) * total / len(weights)
+    descending = np.sort(weights[weights > least])[::-1]
+    covered = np.cumsum(descending)
+    count = min(1 + int(np.searchsorted(covered, top_p * total, side="left")), len(covered))
     border = descending[count - 1]
-    inside = np.flatnonzero(weights > border)
+    inside = weights > border
     ties = np.flatnonzero(weights == border)
-    missing = count - len(inside)
-    return np.sort(np.concatenate((inside, ties[:missing])))
+    inside[ties[: count - np.count_nonzero(inside)]] = True
+    return np.flatnonzero(inside)
 
 
 def log_softmax(logits: Float[np.ndarray, "V"]) -> Logits:

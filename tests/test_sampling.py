@@ -20,7 +20,7 @@ from gpt2core.sampling import (
     uniform,
 )
 
-DRAWS = 20_000
+DRAWS = 10_000
 SIGNIFICANCE = 1e-3  # the seeds are fixed: a test that passes once passes always
 
 
@@ -122,18 +122,33 @@ def test_greedy_is_the_argmax_of_the_transformed_logits_also_where_float32_would
 
 
 @given(
-    st.lists(st.floats(0, 1) | st.just(0.0), min_size=1, max_size=30),
-    st.floats(0, 1, exclude_max=True) | st.sampled_from([0.0, 5e-324, 1 - 2.0**-53]),
+    weights=st.lists(st.floats(0, 1) | st.just(0.0), min_size=1, max_size=30),
+    u=st.floats(0, 1, exclude_max=True) | st.sampled_from([0.0, 5e-324, 1 - 2.0**-53]),
+    block=st.sampled_from([1, 2, 3, 7, 256]),
 )
-def test_a_token_of_probability_0_is_never_drawn(weights, u):
+def test_a_draw_is_the_first_token_beyond_the_random_number_and_never_one_of_probability_0(weights, u, block):
     weights = np.array(weights)
     assume(weights.sum() > 0)
-    index = sampling._pick(weights, u)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "_BLOCK", block)
+        index = sampling._pick(weights, u)
     assert weights[index] > 0
     cumulated = np.cumsum(weights)
-    wanted = u * cumulated[-1]
-    assert cumulated[index] > wanted or wanted == cumulated[-1]  # equal only by rounding: u < 1
-    assert index == 0 or cumulated[index - 1] <= wanted
+    rounding = 1e-14 * cumulated[-1]
+    assert cumulated[index] >= u * cumulated[-1] - rounding
+    assert index == 0 or cumulated[index - 1] <= u * cumulated[-1] + rounding
+
+
+@given(st.integers(1, 2000), st.integers(0, 2**32))
+def test_blocks_of_exact_sums_draw_as_one_cumulated_sum_would(count, seed):
+    rng = np.random.default_rng(seed)
+    weights = rng.integers(0, 3, count) * rng.integers(0, 2, count).astype(
+        float
+    )  # sums of integers are exact
+    assume(weights.sum() > 0)
+    for u in (0.0, 0.25, 0.5, rng.random(), 1 - 2.0**-53):
+        want = np.flatnonzero(np.cumsum(weights) > u * weights.sum())[0]
+        assert sampling._pick(weights, u) == want
 
 
 def test_the_ends_of_the_unit_interval_draw_the_first_and_last_token_that_has_probability():

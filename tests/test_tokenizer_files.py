@@ -341,7 +341,7 @@ def test_added_tokens_with_gaps_are_refused(small_files, added, fault):
 
 
 def test_a_panic_of_the_library_is_a_typed_error(tmp_path, capfd):
-    """A merge beyond the longest token, which our own check leaves out because the vocabulary has a prefix."""
+    """A merge beyond the longest token; our own check leaves it out because the vocabulary has a prefix."""
 
     def change(fields):
         model = {"continuing_subword_prefix": "#", "vocab": {"aaa": 0, "#bb": 1}, "merges": [["aaa", "#bb"]]}
