@@ -1,5 +1,11 @@
 """Shared fixtures, and live shape checks: every call of these modules is checked against its annotations."""
 
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one thread per worker: spinning pools would fight over the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 from jaxtyping import install_import_hook
 
 SHAPE_CHECKED = (
