@@ -275,7 +275,6 @@ class GPT2:
         """Free the model; calling it twice is harmless. Calls in other threads end as "cancelled"."""
         self._engine.close()
         self.backend.close()
-        self._stepping.wake()
 
     def __enter__(self) -> Self:
         return self

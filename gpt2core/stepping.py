@@ -2,39 +2,55 @@
 
 import threading
 from collections.abc import Callable
+from typing import Final
 
 from gpt2core.engine import Engine
 
+LOOK_AGAIN_S: Final = 1.0
+
 
 class Stepping:
-    """One of the threads that wait leads: it runs the steps, for all. When it leaves, another takes over."""
+    """One of the threads that wait leads: it runs the steps, for all. When it leaves, another takes over.
+
+    Ctrl-C may interrupt the main thread between any two operations. So this is built from plain locks, which
+    `with` acquires and releases whole; a `threading.Condition`, which is written in Python, can be left locked.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._turn = threading.Condition()
+        self._lock = threading.Lock()
         self._led = False
+        self._bells: list[threading.Lock] = []  # one per thread that waits, locked until it is rung
 
     def run_until(self, ready: Callable[[], bool]) -> None:
-        """Return once `ready()`, which must become true by steps of the engine, or with `wake`."""
+        """Return once `ready()`, which steps of the engine must bring about, or its closing."""
         leading = False
         try:
-            with self._turn:
-                while self._led and not ready():
-                    self._turn.wait()
-                if ready():
-                    return
-                leading = self._led = True
+            while not leading and not ready():
+                bell = threading.Lock()
+                with self._lock:
+                    if self._led:
+                        bell.acquire()
+                        self._bells.append(bell)
+                    else:
+                        leading = self._led = True
+                if not leading and not ready():
+                    # The timeout is for the case that an interrupt hits the leader while it rings.
+                    bell.acquire(timeout=LOOK_AGAIN_S)
             while not ready():
                 updates = self._engine.step()
                 # Waking everybody costs more than a small model's step, so only when somebody may be ready.
                 if any(u.finish_reason or u.error or u.sequence.pieces is not None for u in updates):
-                    self.wake()
-        finally:  # also after an interrupt: the others must not wait for a leader who is gone
+                    self._ring()
+        finally:
             if leading:
                 self._led = False
-                self.wake()
+                self._ring()
 
-    def wake(self) -> None:
+    def _ring(self) -> None:
         """Let those who wait look again whether they are ready."""
-        with self._turn:
-            self._turn.notify_all()
+        with self._lock:
+            for bell in self._bells:
+                if bell.locked():
+                    bell.release()
+            self._bells.clear()

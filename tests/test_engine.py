@@ -34,9 +34,12 @@ def engine(backend=None, *, tokenizer=TOKENIZER, **options) -> Engine:
 
 def run(one: Engine, *sequences: Sequence) -> list[Update]:
     """Step until these sequences (all, if none is named) have ended."""
-    updates = []
+    updates: list[Update] = []
     while one.running or one.waiting:
-        updates += one.step()
+        news = one.step()
+        assert news or one.running, "nobody runs, yet somebody waits"
+        assert one.steps < 10_000
+        updates += news
         if sequences and all(s.finished for s in sequences):
             break
     return updates
@@ -357,18 +360,21 @@ def cut(text: str, stops: list[str]) -> tuple[str, bool]:
     return text, False
 
 
-LETTERS = st.text("ab€é", min_size=1, max_size=5)
+STOPS = st.text("ab€é", min_size=1, max_size=5) | st.text("ab", min_size=1, max_size=8)
 
 
 @settings(deadline=None, max_examples=300)
 @given(
-    text=st.text("ab€é", max_size=25),
+    text=st.text("ab€é", max_size=25) | st.text("ab", max_size=25),
     broken=st.lists(st.integers(128, 255), max_size=2),
-    stops=st.lists(LETTERS, min_size=1, max_size=4),
+    stops=st.lists(STOPS, min_size=1, max_size=4),
     new=st.integers(1, 40),
 )
 @example(text="aab", broken=[], stops=["ab", "aac"], new=9)
 @example(text="abababc", broken=[], stops=["ababc"], new=40)
+@example(text="xab", broken=[], stops=["b", "ab"], new=9)
+@example(text="aabaabaaa", broken=[], stops=["aabaaa"], new=40)
+@example(text="aabaaabaaa", broken=[], stops=["aabaaabaaa", "aabaaab!"], new=40)
 @example(text="€", broken=[], stops=["€"], new=3)
 @example(text="aaaa", broken=[], stops=["aaaaa"], new=4)
 @example(text="ab", broken=[0xE2], stops=["�"], new=3)

@@ -1,7 +1,9 @@
 """GPT2: what callers get, from one thread or from many, on a scripted backend and on NumPy."""
 
+import _thread
 import gc
 import math
+import random
 import threading
 import time
 
@@ -418,7 +420,7 @@ def test_16_threads_get_what_one_thread_gets():
         except BaseException as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=work, args=(t,)) for t in range(16)]
+    threads = [threading.Thread(target=work, args=(t,), daemon=True) for t in range(16)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -449,7 +451,7 @@ def start(function) -> tuple[threading.Thread, list]:
         except BaseException as error:
             result.append(error)
 
-    thread = threading.Thread(target=work)
+    thread = threading.Thread(target=work, daemon=True)
     thread.start()
     return thread, result
 
@@ -477,6 +479,36 @@ def test_threads_that_call_at_the_same_time_share_a_batch():
     assert sum(len(batch.lengths) == 4 for batch in one.backend.batches) == 29
 
 
+@pytest.mark.parametrize("streams", [False, True])
+def test_who_waits_is_served_while_another_thread_goes_on_to_step(streams):
+    entered, leave, served = threading.Event(), threading.Event(), threading.Event()
+
+    def before(batch):
+        entered.set()
+        assert leave.wait(10)
+        if batch.starts[0] == 30:  # the one who steps is not done yet
+            assert served.wait(10)
+
+    one = model(before=before)
+    long, got = start(lambda: one.generate("a", max_new_tokens=40))
+    assert entered.wait(10)
+
+    def wait_and_tell():
+        if streams:
+            next(one.stream("b", max_new_tokens=50))
+        else:
+            one.generate("b", max_new_tokens=3)
+        served.set()
+
+    short, _ = start(wait_and_tell)
+    wait_for(lambda: one._engine.waiting == 1)
+    leave.set()
+    long.join(20)
+    short.join(20)
+    assert served.is_set()
+    assert len(got[0].token_ids) == 40
+
+
 def test_when_the_thread_that_steps_is_interrupted_another_takes_over():
     entered, leave = threading.Event(), threading.Event()
 
@@ -499,6 +531,47 @@ def test_when_the_thread_that_steps_is_interrupted_another_takes_over():
     assert texts(got) == texts([model().generate("b", max_new_tokens=5, **HOT)])
     assert "".join(p.text for p in pieces[0]) == model().generate("c", max_new_tokens=5, **HOT).text
     assert idle(one)
+
+
+def test_ctrl_c_at_random_moments_harms_neither_other_threads_nor_the_model():
+    one = model(max_batch=4)
+    prompts, options = [[i] for i in range(6)], {"max_new_tokens": 20, **HOT}
+    want = texts(one.generate(prompts, **options))
+    over = threading.Event()
+
+    def others() -> bool:
+        while not over.is_set():
+            assert texts(one.generate(prompts[:3], **options)) == want[:3]
+        return True
+
+    started = [start(others) for _ in range(2)]
+    rng, hits = random.Random(0), 0
+    for i in range(60):
+        delay_s = 0.01 * rng.random()
+
+        def interrupt(delay_s=delay_s) -> None:
+            time.sleep(delay_s)
+            _thread.interrupt_main()
+
+        thread = threading.Thread(target=interrupt, daemon=True)
+        try:
+            thread.start()
+            for _ in range(100):
+                if i % 2:
+                    assert texts(one.generate(prompts, **options)) == want
+                else:
+                    list(one.stream(prompts, **options))
+        except KeyboardInterrupt:
+            hits += 1
+        thread.join(10)
+    over.set()
+    for thread, _ in started:
+        thread.join(10)
+    assert hits == 60
+    assert [got for _, got in started] == [[True], [True]]
+    assert idle(one)
+    assert texts(one.generate(prompts, **options)) == want
+    assert max(batch.slots.max() for batch in one.backend.batches[-40:]) == 3  # every slot is still there
 
 
 def test_when_the_thread_that_steps_is_done_another_takes_over():
