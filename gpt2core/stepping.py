@@ -13,7 +13,7 @@ class Stepping:
     """One of the threads that wait leads: it runs the steps, for all. When it leaves, another takes over.
 
     Ctrl-C may interrupt the main thread between any two operations. So this is built from plain locks, which
-    `with` acquires and releases whole; a `threading.Condition`, which is written in Python, can be left locked.
+    `with` acquires and releases whole; a `threading.Condition` is written in Python and can be left locked.
     """
 
     def __init__(self, engine: Engine) -> None:
