@@ -157,10 +157,10 @@ def _edit(
     """Steps 1 to 5 of `transform_logits`; the same array, not a copy, when none of them applies."""
     penalties = params.presence_penalty != 0 or params.frequency_penalty != 0
     too_short = len(token_ids) - prompt_tokens < params.min_new_tokens
-    over_all = params.repetition_penalty != 1 or params.no_repeat_ngram_size > 0
-    if not (params.logit_bias or penalties or too_short or over_all):
+    computes = penalties or params.repetition_penalty != 1 or bool(params.logit_bias)
+    if not (computes or too_short or params.no_repeat_ngram_size > 0):
         return logits
-    edited = logits.astype(np.float64)
+    edited = logits.astype(np.float64) if computes else logits.copy()  # a ban alone rounds nothing
     tokens = np.asarray(token_ids, np.int64)
     with np.errstate(over="ignore", invalid="ignore"):  # what overflows is found by _check_maximum
         if params.logit_bias:
