@@ -63,19 +63,20 @@ class Engine:
         cache_nbytes: int = CACHE_NBYTES,
         step_tokens: int = 512,
     ) -> None:
-        for name, value in (("max_slots", max_slots), ("step_tokens", step_tokens)):
+        limits = {"max_slots": max_slots, "cache_nbytes": cache_nbytes, "step_tokens": step_tokens}
+        for name, value in limits.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise RequestError(f"{name} is {value!r}; it must be a whole number of 1 or more")
         self.config = backend.config
         one_nbytes = self.config.cache_nbytes(1, self.config.n_positions)
-        if not cache_nbytes >= one_nbytes:
+        if cache_nbytes < one_nbytes:
             raise RequestError(
                 f"cache_nbytes is {cache_nbytes!r}; one sequence of this model's context of "
                 f"{self.config.n_positions} tokens needs {one_nbytes} bytes; raise cache_nbytes to that much"
             )
         self.backend = backend
         self.tokenizer = tokenizer
-        self.slots = min(max_slots, int(cache_nbytes // one_nbytes))
+        self.slots = min(max_slots, cache_nbytes // one_nbytes)
         self.steps = 0
         self._scheduler = Scheduler(slots=self.slots, step_tokens=step_tokens)
         self._cache: Cache | None = None
@@ -146,8 +147,7 @@ class Engine:
             BackendError: the cache cannot be made.
         """
         ids, max_new_tokens = self.check(prompt_ids, params)
-        if on_logits is None and params.echo and params.logprobs is not None:
-            on_logits = PromptLogprobs(ids, params.logprobs)
+        scored = on_logits is None and params.echo and params.logprobs is not None
         seed = int.from_bytes(os.urandom(8)) >> 1 if params.seed is None else params.seed
         now_s = time.perf_counter()
         sequences = [
@@ -162,8 +162,8 @@ class Engine:
                 eos_token_ids=self._eos,
                 stream=TextStream(self.tokenizer.stream_decoder(), params.stop) if self.tokenizer else None,
                 echo=self.tokenizer.decode(ids) if self.tokenizer and params.echo else "",
-                logits_from=None if on_logits is None else logits_from,
-                on_logits=on_logits,
+                logits_from=0 if scored else None if on_logits is None else logits_from,
+                on_logits=PromptLogprobs(ids, params.logprobs or 0) if scored else on_logits,
                 pieces=deque() if stream else None,
                 submitted_s=now_s,
             )
@@ -229,7 +229,7 @@ class Engine:
         if self._cache is None:
             try:
                 self._cache = self.backend.new_cache(self.slots, self.config.n_positions)
-            except (BackendError, MemoryError) as error:
+            except Exception as error:  # of whatever type the framework has for too little memory
                 nbytes = self.config.cache_nbytes(self.slots, self.config.n_positions)
                 raise BackendError(
                     f"backend {self.backend.name!r} cannot make a cache of {self.slots} slots (some {nbytes} "

@@ -34,7 +34,10 @@ class Piece:
 
 
 class Update(NamedTuple):
-    """What one step did to one sequence; the last one has a `finish_reason` or an `error`."""
+    """What one step did to one sequence; the last one has a `finish_reason` or an `error`.
+
+    One per token drawn; the echoed prompt is one before the first, with `token_id` None.
+    """
 
     sequence: "Sequence"
     token_id: int | None
@@ -119,10 +122,14 @@ class PromptLogprobs:
     def __init__(self, token_ids: abc.Sequence[int], top: int) -> None:
         self._token_ids = token_ids
         self._top = top
+        self._first: int | None = None  # the first position read
         self.entries: list[TokenLogprob] = []
 
     def __call__(self, position: int, logits: Float32[np.ndarray, "n V"]) -> None:
         """Score the tokens after `position` and after the positions that follow it."""
+        if self._first is None:
+            self._first = position
+        del self.entries[position - self._first :]  # a pass that was interrupted is repeated
         for row, token_id in zip(logits, self._token_ids[position + 1 :], strict=False):
             self.entries.append(token_logprobs(row, token_id, self._top))
 

@@ -135,6 +135,15 @@ def test_echo_with_logprobs_gives_the_prompts_logprobs_and_then_each_tokens():
     assert len(rest) == len(tokens) - 1
 
 
+def test_choices_with_echo_and_logprobs_have_the_same_prompt_logprobs_each():
+    one = engine()
+    choices = one.submit([1, 2, 3], SamplingParams(max_new_tokens=2, echo=True, logprobs=1, n=3, **HOT))
+    run(one)
+    for choice in choices:
+        assert [entry.token_id for entry in choice.logprobs] == choice.token_ids
+        assert choice.logprobs[:3] == choices[0].logprobs[:3]
+
+
 def test_echo_without_new_tokens_scores_the_prompt_only():
     one = engine()
     one.submit([5, 6, 7], SamplingParams(max_new_tokens=0, echo=True, logprobs=0))
@@ -282,7 +291,7 @@ def test_slots_are_as_many_as_the_cache_may_hold():
         ({"max_slots": True}, "max_slots is True"),
         ({"step_tokens": 2.5}, "step_tokens is 2.5; it must be a whole number of 1 or more"),
         ({"cache_nbytes": 2047}, "cache_nbytes is 2047; one sequence .* 64 tokens needs 2048 bytes; raise"),
-        ({"cache_nbytes": float("nan")}, "cache_nbytes is nan"),
+        ({"cache_nbytes": float("nan")}, "cache_nbytes is nan; it must be a whole number"),
     ],
 )
 def test_limits_that_cannot_hold_are_refused_with_value_limit_and_remedy(options, message):
@@ -635,6 +644,24 @@ def test_an_interrupt_in_the_backend_propagates_and_the_next_step_repeats_the_pa
     assert sequence.generated == alone([1], max_new_tokens=5, **HOT)
 
 
+def test_an_interrupt_between_reading_a_prompt_and_recording_it_counts_no_token_twice(monkeypatch):
+    armed = [True]
+
+    def interrupt(*args, **kwargs):
+        if armed.pop() if armed else False:
+            raise KeyboardInterrupt
+        return sample_token(*args, **kwargs)
+
+    monkeypatch.setattr("gpt2core.rows.sample_token", interrupt)
+    one = engine()
+    [sequence] = one.submit([1, 2, 3], SamplingParams(max_new_tokens=2, echo=True, logprobs=1))
+    with pytest.raises(KeyboardInterrupt):
+        one.step()
+    run(one)
+    assert [entry.token_id for entry in sequence.logprobs] == sequence.token_ids
+    assert sequence.generated == alone([1, 2, 3], max_new_tokens=2)
+
+
 def test_an_interrupt_while_tokens_are_recorded_ends_that_steps_rows_and_leaves_the_engine_usable():
     one = engine(max_slots=2)
     sequences = [s for i in (1, 2) for s in one.submit([i], SamplingParams(max_new_tokens=5))]
@@ -658,7 +685,9 @@ def test_an_interrupt_while_tokens_are_recorded_ends_that_steps_rows_and_leaves_
     assert one.running == 0
 
 
-@pytest.mark.parametrize("raised", [MemoryError(), BackendError("device is full")])
+@pytest.mark.parametrize(
+    "raised", [MemoryError(), BackendError("device is full"), RuntimeError("cannot allocate")]
+)
 def test_a_cache_that_cannot_be_made_is_an_error_of_submit_with_its_size_and_the_remedy(raised):
     class Full(fakes.FakeBackend):
         def new_cache(self, slots, capacity):
@@ -763,5 +792,6 @@ def test_prompt_logprobs_stop_at_the_last_token():
     logits = np.stack([fakes.hashed((i,), 257) for i in range(3)])
     reader(0, logits[:2])
     reader(2, logits[2:])
+    reader(1, logits[1:])  # a chunk once more, as after an interrupt
     assert [entry.token_id for entry in reader.entries] == [1, 2]
     assert reader.entries[1] == token_logprobs(logits[1], 2, 1)
