@@ -6,6 +6,7 @@ import textwrap
 from importlib.metadata import EntryPoint
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 
@@ -32,9 +33,10 @@ def plug_in(monkeypatch, **targets):
 
 def test_built_in_backends_are_listed_with_the_version_of_their_package():
     infos = available()
-    assert list(infos)[:2] == ["numpy", "torch"]
+    assert list(infos)[:3] == ["numpy", "torch", "onnx"]
     assert infos["numpy"] == backends.BackendInfo("numpy", True, np.__version__, "")
     assert infos["torch"].version == torch.__version__
+    assert infos["onnx"].version == onnxruntime.__version__
 
 
 def test_a_missing_framework_is_listed_with_its_pip_extra(monkeypatch):
@@ -68,7 +70,7 @@ def test_a_framework_that_is_there_but_broken_is_not_called_missing(monkeypatch)
 
 def test_an_unknown_backend_is_refused_with_the_known_names():
     with pytest.raises(
-        BackendUnavailableError, match="no backend 'tensorflow'; known are auto, numpy, torch"
+        BackendUnavailableError, match="no backend 'tensorflow'; known are auto, numpy, torch, onnx"
     ):
         create_backend("tensorflow", TINY)
 

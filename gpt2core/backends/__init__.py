@@ -40,12 +40,18 @@ SMALL_MODEL_PARAMETERS: Final = 30_000_000
 @dataclass(frozen=True, slots=True)
 class _BuiltIn:
     factory: str  # module:attribute
-    package: str  # what it imports; also the name of the pip extra and of the distribution
+    package: str  # what it imports and does its arithmetic with; also the name of the distribution
+    others: tuple[str, ...] = ()  # what else it imports
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        return self.package, *self.others
 
 
 _BUILT_IN: Final[Mapping[str, _BuiltIn]] = {
     "numpy": _BuiltIn("gpt2core.backends.numpy_backend:NumpyBackend", "numpy"),
     "torch": _BuiltIn("gpt2core.backends.torch_backend:TorchBackend", "torch"),
+    "onnx": _BuiltIn("gpt2core.backends.onnx_backend:OnnxBackend", "onnxruntime", ("onnx",)),
 }
 
 
@@ -66,7 +72,7 @@ def available() -> dict[str, BackendInfo]:
     """
     infos = {}
     for name, built_in in _BUILT_IN.items():
-        found = find_spec(built_in.package) is not None
+        found = all(find_spec(package) is not None for package in built_in.packages)
         infos[name] = BackendInfo(
             name=name,
             available=found,
@@ -97,7 +103,7 @@ def load_factory(name: str) -> BackendFactory:
         try:
             factory: BackendFactory = getattr(importlib.import_module(module), attribute)
         except ImportError as error:
-            missing = isinstance(error, ModuleNotFoundError) and error.name == _BUILT_IN[name].package
+            missing = isinstance(error, ModuleNotFoundError) and error.name in _BUILT_IN[name].packages
             hint = _install_hint(name) if missing else f"its import failed: {_describe(error)}"
             raise BackendUnavailableError(f"backend {name!r} is not available: {hint}") from error
         return factory
