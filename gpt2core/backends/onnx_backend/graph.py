@@ -40,7 +40,10 @@ def graph_weights(weights: Weights) -> Iterator[tuple[str, Float[np.ndarray, "..
         for i, block in enumerate(weights.blocks):
             widened |= _widen(weights.config, f"h.{i}.attn.", block.c_attn, block.attn_c_proj)
     for name, array in weights.named():
-        yield name, widened.get(name, array)
+        if name == "wte.weight" and weights.lm_head is weights.wte:
+            yield "lm_head.weight", array
+        elif name not in ("wte.weight", "wpe.weight"):  # looked up outside the graph
+            yield name, widened.get(name, array)
 
 
 def _widen(config: ModelConfig, prefix: str, qkv: Linear, out: Linear) -> dict[str, np.ndarray]:
@@ -59,14 +62,17 @@ def _widen(config: ModelConfig, prefix: str, qkv: Linear, out: Linear) -> dict[s
 def build_model(weights: Weights) -> onnx.ModelProto:
     """The graph, with its weights as external initializers that say only name, type and shape.
 
-    Inputs: tokens (R, S), positions (R, S), seqlens_k (R,) positions that each row sees less one, total ()
-    the most positions that a row sees, wanted (M,) indices into the N tokens, and per layer past_key_i and
-    past_value_i (R, H, C, K).
+    Embeddings are looked up by the caller: a table that a graph looks things up in is a copy that stays,
+    while the same table as the head is rearranged and let go.
+
+    Inputs: embedded (R, S, D) the tokens' and positions' embeddings, seqlens_k (R,) positions that each row
+    sees less one, total () the most positions that a row sees, wanted (M,) indices into the N tokens, and per
+    layer past_key_i and past_value_i (R, H, C, K).
     Outputs: logits (M, V), and per layer present_key_i and present_value_i: the same buffers as the past.
     """
     config = weights.config
     graph = _Graph(config)
-    graph.body(tied=weights.lm_head is weights.wte)
+    graph.body()
     cache = ["rows", config.n_head, "capacity", padded_head_dim(config)]
     ints, floats = TensorProto.INT32, TensorProto.FLOAT
     value = helper.make_tensor_value_info
@@ -76,8 +82,7 @@ def build_model(weights: Weights) -> onnx.ModelProto:
             graph.nodes,
             "gpt2",
             [
-                value("tokens", ints, ["rows", "new"]),
-                value("positions", ints, ["rows", "new"]),
+                value("embedded", floats, ["rows", "new", config.n_embd]),
                 value("seqlens_k", ints, ["rows"]),
                 value("total", ints, []),
                 value("wanted", ints, ["wanted"]),
@@ -138,17 +143,13 @@ class _Graph:
         self._count += 1
         return self._count
 
-    def body(self, *, tied: bool) -> None:
-        """Token ids in, logits out."""
-        config, flat = self.config, self.constant([-1])
+    def body(self) -> None:
+        """Embeddings in, logits out."""
+        config = self.config
         inner = config.n_head * padded_head_dim(config)  # E
-        qkv_shape = self.op("Concat", self.op("Shape", "tokens"), self.constant([3 * inner]), axis=0)
+        qkv_shape = self.op("Concat", self.op("Shape", "embedded", end=2), self.constant([3 * inner]), axis=0)
         out_shape = self.constant([-1, inner])
-        x = self.op(
-            "Add",
-            self.op("Gather", "wte.weight", self.op("Reshape", "tokens", flat)),
-            self.op("Gather", "wpe.weight", self.op("Reshape", "positions", flat)),
-        )  # (N, D)
+        x = self.op("Reshape", "embedded", self.constant([-1, config.n_embd]))  # (N, D)
         epsilon = config.layer_norm_epsilon
         h = self.op("LayerNormalization", x, "h.0.ln_1.weight", "h.0.ln_1.bias", epsilon=epsilon)
         for i in range(config.n_layer):
@@ -164,7 +165,7 @@ class _Graph:
             h = self._activate(self.op("MatMul", h, f"{at}mlp.c_fc.weight"), f"{at}mlp.c_fc.bias")
             h = self.op("MatMul", h, f"{at}mlp.c_proj.weight")
             h, x = self._add_and_norm(x, h, f"{at}mlp.c_proj.bias", after)
-        self.ops("Gemm", (h, "wte.weight" if tied else "lm_head.weight"), ["logits"], transB=1)
+        self.ops("Gemm", (h, "lm_head.weight"), ["logits"], transB=1)
 
     def _attention(self, layer: int, qkv: str) -> str:
         config = self.config

@@ -103,7 +103,7 @@ def _prompt_run(batch: Batch, rows: list[int], firsts: np.ndarray) -> Run:
     lengths = batch.lengths[rows]
     shape = len(rows), int(lengths.max())
     there = np.arange(shape[1]) < lengths[:, None]  # (R, S); beyond is padding
-    # A row is padded with its own last token: whatever else might be NaN there, and weight 0 times NaN is NaN.
+    # A row is padded with its own last token: any other may be NaN, and weight 0 times NaN is NaN.
     column = np.minimum(np.arange(shape[1]), lengths[:, None] - 1)  # (R, S)
     tokens = batch.tokens[firsts[rows][:, None] + column]
     positions = (start + column).astype(np.int32)

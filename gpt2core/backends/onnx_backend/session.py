@@ -74,6 +74,7 @@ class OnnxBackend:
     ) -> None:
         check_threads(threads)
         self.config = weights.config
+        self._weights: Weights | None = weights
         self._device = device
         providers = _providers(device)
         options = _session_options(threads, _spinning(spinning))
@@ -98,8 +99,8 @@ class OnnxBackend:
 
     def forward(self, batch: Batch, cache: OnnxCache) -> Float32[np.ndarray, "M V"]:
         """See `gpt2core.backends.base.Backend.forward`."""
-        session = self._session
-        if session is None:
+        session, weights = self._session, self._weights
+        if session is None or weights is None:
             raise RequestError("the onnx backend is closed; load the model again")
         batch.check(vocab_size=self.config.vocab_size, slots=cache.slots, capacity=cache.capacity)
         logits = np.empty((len(batch.logits_at), self.config.vocab_size), np.float32)
@@ -109,28 +110,37 @@ class OnnxBackend:
             place[run.source] = run.place
             wanted = place[batch.logits_at]
             if len(runs) == 1:
-                self._run(session, run, cache, wanted, logits)
+                self._run(session, weights, run, cache, wanted, logits)
             else:
                 here = np.flatnonzero(wanted >= 0)
                 part = np.empty((len(here), logits.shape[1]), np.float32)
-                self._run(session, run, cache, wanted[here], part)
+                self._run(session, weights, run, cache, wanted[here], part)
                 logits[here] = part
                 place[run.source] = -1
         cache.filled[batch.slots] = batch.ends
         return logits
 
-    def _run(self, session: Any, run: Run, cache: OnnxCache, wanted: np.ndarray, logits: np.ndarray) -> None:
+    def _run(
+        self,
+        session: Any,
+        weights: Weights,
+        run: Run,
+        cache: OnnxCache,
+        wanted: np.ndarray,
+        logits: np.ndarray,
+    ) -> None:
         binding = self._binding(session, cache, run.slots)
+        embedded = weights.wte[run.tokens]  # (R, S, D)
+        embedded += weights.wpe[run.positions]
         total = np.array(run.seqlens_k.max() + 1, np.int32)
         feeds = (
-            ("tokens", run.tokens),
-            ("positions", run.positions),
+            ("embedded", embedded),
             ("seqlens_k", run.seqlens_k),
             ("total", total),
             ("wanted", wanted),
         )
         for name, array in feeds:
-            binding.bind_input(name, "cpu", 0, np.int32, array.shape, array.ctypes.data)
+            binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
         binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
         try:
             session.run_with_iobinding(binding)
@@ -155,7 +165,7 @@ class OnnxBackend:
     def close(self) -> None:
         """Let go of the session and the weights."""
         self._bindings.clear()
-        self._session = None
+        self._session = self._weights = None
         self._initializers = {}
 
 
