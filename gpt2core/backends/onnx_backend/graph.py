@@ -73,7 +73,7 @@ def build_model(weights: Weights) -> onnx.ModelProto:
     config = weights.config
     graph = _Graph(config)
     graph.body()
-    cache = ["rows", config.n_head, "capacity", padded_head_dim(config)]
+    cache: list[str | int | None] = ["rows", config.n_head, "capacity", padded_head_dim(config)]
     ints, floats = TensorProto.INT32, TensorProto.FLOAT
     value = helper.make_tensor_value_info
     layers = range(config.n_layer)
