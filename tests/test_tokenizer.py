@@ -285,6 +285,13 @@ def test_user_text_becomes_a_special_token_only_when_allowed(gpt2):
     assert gpt2.encode(text) == plain  # the other call has left nothing behind
 
 
+def test_allowing_special_tokens_leaves_the_encoder_of_other_threads_alone():
+    tokenizer = Tokenizer(small_byte_level())
+    assert tokenizer.encode(END, allow_special=True) == [300]
+    assert tokenizer._inner.encode_special_tokens  # what a plain call that runs just now relies on
+    assert tokenizer._special_encoder() is tokenizer._special_encoder()
+
+
 def test_threads_with_and_without_special_tokens_do_not_disturb_each_other(tmp_path):
     tokenizer = Tokenizer.from_folder(save(small_byte_level(), tmp_path))
     text = f"the cat {END} sat"
