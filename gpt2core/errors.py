@@ -48,3 +48,12 @@ class ContextLengthError(RequestError):
 
 class InvalidSamplingError(RequestError):
     """A sampling parameter is outside its range or contradicts another."""
+
+
+def in_short(value: object) -> str:
+    """A value that a caller gave, as a message may print it: its repr, cut to one short line."""
+    try:
+        text = repr(value)
+    except Exception:  # a repr of the caller's, or an int of more digits than Python prints
+        return f"a {type(value).__name__} that cannot be shown"
+    return text if len(text) <= 60 else text[:57] + "..."

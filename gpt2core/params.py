@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from gpt2core.errors import ContextLengthError, InvalidSamplingError
+from gpt2core.errors import ContextLengthError, InvalidSamplingError, in_short
 
 DEFAULT_NEW_TOKENS: Final = 100
 MAX_COUNT: Final = 2**31 - 1
@@ -124,7 +124,7 @@ class SamplingParams:
         integer("seed", 0, MAX_SEED, optional=True)
         integer("logprobs", 0, MAX_LOGPROBS, optional=True)
         if not isinstance(self.echo, bool):
-            raise InvalidSamplingError(f"echo is {_show(self.echo)}; it must be True or False")
+            raise InvalidSamplingError(f"echo is {in_short(self.echo)}; it must be True or False")
         if self.max_new_tokens is not None and self.max_length is not None:
             raise InvalidSamplingError(
                 f"max_new_tokens {self.max_new_tokens} and max_length {self.max_length} (prompt + new) are "
@@ -198,22 +198,14 @@ class SamplingParams:
                 )
 
 
-def _show(value: object) -> str:
-    try:
-        text = repr(value)
-    except Exception:  # a repr of the caller's, or an int of more digits than Python prints
-        return f"a {type(value).__name__} that cannot be shown"
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 def _integer(name: str, value: object, least: int, most: int) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise InvalidSamplingError(
-            f"{name} is {_show(value)}; it must be a whole number from {least} to {most}"
+            f"{name} is {in_short(value)}; it must be a whole number from {least} to {most}"
         )
     number = int(value)
     if not least <= number <= most:
-        raise InvalidSamplingError(f"{name} is {_show(number)}; it must be from {least} to {most}")
+        raise InvalidSamplingError(f"{name} is {in_short(number)}; it must be from {least} to {most}")
     return number
 
 
@@ -223,13 +215,13 @@ def _real(
     low = f"above {least}" if above else f"at least {least}"
     limit = f"it must be a finite number {low}{'' if most == math.inf else f' and at most {most}'}{remedy}"
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise InvalidSamplingError(f"{name} is {_show(value)}; {limit}")
+        raise InvalidSamplingError(f"{name} is {in_short(value)}; {limit}")
     try:
         number = float(value)
     except OverflowError:
         number = math.inf
     if not math.isfinite(number) or not least <= number <= most or (above and number == least):
-        raise InvalidSamplingError(f"{name} is {_show(value)}; {limit}")
+        raise InvalidSamplingError(f"{name} is {in_short(value)}; {limit}")
     return number
 
 
@@ -238,7 +230,7 @@ def _bias(value: object) -> _FrozenBias:
         return value
     if not isinstance(value, Mapping):
         raise InvalidSamplingError(
-            f"logit_bias is {_show(value)}; it must map token ids to numbers, as {{50256: -100}}"
+            f"logit_bias is {in_short(value)}; it must map token ids to numbers, as {{50256: -100}}"
         )
     if len(value) > MAX_LOGIT_BIAS:
         raise InvalidSamplingError(
@@ -256,12 +248,12 @@ def _stops(value: object) -> tuple[str, ...]:
     if isinstance(value, str):
         value = (value,)
     if not isinstance(value, Sequence) or isinstance(value, bytes | bytearray | memoryview):
-        raise InvalidSamplingError(f"stop is {_show(value)}; it must be a string or a list of strings")
+        raise InvalidSamplingError(f"stop is {in_short(value)}; it must be a string or a list of strings")
     if len(value) > MAX_STOPS:
         raise InvalidSamplingError(f"stop has {len(value)} strings; at most {MAX_STOPS} are allowed")
     for i, text in enumerate(value):
         if not isinstance(text, str):
-            raise InvalidSamplingError(f"stop[{i}] is {_show(text)}; it must be a string")
+            raise InvalidSamplingError(f"stop[{i}] is {in_short(text)}; it must be a string")
         if not 1 <= len(text) <= MAX_STOP_CHARACTERS:
             raise InvalidSamplingError(
                 f"stop[{i}] has {len(text)} characters; it must have 1 to {MAX_STOP_CHARACTERS}"

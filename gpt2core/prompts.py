@@ -6,7 +6,7 @@ from typing import Any, TypeAlias, TypedDict, cast
 
 import numpy as np
 
-from gpt2core.errors import ContextLengthError, InvalidSamplingError, RequestError
+from gpt2core.errors import ContextLengthError, InvalidSamplingError, RequestError, in_short
 from gpt2core.params import SamplingParams
 from gpt2core.tokenizer import Tokenizer
 
@@ -59,7 +59,7 @@ def with_options(params: SamplingParams | None, options: Mapping[str, Any]) -> S
         return SamplingParams(**options)
     if not isinstance(params, SamplingParams):
         raise InvalidSamplingError(
-            f"params is {_show(params)}; expected SamplingParams, or pass its fields as keywords"
+            f"params is {in_short(params)}; expected SamplingParams, or pass its fields as keywords"
         )
     return replace(params, **options)
 
@@ -75,7 +75,7 @@ def split_prompts(prompt: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool
     if isinstance(prompt, np.ndarray):
         prompt = prompt.tolist()
     if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray | memoryview):
-        raise RequestError(f"prompt is {_show(prompt)}; expected a text, token ids, or a list of either")
+        raise RequestError(f"prompt is {in_short(prompt)}; expected a text, token ids, or a list of either")
     if len(prompt) > 0 and isinstance(prompt[0], int | float | np.number):
         return [cast(Prompt, prompt)], True
     return list(cast(Sequence[Prompt], prompt)), False
@@ -109,7 +109,7 @@ def check_token_ids(token_ids: Iterable[int], vocab_size: int) -> list[int]:
         RequestError: there are none, or one of them is not a whole number in [0, vocab_size).
     """
     if isinstance(token_ids, str | bytes) or not isinstance(token_ids, Iterable):
-        raise RequestError(f"prompt is {_show(token_ids)}; expected a sequence of token ids")
+        raise RequestError(f"prompt is {in_short(token_ids)}; expected a sequence of token ids")
     if isinstance(token_ids, np.ndarray):
         token_ids = token_ids.tolist()
     ids = list(token_ids)
@@ -118,17 +118,9 @@ def check_token_ids(token_ids: Iterable[int], vocab_size: int) -> list[int]:
             ids[place] = int(value) if isinstance(value, np.integer) else -1
         if not 0 <= ids[place] < vocab_size:
             raise RequestError(
-                f"prompt holds {_show(value)} at place {place}; this model's token ids are whole numbers "
+                f"prompt holds {in_short(value)} at place {place}; this model's token ids are whole numbers "
                 f"from 0 to {vocab_size - 1}"
             )
     if not ids:
         raise RequestError("prompt is empty; give at least one token, for example the end-of-text token")
     return ids
-
-
-def _show(value: object) -> str:
-    try:
-        text = repr(value)
-    except Exception:  # a repr of the caller's, or an int of more digits than Python prints
-        return f"a {type(value).__name__} that cannot be shown"
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -82,7 +82,7 @@ BLOCK_NAMES = {
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The tensors that a checkpoint of this configuration must hold, by name (without prefix), with shapes."""
+    """Name (without prefix) and shape of each tensor that a checkpoint of this configuration must hold."""
     d, m = config.n_embd, config.mlp_dim
     linear = {"attn.c_attn": (d, 3 * d), "attn.c_proj": (d, d), "mlp.c_fc": (d, m), "mlp.c_proj": (m, d)}
     shapes: dict[str, tuple[int, ...]] = {

@@ -166,6 +166,7 @@ def test_a_logit_bias_cannot_be_changed_from_outside():
     params = SamplingParams(logit_bias=given_bias)
     given_bias[8] = 2
     assert dict(params.logit_bias) == {7: 1.0}
+    assert params.logit_bias[7] == 1
     with pytest.raises(TypeError):
         params.logit_bias[7] = 2
 

@@ -263,6 +263,16 @@ def test_added_tokens_are_literal_even_where_their_characters_spell_bytes(tmp_pa
     assert tokenizer.decode(tokenizer.encode("née 日本 ! Ġx")) == "née 日本 ! Ġx"
 
 
+def test_a_token_spelled_outside_the_byte_alphabet_is_literal_as_in_the_tokenizers_library():
+    raw = tokenizers.Tokenizer(models.BPE({"日本": 0, "a b": 1, "Ġ": 2, "Ã": 3, "©": 4, "é": 5}, []))
+    raw.decoder = decoders.ByteLevel()
+    tokenizer = Tokenizer(raw)
+    assert [tokenizer.token_text(token_id) for token_id in range(6)] == ["日本", "a b", " ", "\ufffd"] + [
+        "\ufffd"
+    ] * 2
+    assert tokenizer.decode([0, 2, 1, 3, 4, 5]) == raw.decode([0, 2, 1, 3, 4, 5]) == "日本 a bé\ufffd"
+
+
 # Special tokens in text
 
 
@@ -273,6 +283,13 @@ def test_user_text_becomes_a_special_token_only_when_allowed(gpt2):
     assert gpt2.decode(plain, skip_special=True) == text
     assert gpt2.encode(text, allow_special=True) == [17250, 220, 50256]
     assert gpt2.encode(text) == plain  # the other call has left nothing behind
+
+
+def test_allowing_special_tokens_leaves_the_encoder_of_other_threads_alone():
+    tokenizer = Tokenizer(small_byte_level())
+    assert tokenizer.encode(END, allow_special=True) == [300]
+    assert tokenizer._inner.encode_special_tokens  # what a plain call that runs just now relies on
+    assert tokenizer._special_encoder() is tokenizer._special_encoder()
 
 
 def test_threads_with_and_without_special_tokens_do_not_disturb_each_other(tmp_path):
@@ -358,6 +375,17 @@ def test_a_vocabulary_of_words_without_an_unknown_token_refuses_other_words(tmp_
     assert tokenizer.decode(tokenizer.encode("e4 e5")) == "e4 e5"
     with pytest.raises(RequestError, match=r"this tokenizer cannot encode the text: .*\[UNK\]"):
         tokenizer.encode("e4 d5")
+
+
+def test_an_interrupt_while_encoding_is_no_fault_of_the_text(monkeypatch):
+    class Interrupted:
+        def encode(self, text):
+            raise KeyboardInterrupt
+
+    tokenizer = Tokenizer(small_byte_level())
+    monkeypatch.setattr(tokenizer, "_inner", Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        tokenizer.encode("the cat")
 
 
 def test_max_token_bytes_is_large_where_a_token_may_stand_for_any_text(gpt2):

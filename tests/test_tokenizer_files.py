@@ -227,6 +227,14 @@ def test_an_empty_file_is_refused(small_files, name):
     assert refusal(small_files) == f"{small_files / name} is empty{REMEDY}"
 
 
+def test_a_file_that_may_not_be_read_is_refused(small_files, monkeypatch):
+    def refuse(self, mode):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.open", refuse)
+    assert refusal(small_files) == f"{small_files / 'vocab.json'} cannot be read: Permission denied{REMEDY}"
+
+
 @pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "tokenizer.json", "special_tokens_map.json"])
 def test_a_folder_in_place_of_a_file_is_refused(small_files, name):
     (small_files / name).unlink(missing_ok=True)
