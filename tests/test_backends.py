@@ -111,15 +111,17 @@ def test_an_unknown_precision_is_refused_by_name():
 @pytest.mark.parametrize(
     ("size", "device", "installed", "chosen"),
     [
-        ("tiny", "cpu", True, "numpy"),
-        ("small", "cpu", True, "torch"),
-        ("small", "cpu", False, "numpy"),
-        ("tiny", "cuda", True, "torch"),
+        ("tiny", "cpu", ["torch", "onnxruntime", "onnx"], "numpy"),
+        ("small", "cpu", ["torch", "onnxruntime", "onnx"], "onnx"),
+        ("small", "cpu", ["torch", "onnxruntime"], "torch"),
+        ("small", "cpu", ["torch"], "torch"),
+        ("small", "cpu", [], "numpy"),
+        ("tiny", "cuda", ["torch", "onnxruntime", "onnx"], "torch"),
     ],
 )
 def test_auto_follows_its_documented_rule(monkeypatch, size, device, installed, chosen):
     monkeypatch.delenv("GPT2CORE_BACKEND", raising=False)
-    monkeypatch.setattr(backends, "find_spec", lambda name: object() if installed else None)
+    monkeypatch.setattr(backends, "find_spec", lambda name: object() if name in installed else None)
     name, why = choose(random_config(size), device=device)
     assert name == chosen
     assert why

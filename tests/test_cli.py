@@ -635,16 +635,16 @@ def test_backends_lists_engines_and_what_auto_takes(run, folder, monkeypatch):
     assert found["numpy"]["available"]
     assert found["torch"]["available"]
     assert document["auto"]["demo"]["backend"] == "numpy"
-    assert document["auto"]["openai-community/gpt2"]["backend"] == "torch"
+    assert document["auto"]["openai-community/gpt2"]["backend"] == "onnx"
     assert all(choice["why"] for choice in document["auto"].values())
     text = run("backends").out
     assert f"torch    {found['torch']['version']}" in text
-    assert "openai-community/gpt2  torch" in text
+    assert "openai-community/gpt2  onnx" in text
 
 
 def test_backends_tells_the_extra_of_what_is_missing(run, folder, monkeypatch):
     monkeypatch.setattr(checkpoint, "DEMO", Path(folder))
-    monkeypatch.setattr("gpt2core.backends.find_spec", lambda name: None if name == "torch" else object())
+    monkeypatch.setattr("gpt2core.backends.find_spec", lambda name: object() if name == "numpy" else None)
     result = run("backends")
     assert "pip install 'gpt2core[torch]'" in result.out
     assert "openai-community/gpt2  numpy" in result.out
