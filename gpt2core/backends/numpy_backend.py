@@ -16,6 +16,7 @@ import numpy as np
 from gpt2core._shapes import Float, Float32
 from gpt2core.backends import numpy_kernels as kernels
 from gpt2core.backends.blas_threads import blas_threads
+from gpt2core.backends.memory import lazy_zeros
 from gpt2core.backends.ragged import AttentionPlan, note_filled, plan_attention
 from gpt2core.batch import Batch, whole_sequence
 from gpt2core.config import ModelConfig
@@ -31,7 +32,7 @@ class NumpyCache:
     def __init__(self, config: ModelConfig, slots: int, capacity: int) -> None:
         shape = (config.n_layer, 2, slots, config.n_head, capacity, config.head_dim)
         self.slots, self.capacity = slots, capacity
-        self.kv = np.zeros(shape, np.float32)
+        self.kv = lazy_zeros(shape)
         self.filled = np.zeros(slots, np.int32)
 
     @property

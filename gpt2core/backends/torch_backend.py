@@ -20,6 +20,7 @@ from torch import Tensor
 
 from gpt2core._shapes import Float32
 from gpt2core.backends.blas_threads import check_threads
+from gpt2core.backends.memory import lazy_zeros
 from gpt2core.backends.ragged import AttentionPlan, note_filled, plan_attention
 from gpt2core.batch import Batch
 from gpt2core.config import ModelConfig
@@ -104,7 +105,7 @@ class TorchCache:
         shape = (config.n_layer, 2, slots, config.n_head, capacity, config.head_dim)
         self.slots, self.capacity = slots, capacity
         if device.type == "cpu":
-            self.kv = torch.from_numpy(np.zeros(shape, np.float32))
+            self.kv = torch.from_numpy(lazy_zeros(shape))
         else:
             self.kv = torch.zeros(shape, device=device)
         self.filled = np.zeros(slots, np.int32)

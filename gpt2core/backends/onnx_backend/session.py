@@ -16,6 +16,7 @@ import onnxruntime
 
 from gpt2core._shapes import Float32
 from gpt2core.backends.blas_threads import check_threads
+from gpt2core.backends.memory import lazy_zeros
 from gpt2core.backends.onnx_backend.graph import build_model, graph_weights, padded_head_dim
 from gpt2core.backends.onnx_backend.runs import Run, plan_runs
 from gpt2core.batch import Batch
@@ -35,7 +36,7 @@ class OnnxCache:
     def __init__(self, config: ModelConfig, slots: int, capacity: int) -> None:
         shape = (config.n_layer, 2, slots, config.n_head, capacity, padded_head_dim(config))
         self.slots, self.capacity = slots, capacity
-        self.kv = np.zeros(shape, np.float32)
+        self.kv = lazy_zeros(shape)
         self.filled = np.zeros(slots, np.int32)
 
     @property
