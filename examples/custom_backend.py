@@ -78,9 +78,7 @@ class OpenVinoBackend:
         if threads is not None and device == "cpu":
             options["INFERENCE_NUM_THREADS"] = threads
         self.config = weights.config
-        self._compiled: ov.CompiledModel | None = core.compile_model(
-            build_model(weights), device.upper(), options
-        )
+        self._compiled: Any = core.compile_model(build_model(weights), device.upper(), options)
 
     def new_cache(self, slots: int, capacity: int) -> OpenVinoCache:
         """An empty cache for `slots` sequences of up to `capacity` tokens."""
@@ -92,24 +90,15 @@ class OpenVinoBackend:
             raise RequestError("the openvino backend is closed; load the model again")
         batch.check(vocab_size=self.config.vocab_size, slots=cache.slots, capacity=cache.capacity)
         logits = np.empty((len(batch.logits_at), self.config.vocab_size), np.float32)
-        firsts = np.cumsum(batch.lengths) - batch.lengths
         for length in np.unique(batch.lengths):
-            rows = np.flatnonzero(batch.lengths == length)
-            tokens = firsts[rows, None] + np.arange(length)  # (R, Q) indices into the batch's tokens
-            self._run_group(self._compiled, batch, cache, rows, tokens, logits)
+            self._run_group(batch, cache, np.flatnonzero(batch.lengths == length), logits)
         return logits
 
-    def _run_group(
-        self,
-        compiled: ov.CompiledModel,
-        batch: Batch,
-        cache: OpenVinoCache,
-        rows: np.ndarray,
-        tokens: np.ndarray,
-        logits: np.ndarray,
-    ) -> None:
-        """Run the rows whose tokens fill the rectangle `tokens`, and write their part of `logits`."""
-        starts, slots, length = batch.starts[rows], batch.slots[rows], tokens.shape[1]
+    def _run_group(self, batch: Batch, cache: OpenVinoCache, rows: np.ndarray, logits: np.ndarray) -> None:
+        """Run rows of one length as a rectangle, and write their part of `logits`."""
+        starts, slots, length = batch.starts[rows], batch.slots[rows], batch.lengths[rows[0]]
+        firsts = np.cumsum(batch.lengths) - batch.lengths
+        tokens = firsts[rows, None] + np.arange(length)  # (R, Q) indices into the batch's tokens
         place = np.full(len(batch.tokens), -1)
         place[tokens.ravel()] = np.arange(tokens.size)
         place = place[batch.logits_at]  # (M,) where in the rectangle each wanted token is, or -1
@@ -123,7 +112,7 @@ class OpenVinoBackend:
             for kind, name in enumerate(KEYS_VALUES):
                 inputs[f"{name}_{layer}"] = past(cache.kv[layer, kind], slots, starts)
         try:
-            found = compiled(inputs, share_inputs=True, share_outputs=True)
+            found = self._compiled(inputs, share_inputs=True, share_outputs=True)
         except RuntimeError as error:
             raise BackendError(f"the openvino backend failed: {error}") from error
         logits[place >= 0] = found["logits"]
@@ -158,9 +147,6 @@ def attention_mask(starts: np.ndarray, length: int) -> np.ndarray:
         mask[row, :, :, start : starts.max()] = -np.inf  # padding of the past
     mask[..., starts.max() :] += np.triu(np.full((length, length), -np.inf, np.float32), 1)  # the future
     return mask
-
-
-# ------------------------------------------------------------------------------------------------- the model
 
 
 def build_model(weights: Weights) -> ov.Model:
