@@ -117,6 +117,8 @@ def test_an_unknown_precision_is_refused_by_name():
         ("small", "cpu", ["torch"], "torch"),
         ("small", "cpu", [], "numpy"),
         ("tiny", "cuda", ["torch", "onnxruntime", "onnx"], "torch"),
+        ("tiny", "cuda", ["onnxruntime", "onnx"], "onnx"),
+        ("tiny", "cuda", [], "torch"),
     ],
 )
 def test_auto_follows_its_documented_rule(monkeypatch, size, device, installed, chosen):
@@ -132,9 +134,26 @@ def test_the_environment_overrides_the_choice(monkeypatch):
     assert choose(random_config("small")) == ("numpy", "GPT2CORE_BACKEND names it")
     monkeypatch.setenv("GPT2CORE_BACKEND", "auto")
     assert choose(random_config())[0] == "numpy"
+    monkeypatch.setenv("GPT2CORE_BACKEND", "")
+    assert choose(random_config())[0] == "numpy"
+
+
+def test_a_plugin_may_be_named_by_the_environment(monkeypatch):
+    plug_in(monkeypatch, mine="gpt2core.backends.numpy_backend:NumpyBackend")
+    monkeypatch.setenv("GPT2CORE_BACKEND", "mine")
+    assert choose(random_config("small")) == ("mine", "GPT2CORE_BACKEND names it")
+
+
+def test_an_unknown_backend_in_the_environment_is_refused_with_the_variables_name(monkeypatch):
     monkeypatch.setenv("GPT2CORE_BACKEND", "nothing")
-    with pytest.raises(BackendUnavailableError, match="no backend 'nothing'"):
+    message = "GPT2CORE_BACKEND names 'nothing', .*; known are auto, numpy, torch, onnx.* unset the variable"
+    with pytest.raises(BackendUnavailableError, match=message):
         create_backend("auto", TINY)
+
+
+def test_a_backend_named_by_the_caller_does_not_ask_the_environment(monkeypatch):
+    monkeypatch.setenv("GPT2CORE_BACKEND", "nothing")
+    assert create_backend("numpy", TINY).name == "numpy"
 
 
 # ------------------------------------------------------------------------------------------------- devices

@@ -650,6 +650,21 @@ def test_backends_tells_the_extra_of_what_is_missing(run, folder, monkeypatch):
     assert "openai-community/gpt2  numpy" in result.out
 
 
+def test_backends_works_without_the_demo_model(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "DEMO", tmp_path / "nowhere")
+    monkeypatch.delenv("GPT2CORE_BACKEND", raising=False)
+    assert list(strict_json(run("backends", "--json").out)["auto"]) == ["openai-community/gpt2"]
+    assert "openai-community/gpt2  onnx" in run("backends").out
+
+
+def test_an_unknown_backend_in_the_environment_is_one_line_and_exits_1(run, folder, monkeypatch):
+    monkeypatch.setenv("GPT2CORE_BACKEND", "frobnicate")
+    for args in (["generate", PROMPT, "--model", folder], ["backends"]):
+        result = run(*args)
+        assert result.code == 1
+        assert "GPT2CORE_BACKEND names 'frobnicate'" in result.error()
+
+
 def test_convert_writes_safetensors_that_generate_the_same(run, folder, tmp_path):
     import torch
 

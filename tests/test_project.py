@@ -55,7 +55,9 @@ def test_python_m_gpt2core_prints_the_version():
 # Scripts
 
 
-@pytest.mark.parametrize("script", ["scripts/try", "scripts/test", "scripts/check", ".ci/run"])
+@pytest.mark.parametrize(
+    "script", ["scripts/try", "scripts/test", "scripts/test-extras", "scripts/check", ".ci/run"]
+)
 def test_a_script_is_executable_and_is_valid_bash(script):
     path = ROOT / script
     assert path.stat().st_mode & stat.S_IXUSR, f"{script} is not executable"

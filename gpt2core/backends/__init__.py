@@ -54,6 +54,7 @@ _BUILT_IN: Final[Mapping[str, _BuiltIn]] = {
     "onnx": _BuiltIn("gpt2core.backends.onnx_backend:OnnxBackend", "onnxruntime", ("onnx",)),
 }
 _FASTEST_FIRST: Final = ("onnx", "torch")  # on a CPU, as measured with examples/speed.py
+_OTHER_DEVICES: Final = ("torch", "onnx")  # those that run elsewhere, the one with the most devices first
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +111,7 @@ def load_factory(name: str) -> BackendFactory:
         return factory
     plugins = _plugins()
     if name not in plugins:
-        known = ", ".join(["auto", *_BUILT_IN, *plugins])
-        raise BackendUnavailableError(f"there is no backend {name!r}; known are {known}")
+        raise BackendUnavailableError(f"there is no backend {name!r}; known are {_known_names()}")
     try:
         loaded: BackendFactory = plugins[name].load()
     except Exception as error:  # a stranger's module may raise anything; it becomes one typed error
@@ -124,14 +124,33 @@ def load_factory(name: str) -> BackendFactory:
 def choose(config: ModelConfig, *, device: str = "cpu") -> tuple[str, str]:
     """The backend that `backend="auto"` takes, and why.
 
-    In this order: the environment variable GPT2CORE_BACKEND; PyTorch for any device but the CPU; NumPy for
-    models of less than 30 million parameters; ONNX Runtime where it is installed; PyTorch where it is; NumPy.
+    The first of these rules that applies:
+
+    1. the environment variable GPT2CORE_BACKEND, unless it is empty or "auto";
+    2. for a device other than the CPU, PyTorch where it is installed, else ONNX Runtime where it is, else
+       PyTorch, whose error says how to install it;
+    3. NumPy for a model of less than 30 million parameters;
+    4. ONNX Runtime where it is installed, else PyTorch where it is, else NumPy.
+
+    Raises:
+        BackendUnavailableError: GPT2CORE_BACKEND names a backend that does not exist.
     """
     named = os.environ.get("GPT2CORE_BACKEND")
     if named and named != "auto":
+        if named not in _BUILT_IN and named not in _plugins():
+            raise BackendUnavailableError(
+                f"GPT2CORE_BACKEND names {named!r}, which does not exist; known are {_known_names()}; "
+                "name one of these or unset the variable"
+            )
         return named, "GPT2CORE_BACKEND names it"
     if device != "cpu":
-        return "torch", f"it runs on device {device!r}"
+        for name in _OTHER_DEVICES:
+            if _installed(_BUILT_IN[name]):
+                return (
+                    name,
+                    f"the first of {', '.join(_OTHER_DEVICES)} that is installed, for device {device!r}",
+                )
+        return _OTHER_DEVICES[0], f"NumPy does not run on device {device!r}"
     if config.parameters < SMALL_MODEL_PARAMETERS:
         return "numpy", f"{config.parameters / 1e6:.1f} million parameters run before a framework has started"
     for name in _FASTEST_FIRST:
@@ -169,6 +188,10 @@ def _plugins() -> dict[str, "EntryPoint"]:
     from importlib.metadata import entry_points  # costs tens of milliseconds, so only where plugins matter
 
     return {e.name: e for e in entry_points(group=ENTRY_POINT_GROUP) if e.name not in _BUILT_IN}
+
+
+def _known_names() -> str:
+    return ", ".join(["auto", *_BUILT_IN, *_plugins()])
 
 
 def _version(package: str) -> str | None:

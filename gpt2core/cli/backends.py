@@ -1,5 +1,7 @@
 """`gpt2core backends`: the engines that can compute here, and which one `--backend auto` takes."""
 
+from contextlib import suppress
+
 import click
 
 from gpt2core.cli.console import json_option, write, write_json, write_table
@@ -12,9 +14,12 @@ def backends(as_json: bool) -> None:
     from gpt2core.backends import available, choose
     from gpt2core.checkpoint import read_config, resolve
     from gpt2core.config import ModelConfig
+    from gpt2core.errors import CheckpointError
 
     engines = available().values()
-    models = {"demo": read_config(resolve("demo")), "openai-community/gpt2": ModelConfig()}
+    models = {"openai-community/gpt2": ModelConfig()}
+    with suppress(CheckpointError):  # an installation without the demo model
+        models = {"demo": read_config(resolve("demo")), **models}
     auto = {model: choose(config) for model, config in models.items()}
     if as_json:
         write_json(
