@@ -20,7 +20,7 @@ class Notes:
         self._hidden_states.append(x)
 
     def add_attention(self, qkv: Tensor, scale: float) -> None:
-        """The attention map, which the fused attention never holds, of queries, keys and values (N, 3, H, K)."""
+        """The map, which the fused attention never holds, of queries, keys and values (N, 3, H, K)."""
         q, k = qkv[:, 0].transpose(0, 1), qkv[:, 1].transpose(0, 1)  # (H, N, K) each
         scores = scale * q @ k.transpose(1, 2)  # (H, N, N)
         beyond = torch.ones(scores.shape[1:], dtype=torch.bool, device=scores.device).triu_(1)
