@@ -370,7 +370,12 @@ def test_the_command_prints_a_table_and_ends_with_0(run, folder):
     heading, row, *rest = out.splitlines()
     assert heading.split()[:4] == ["backend", "status", "max", "diff"]
     assert row.split()[:2] == ["numpy", "passed"]
-    assert "numpy: 1 seeds x 4 tokens at temperature 0.8: what the others are compared with" in rest
+    assert "baseline" in row
+    assert rest == [
+        "",
+        "logits: 552 positions against the reference; allowed difference 0.0002",
+        "tokens: 1 seeds x 4 tokens at temperature 0.8, compared with numpy's",
+    ]
 
 
 def test_the_command_names_what_failed_and_ends_with_1(run, folder):

@@ -18,7 +18,7 @@ from gpt2core.cli.console import (
 )
 
 if TYPE_CHECKING:
-    from gpt2core.verify import Agreement, BackendReport, Report
+    from gpt2core.verify import BackendReport, Disagreement, Report
 
 
 @click.command(short_help="Compare the engines with each other and with a reference.")
@@ -81,11 +81,17 @@ def verify(
 
 
 def _write(report: "Report") -> None:
-    write_table([_HEADINGS, *(_row(one) for one in report.backends)])
+    write_table([_HEADINGS, *(_row(one, report.baseline) for one in report.backends)])
     write("\n")
-    drawn = f"{report.seeds} seeds x {report.tokens} tokens at temperature {report.temperature:g}"
+    positions = max((one.overall.positions for one in report.backends if one.overall), default=0)
+    write(f"logits: {positions} positions against the reference; allowed difference {report.tolerance:g}\n")
+    if report.baseline is not None:
+        write(
+            f"tokens: {report.seeds} seeds x {report.tokens} tokens at temperature {report.temperature:g}, "
+            f"compared with {report.baseline}'s\n"
+        )
     for one in report.backends:
-        for line in _remarks(one, report, drawn):
+        for line in _remarks(one):
             write(f"{one.backend}: {line}\n")
 
 
@@ -95,7 +101,7 @@ _HEADINGS = (
 )
 
 
-def _row(one: "BackendReport") -> tuple[str, ...]:
+def _row(one: "BackendReport", baseline: str | None) -> tuple[str, ...]:
     overall, cells = one.overall, ["-"] * 5
     if overall is not None:
         cells = [
@@ -107,6 +113,8 @@ def _row(one: "BackendReport") -> tuple[str, ...]:
         ]
     agreement = one.agreement
     same = "-" if agreement is None else f"{agreement.equal_tokens}/{agreement.tokens}"
+    if one.backend == baseline:
+        same = "baseline"
     peak = one.peak_memory_nbytes
     return (
         one.backend,
@@ -123,34 +131,24 @@ def _seconds(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f} s"
 
 
-def _remarks(one: "BackendReport", report: "Report", drawn: str) -> list[str]:
+def _remarks(one: "BackendReport") -> list[str]:
     if one.status == "skipped":
         return [f"skipped: {reason}" for reason in one.reasons]
-    lines = []
-    if one.overall is not None:
-        lines.append(f"{one.overall.positions} positions, allowed difference {report.tolerance:g}")
-    if one.agreement is not None:
-        lines += _draws(one.agreement, drawn)
-    elif report.baseline == one.backend:
-        lines.append(f"{drawn}: what the others are compared with")
+    lines = [_drawn(each) for each in one.agreement.disagreements] if one.agreement is not None else []
     if one.layers is not None:
         lines.append(_layers(one))
     return [*lines, *(f"FAILED: {reason}" for reason in one.reasons)]
 
 
-def _draws(agreement: "Agreement", drawn: str) -> list[str]:
-    lines = [f"{drawn}: {agreement.equal_texts} of {agreement.texts} texts as on {agreement.baseline}"]
-    for one in agreement.disagreements:
-        line = f"seed {one.seed}, new token {one.index}: {one.got} instead of {one.expected}; "
-        if one.margin is None or one.numeric_difference is None:
-            lines.append(line + "one text had ended")
-            continue
-        within = "within margin" if one.within else "NOT within margin"
-        lines.append(
-            f"{line}the random number is {one.margin:.2g} from the border, which rounding moves by up to "
-            f"{one.numeric_difference:.2g}: {within}"
-        )
-    return lines
+def _drawn(one: "Disagreement") -> str:
+    line = f"seed {one.seed}, new token {one.index}: {one.got} instead of {one.expected}; "
+    if one.margin is None or one.numeric_difference is None:
+        return line + "one text had ended"
+    within = "within margin" if one.within else "NOT within margin"
+    return (
+        f"{line}the random number is {one.margin:.2g} from the border, which rounding moves by up to "
+        f"{one.numeric_difference:.2g}: {within}"
+    )
 
 
 def _layers(one: "BackendReport") -> str:
