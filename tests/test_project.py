@@ -173,7 +173,8 @@ LAYERS = (
     ("sequence", "scheduler", "rows", "prompts"),
     ("engine", "generation"),
     ("model", "stepping"),
-    ("cli", "__main__", "testing", "conformance", "random_model", "subject"),
+    ("testing", "conformance", "random_model", "subject", "verify"),
+    ("cli", "__main__"),
 )
 RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}
 FRAMEWORKS = {"flax", "jax", "onnx", "onnxruntime", "torch", "transformers"}

@@ -67,10 +67,11 @@ class BackendInfo:
     reason: str  # empty where it is available
 
 
-def available() -> dict[str, BackendInfo]:
+def available(*, load_plugins: bool = True) -> dict[str, BackendInfo]:
     """Every known backend by name, built-in ones first; a broken plugin is listed with its error.
 
-    Built-in frameworks are looked up, not imported; plugins are loaded.
+    Built-in frameworks are looked up, not imported. Plugins are loaded, unless `load_plugins` is False: then
+    each is taken to be available.
     """
     infos = {}
     for name, built_in in _BUILT_IN.items():
@@ -84,7 +85,8 @@ def available() -> dict[str, BackendInfo]:
     for name, entry in _plugins().items():
         version = entry.dist.version if entry.dist else None
         try:
-            entry.load()
+            if load_plugins:
+                entry.load()
         except Exception as error:  # whatever a stranger's module raises, the others must stay usable
             infos[name] = BackendInfo(name, False, version, f"its plugin failed to load: {_describe(error)}")
         else:

@@ -9,7 +9,8 @@ reads the checkpoint's (in, out) layout in place and fuses the usual activations
 # L layers, S cache slots, C cache capacity, T cached positions
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, final
 
@@ -22,9 +23,11 @@ from gpt2core._shapes import Float32
 from gpt2core.backends.blas_threads import check_threads
 from gpt2core.backends.memory import lazy_zeros
 from gpt2core.backends.ragged import AttentionPlan, note_filled, plan_attention
-from gpt2core.batch import Batch
+from gpt2core.backends.torch_trace import Notes
+from gpt2core.batch import Batch, whole_sequence
 from gpt2core.config import ModelConfig
 from gpt2core.errors import BackendError, BackendUnavailableError, RequestError
+from gpt2core.trace import Trace
 from gpt2core.weights import Linear, Weights
 
 _ONEDNN_LINEAR: Final[Callable[..., Tensor] | None] = (
@@ -151,27 +154,45 @@ class TorchBackend:
         if self._model is None:
             raise RequestError("the torch backend is closed; load the model again")
         batch.check(vocab_size=self.config.vocab_size, slots=cache.slots, capacity=cache.capacity)
+        with self._running():
+            for slot, positions in note_filled(cache.filled, batch):
+                cache.kv[:, :, slot, :, positions] = 0
+            return self._logits(self._model, batch, cache, None).cpu().numpy()
+
+    def trace(self, token_ids: Sequence[int]) -> Trace:
+        """See `gpt2core.backends.base.Traces.trace`."""
+        if self._model is None:
+            raise RequestError("the torch backend is closed; load the model again")
+        batch = whole_sequence(self.config, token_ids)
+        with self._running():
+            notes = Notes()
+            logits = self._logits(self._model, batch, self.new_cache(1, len(token_ids)), notes)
+            return notes.trace(logits)
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """No gradients, this backend's threads, and PyTorch's errors as one of this library's."""
         before = torch.get_num_threads()
         threads = before if self._threads is None else self._threads
         try:
             if threads != before:
                 torch.set_num_threads(threads)
             with torch.inference_mode():
-                for slot, positions in note_filled(cache.filled, batch):
-                    cache.kv[:, :, slot, :, positions] = 0
-                return self._logits(self._model, batch, cache).cpu().numpy()
+                yield
         except RuntimeError as error:
             raise BackendError(f"the torch backend failed on {self._device}: {error}") from error
         finally:
             if threads != before:
                 torch.set_num_threads(before)
 
-    def _logits(self, model: _Model, batch: Batch, cache: TorchCache) -> Tensor:
+    def _logits(self, model: _Model, batch: Batch, cache: TorchCache, notes: Notes | None) -> Tensor:
         config, width, epsilon = self.config, (self.config.n_embd,), self.config.layer_norm_epsilon
         plan = plan_attention(batch)
         wanted = self._index(batch.logits_at)
         masks = [_beyond(run.ends, run.longest, self._device) for run in plan.decode]
         x = model.wte[self._index(batch.tokens)] + model.wpe[self._index(batch.positions)]  # (N, D)
+        if notes is not None:
+            notes.add_hidden_state(x)
         for i, layer in enumerate(model.layers):
             qkv = layer.c_attn(F.layer_norm(x, width, *layer.ln_1, epsilon))  # (N, 3 D)
             y = _attention(
@@ -182,7 +203,12 @@ class TorchBackend:
                     return x.new_empty(0, config.vocab_size)
                 x, y = x[wanted], y[wanted]  # (M, D)
             x = x + layer.attn_c_proj(y)
+            if notes is not None:
+                notes.add_attention(qkv.view(len(qkv), 3, config.n_head, -1), layer.scale)
+                notes.add_hidden_state(x)
             x = x + layer.mlp_c_proj(layer.c_fc(F.layer_norm(x, width, *layer.ln_2, epsilon)))
+            if notes is not None:
+                notes.add_hidden_state(x)
         return model.lm_head(F.layer_norm(x, width, *model.ln_f, epsilon))  # (M, V)
 
     def _index(self, array: np.ndarray) -> Tensor:

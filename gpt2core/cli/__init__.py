@@ -20,6 +20,7 @@ from gpt2core.cli.convert import convert
 from gpt2core.cli.generate import generate
 from gpt2core.cli.info import info
 from gpt2core.cli.score import score
+from gpt2core.cli.verify import verify
 from gpt2core.errors import Gpt2CoreError, RequestError
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
@@ -31,7 +32,7 @@ def program() -> None:
     """Run GPT-2-family language models from one checkpoint on any backend."""
 
 
-for _command in (generate, score, info, backends, convert):
+for _command in (generate, score, info, backends, verify, convert):
     program.add_command(_command)
 
 
