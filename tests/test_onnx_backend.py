@@ -10,7 +10,8 @@ from onnx import TensorProto
 
 from gpt2core.backends import create_backend
 from gpt2core.backends.onnx_backend import OnnxBackend, session
-from gpt2core.backends.onnx_backend.graph import build_model, graph_weights, padded_head_dim
+from gpt2core.backends.onnx_backend.graph import build_model, graph_weights
+from gpt2core.backends.onnx_backend.operators import padded_head_dim
 from gpt2core.backends.onnx_backend.runs import plan_runs
 from gpt2core.batch import Batch
 from gpt2core.checkpoint import open_checkpoint

@@ -16,7 +16,8 @@ import onnxruntime
 
 from gpt2core._shapes import Float32
 from gpt2core.backends.blas_threads import check_threads
-from gpt2core.backends.onnx_backend.graph import build_model, graph_weights, padded_head_dim
+from gpt2core.backends.onnx_backend.graph import build_model, graph_weights
+from gpt2core.backends.onnx_backend.operators import padded_head_dim
 from gpt2core.backends.onnx_backend.runs import Run, plan_runs
 from gpt2core.batch import Batch
 from gpt2core.config import ModelConfig
