@@ -23,8 +23,8 @@ from gpt2core.testing import VARIANTS, random_checkpoint, random_config, random_
 TINY = random_weights(random_config())
 
 
-def runs_of(*rows, filled=(0,) * 16, capacity=64):
-    return plan_runs(Batch.of(rows), np.array(filled, np.int32), capacity)
+def runs_of(*rows):
+    return plan_runs(Batch.of(rows))
 
 
 # --------------------------------------------------------------------------------------------------- graph
@@ -76,16 +76,18 @@ def test_neighbouring_rows_share_a_run_whatever_their_order():
     assert run.place.tolist() == [0, 1, 2]
 
 
-def test_a_small_hole_is_bridged_at_the_sleepers_end():
-    (run,) = runs_of(([1], 5, 0), ([2], 3, 3), filled=(5, 7, 0, 3))
+def test_a_small_hole_is_bridged_at_the_first_position():
+    (run,) = runs_of(([1], 5, 0), ([2], 3, 3))
     assert run.slots == slice(0, 4)
-    assert run.seqlens_k.tolist() == [5, 7, 0, 3]
+    assert run.seqlens_k.tolist() == [5, 0, 0, 3]
     assert run.place.tolist() == [0, 3]
+    assert run.bridged.tolist() == [1, 2]
 
 
-def test_a_hole_that_is_wide_or_full_is_not_bridged():
-    assert len(runs_of(([1], 5, 0), ([2], 3, 9))) == 2
-    assert len(runs_of(([1], 5, 0), ([2], 3, 2), filled=(5, 64, 3))) == 2
+def test_a_wide_hole_is_not_bridged():
+    runs = runs_of(([1], 5, 0), ([2], 3, 9))
+    assert [run.slots for run in runs] == [slice(0, 1), slice(9, 10)]
+    assert [run.bridged.tolist() for run in runs] == [[], []]
 
 
 def test_prompts_that_begin_together_share_a_run_if_padding_is_cheap():
@@ -104,13 +106,41 @@ def test_decoding_runs_stand_before_all_others():
     assert runs[2].seqlens_k.tolist() == [3]
 
 
-def test_a_bridged_sleeper_goes_on_as_if_nothing_had_happened():
+def bridged_cache(backend):
+    """Three rows in slots 0, 1 and 2, the middle one as long as the cache."""
+    cache = backend.new_cache(3, 8)
+    backend.forward(Batch.of([([1, 2, 3], 0, 0), (range(8), 0, 1), ([8, 9], 0, 2)]), cache)
+    return cache
+
+
+def test_a_bridged_sleepers_cache_keeps_every_byte():
     backend = OnnxBackend(TINY)
-    cache, a, b, c = backend.new_cache(3, 32), [1, 2, 3], [4, 5, 6, 7], [8, 9]
-    backend.forward(Batch.of([(a, 0, 0), (b, 0, 1), (c, 0, 2)]), cache)
-    backend.forward(Batch.of([([10], 3, 0), ([11], 2, 2)]), cache)
-    got = backend.forward(Batch.of([([12], 4, 1)]), cache)
-    np.testing.assert_allclose(got[0], reference_logits(TINY, [*b, 12])[-1], rtol=0, atol=TOLERANCE)
+    cache = bridged_cache(backend)
+    before = cache.kv[:, :, 1].tobytes()
+    got = backend.forward(Batch.of([([10], 3, 0), ([11], 2, 2)]), cache)
+    assert cache.kv[:, :, 1].tobytes() == before
+    want = [reference_logits(TINY, tokens)[-1] for tokens in ([1, 2, 3, 10], [8, 9, 11])]
+    np.testing.assert_allclose(got, want, rtol=0, atol=TOLERANCE)
+
+
+def test_a_bridged_sleepers_cache_keeps_every_byte_when_the_pass_fails():
+    backend = OnnxBackend(TINY)
+    cache = bridged_cache(backend)
+    before = cache.kv[:, :, 1].tobytes()
+
+    class Failing:
+        def io_binding(self):
+            return backend._session.io_binding()
+
+        def run_with_iobinding(self, binding):
+            cache.kv[:, :, :, :, 0] = 7
+            raise RuntimeError("no more memory")
+
+    (run,) = runs_of(([10], 3, 0), ([11], 2, 2))
+    logits = np.empty((2, TINY.config.vocab_size), np.float32)
+    with pytest.raises(BackendError, match="no more memory"):
+        backend._run(Failing(), TINY, run, cache, np.array([0, 2], np.int32), logits)
+    assert cache.kv[:, :, 1].tobytes() == before
 
 
 # -------------------------------------------------------------------------------------------------- memory

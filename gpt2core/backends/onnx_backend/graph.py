@@ -67,8 +67,8 @@ def build_model(weights: Weights, *, trace: bool = False) -> onnx.ModelProto:
     Inputs: embedded (R, S, D) the tokens' and positions' embeddings, seqlens_k (R,) positions that each row
     sees less one, total () the most positions that a row sees, wanted (M,) indices into the N tokens, and per
     layer past_key_i and past_value_i (R, H, C, K).
-    Outputs: logits (M, V), and per layer present_key_i and present_value_i: the same buffers as the past. With
-    `trace` instead of the cache: residual_0 to residual_(2L-1), the residual stream after each attention
+    Outputs: logits (M, V), and per layer present_key_i and present_value_i: the same buffers as the past.
+    With `trace` instead of the cache: residual_0 to residual_(2L-1), the residual stream after each attention
     and each MLP (N, D), but of the wanted tokens only (M, D) in the last layer, and per layer
     attention_probabilities_i (R, H, S, T).
     """
@@ -100,7 +100,7 @@ def build_model(weights: Weights, *, trace: bool = False) -> onnx.ModelProto:
 
 def cache_values(config: ModelConfig, when: str, length: str, head_dim: int) -> list[onnx.ValueInfoProto]:
     """Keys and values (R, H, length, K) of every layer, `when` being past or present."""
-    shape = ["rows", config.n_head, length, head_dim]
+    shape: list[str | int | None] = ["rows", config.n_head, length, head_dim]
     return [
         helper.make_tensor_value_info(f"{when}_{kind}_{i}", FLOAT, shape)
         for i in range(config.n_layer)
