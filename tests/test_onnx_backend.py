@@ -17,7 +17,7 @@ from gpt2core.batch import Batch
 from gpt2core.checkpoint import open_checkpoint
 from gpt2core.conformance import TOLERANCE
 from gpt2core.errors import BackendError, BackendUnavailableError, RequestError
-from gpt2core.reference import reference_logits
+from gpt2core.reference import reference_logits, reference_trace
 from gpt2core.testing import VARIANTS, random_checkpoint, random_config, random_weights
 
 TINY = random_weights(random_config())
@@ -270,3 +270,34 @@ def test_closing_frees_the_session_though_a_cache_lives_on():
     assert backend._session is None
     assert len(backend._bindings) == 0
     assert cache.nbytes > 0
+
+
+# ------------------------------------------------------------------------------------------------- tracing
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_trace_is_the_references_on_every_variant(variant):
+    weights = random_weights(random_config(**VARIANTS[variant]))
+    got, want = OnnxBackend(weights).trace([3, 1, 4, 1, 5]), reference_trace(weights, [3, 1, 4, 1, 5])
+    for (name, mine), (_, theirs) in zip(got.parts(), want.parts(), strict=True):
+        assert mine.dtype == np.float32
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=TOLERANCE, err_msg=name)
+
+
+def test_the_session_that_traces_is_made_once_and_on_demand():
+    backend = OnnxBackend(TINY)
+    assert backend._tracer is None
+    backend.trace([1])
+    tracer = backend._tracer
+    backend.trace([1, 2])
+    assert backend._tracer is tracer
+    backend.close()
+    with pytest.raises(RequestError, match="onnx backend is closed"):
+        backend.trace([1])
+
+
+def test_a_trace_that_fails_is_a_backend_error(monkeypatch):
+    backend = OnnxBackend(TINY)
+    monkeypatch.setattr(session, "build_model", lambda weights, trace: onnx.ModelProto())
+    with pytest.raises(BackendError, match="onnx backend failed to trace on cpu"):
+        backend.trace([1])
