@@ -11,6 +11,7 @@ Importing the package imports nothing else: each name below is loaded when it is
 TYPE_CHECKING = False  # type checkers take it for true; `typing` itself would cost more than all of the rest
 if TYPE_CHECKING:
     from gpt2core.backends.base import Backend, BackendFactory, Cache, Traces
+    from gpt2core.backends.export import export_onnx
     from gpt2core.batch import Batch
     from gpt2core.checkpoint import Checkpoint, open_checkpoint
     from gpt2core.config import ModelConfig
@@ -68,6 +69,7 @@ _MODULE_OF = {
     "UnsupportedCheckpointError": "errors",
     "Update": "sequence",
     "Weights": "weights",
+    "export_onnx": "backends.export",
     "open_checkpoint": "checkpoint",
 }
 
@@ -101,6 +103,7 @@ __all__ = [
     "UnsupportedCheckpointError",
     "Update",
     "Weights",
+    "export_onnx",
     "open_checkpoint",
 ]
 

@@ -10,20 +10,21 @@ from onnx import TensorProto
 
 from gpt2core.backends import create_backend
 from gpt2core.backends.onnx_backend import OnnxBackend, session
-from gpt2core.backends.onnx_backend.graph import build_model, graph_weights, padded_head_dim
+from gpt2core.backends.onnx_backend.graph import build_model, graph_weights
+from gpt2core.backends.onnx_backend.operators import padded_head_dim
 from gpt2core.backends.onnx_backend.runs import plan_runs
 from gpt2core.batch import Batch
 from gpt2core.checkpoint import open_checkpoint
 from gpt2core.conformance import TOLERANCE
 from gpt2core.errors import BackendError, BackendUnavailableError, RequestError
-from gpt2core.reference import reference_logits
+from gpt2core.reference import reference_logits, reference_trace
 from gpt2core.testing import VARIANTS, random_checkpoint, random_config, random_weights
 
 TINY = random_weights(random_config())
 
 
-def runs_of(*rows, filled=(0,) * 16, capacity=64):
-    return plan_runs(Batch.of(rows), np.array(filled, np.int32), capacity)
+def runs_of(*rows):
+    return plan_runs(Batch.of(rows))
 
 
 # --------------------------------------------------------------------------------------------------- graph
@@ -75,16 +76,18 @@ def test_neighbouring_rows_share_a_run_whatever_their_order():
     assert run.place.tolist() == [0, 1, 2]
 
 
-def test_a_small_hole_is_bridged_at_the_sleepers_end():
-    (run,) = runs_of(([1], 5, 0), ([2], 3, 3), filled=(5, 7, 0, 3))
+def test_a_small_hole_is_bridged_at_the_first_position():
+    (run,) = runs_of(([1], 5, 0), ([2], 3, 3))
     assert run.slots == slice(0, 4)
-    assert run.seqlens_k.tolist() == [5, 7, 0, 3]
+    assert run.seqlens_k.tolist() == [5, 0, 0, 3]
     assert run.place.tolist() == [0, 3]
+    assert run.bridged.tolist() == [1, 2]
 
 
-def test_a_hole_that_is_wide_or_full_is_not_bridged():
-    assert len(runs_of(([1], 5, 0), ([2], 3, 9))) == 2
-    assert len(runs_of(([1], 5, 0), ([2], 3, 2), filled=(5, 64, 3))) == 2
+def test_a_wide_hole_is_not_bridged():
+    runs = runs_of(([1], 5, 0), ([2], 3, 9))
+    assert [run.slots for run in runs] == [slice(0, 1), slice(9, 10)]
+    assert [run.bridged.tolist() for run in runs] == [[], []]
 
 
 def test_prompts_that_begin_together_share_a_run_if_padding_is_cheap():
@@ -103,13 +106,41 @@ def test_decoding_runs_stand_before_all_others():
     assert runs[2].seqlens_k.tolist() == [3]
 
 
-def test_a_bridged_sleeper_goes_on_as_if_nothing_had_happened():
+def bridged_cache(backend):
+    """Three rows in slots 0, 1 and 2, the middle one as long as the cache."""
+    cache = backend.new_cache(3, 8)
+    backend.forward(Batch.of([([1, 2, 3], 0, 0), (range(8), 0, 1), ([8, 9], 0, 2)]), cache)
+    return cache
+
+
+def test_a_bridged_sleepers_cache_keeps_every_byte():
     backend = OnnxBackend(TINY)
-    cache, a, b, c = backend.new_cache(3, 32), [1, 2, 3], [4, 5, 6, 7], [8, 9]
-    backend.forward(Batch.of([(a, 0, 0), (b, 0, 1), (c, 0, 2)]), cache)
-    backend.forward(Batch.of([([10], 3, 0), ([11], 2, 2)]), cache)
-    got = backend.forward(Batch.of([([12], 4, 1)]), cache)
-    np.testing.assert_allclose(got[0], reference_logits(TINY, [*b, 12])[-1], rtol=0, atol=TOLERANCE)
+    cache = bridged_cache(backend)
+    before = cache.kv[:, :, 1].tobytes()
+    got = backend.forward(Batch.of([([10], 3, 0), ([11], 2, 2)]), cache)
+    assert cache.kv[:, :, 1].tobytes() == before
+    want = [reference_logits(TINY, tokens)[-1] for tokens in ([1, 2, 3, 10], [8, 9, 11])]
+    np.testing.assert_allclose(got, want, rtol=0, atol=TOLERANCE)
+
+
+def test_a_bridged_sleepers_cache_keeps_every_byte_when_the_pass_fails():
+    backend = OnnxBackend(TINY)
+    cache = bridged_cache(backend)
+    before = cache.kv[:, :, 1].tobytes()
+
+    class Failing:
+        def io_binding(self):
+            return backend._session.io_binding()
+
+        def run_with_iobinding(self, binding):
+            cache.kv[:, :, :, :, 0] = 7
+            raise RuntimeError("no more memory")
+
+    (run,) = runs_of(([10], 3, 0), ([11], 2, 2))
+    logits = np.empty((2, TINY.config.vocab_size), np.float32)
+    with pytest.raises(BackendError, match="no more memory"):
+        backend._run(Failing(), TINY, run, cache, np.array([0, 2], np.int32), logits)
+    assert cache.kv[:, :, 1].tobytes() == before
 
 
 # -------------------------------------------------------------------------------------------------- memory
@@ -239,3 +270,34 @@ def test_closing_frees_the_session_though_a_cache_lives_on():
     assert backend._session is None
     assert len(backend._bindings) == 0
     assert cache.nbytes > 0
+
+
+# ------------------------------------------------------------------------------------------------- tracing
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_trace_is_the_references_on_every_variant(variant):
+    weights = random_weights(random_config(**VARIANTS[variant]))
+    got, want = OnnxBackend(weights).trace([3, 1, 4, 1, 5]), reference_trace(weights, [3, 1, 4, 1, 5])
+    for (name, mine), (_, theirs) in zip(got.parts(), want.parts(), strict=True):
+        assert mine.dtype == np.float32
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=TOLERANCE, err_msg=name)
+
+
+def test_the_session_that_traces_is_made_once_and_on_demand():
+    backend = OnnxBackend(TINY)
+    assert backend._tracer is None
+    backend.trace([1])
+    tracer = backend._tracer
+    backend.trace([1, 2])
+    assert backend._tracer is tracer
+    backend.close()
+    with pytest.raises(RequestError, match="onnx backend is closed"):
+        backend.trace([1])
+
+
+def test_a_trace_that_fails_is_a_backend_error(monkeypatch):
+    backend = OnnxBackend(TINY)
+    monkeypatch.setattr(session, "build_model", lambda weights, trace: onnx.ModelProto())
+    with pytest.raises(BackendError, match="onnx backend failed to trace on cpu"):
+        backend.trace([1])

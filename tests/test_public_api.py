@@ -46,6 +46,7 @@ PUBLIC = [
     "UnsupportedCheckpointError",
     "Update",
     "Weights",
+    "export_onnx",
     "open_checkpoint",
 ]
 HEAVY = {

@@ -17,6 +17,7 @@ from gpt2core import __version__
 from gpt2core.cli.backends import backends
 from gpt2core.cli.console import one_line
 from gpt2core.cli.convert import convert
+from gpt2core.cli.export import export
 from gpt2core.cli.generate import generate
 from gpt2core.cli.info import info
 from gpt2core.cli.score import score
@@ -32,7 +33,7 @@ def program() -> None:
     """Run GPT-2-family language models from one checkpoint on any backend."""
 
 
-for _command in (generate, score, info, backends, verify, convert):
+for _command in (generate, score, info, backends, verify, convert, export):
     program.add_command(_command)
 
 

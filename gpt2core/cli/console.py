@@ -23,14 +23,15 @@ checkpoint_options = (
     click.option("--revision", metavar="NAME", help="Branch, tag or commit of a model on the hub."),
     click.option("--offline", is_flag=True, help="Use local files only; never ask the hub."),
 )
+model_option = click.option(
+    "--model",
+    metavar="MODEL",
+    default="demo",
+    show_default=True,
+    help="`demo`, a folder, or an id on the hub.",
+)
 model_options = (
-    click.option(
-        "--model",
-        metavar="MODEL",
-        default="demo",
-        show_default=True,
-        help="`demo`, a folder, or an id on the hub.",
-    ),
+    model_option,
     *checkpoint_options,
     click.option(
         "--backend", metavar="NAME", default="auto", show_default=True, help="Engine; see `backends`."

@@ -2,9 +2,15 @@
 
 Every pass reads all the weights, so as few as possible are wanted: small holes between decoding rows are
 bridged by rows whose result nobody reads, and prompts that begin together are padded to one length.
+
+A row that bridges a hole writes into a slot that the batch does not own. It always writes at the first
+position, where attention costs least, and whoever runs the pass keeps those keys and values before and puts
+them back after, whatever happens in between: 2 L D numbers per hole, where a second pass would read all
+weights again. So bridging needs to know nothing about what a slot holds, and leaves no trace in it.
 """
 
-# B rows, R rows of a run, S new tokens per row, N new tokens of the batch
+# B rows, R rows of a run, S new tokens per row, N new tokens of the batch, K of them in a run, G holes
+# L layers, D width
 
 from dataclasses import dataclass
 from typing import Final
@@ -29,25 +35,15 @@ class Run:
     seqlens_k: Int32[np.ndarray, "R"]  # positions that each row sees, less one
     source: Int32[np.ndarray, "K"]  # indices into the batch's tokens
     place: Int32[np.ndarray, "K"]  # where these stand among the run's R S tokens
+    bridged: Int32[np.ndarray, "G"]  # slots of others, of which position 0 is written
 
 
-def plan_runs(batch: Batch, filled: Int32[np.ndarray, "S"], capacity: int) -> list[Run]:
-    """Every row of the batch, in exactly one run.
-
-    Args:
-        batch: checked.
-        filled: cached positions per slot. A row that bridges a hole writes at this position of its slot,
-            which nothing has cached and whatever comes next in that slot overwrites; decoding runs therefore
-            stand before all others.
-        capacity: a slot filled so far cannot be bridged.
-    """
+def plan_runs(batch: Batch) -> list[Run]:
+    """Every row of a checked batch, in exactly one run."""
     firsts = np.cumsum(batch.lengths) - batch.lengths
     order = np.argsort(batch.slots, kind="stable")
     single, fresh = batch.lengths == 1, batch.starts == 0
-    runs = [
-        _decode_run(batch, rows, firsts, filled)
-        for rows in _bridged(batch, order[single[order]].tolist(), filled, capacity)
-    ]
+    runs = [_decode_run(batch, rows, firsts) for rows in _bridged(batch, order[single[order]].tolist())]
     runs += [
         _prompt_run(batch, rows, firsts)
         for rows in _together(batch, order[~single[order] & fresh[order]].tolist())
@@ -56,12 +52,12 @@ def plan_runs(batch: Batch, filled: Int32[np.ndarray, "S"], capacity: int) -> li
     return runs
 
 
-def _bridged(batch: Batch, rows: list[int], filled: Int32[np.ndarray, "S"], capacity: int) -> list[list[int]]:
+def _bridged(batch: Batch, rows: list[int]) -> list[list[int]]:
     groups: list[list[int]] = []
     last = -1
     for row in rows:
         slot = int(batch.slots[row])
-        if groups and slot - last - 1 <= _WIDEST_HOLE and (filled[last + 1 : slot] < capacity).all():
+        if groups and slot - last - 1 <= _WIDEST_HOLE:
             groups[-1].append(row)
         else:
             groups.append([row])
@@ -86,16 +82,17 @@ def _together(batch: Batch, rows: list[int]) -> list[list[int]]:
     return groups
 
 
-def _decode_run(batch: Batch, rows: list[int], firsts: np.ndarray, filled: np.ndarray) -> Run:
+def _decode_run(batch: Batch, rows: list[int], firsts: np.ndarray) -> Run:
     slots = batch.slots[rows]
     span = slice(int(slots[0]), int(slots[-1]) + 1)
     place = slots - slots[0]
     tokens = np.zeros((span.stop - span.start, 1), np.int32)
     tokens[place, 0] = batch.tokens[firsts[rows]]
-    seqlens_k = filled[span].copy()  # for the holes
+    seqlens_k = np.zeros(span.stop - span.start, np.int32)  # a hole's row sees itself alone
     seqlens_k[place] = batch.starts[rows]
     source = firsts[rows].astype(np.int32)
-    return Run(span, tokens, seqlens_k[:, None], seqlens_k, source, place)
+    bridged = np.setdiff1d(np.arange(span.start, span.stop, dtype=np.int32), slots)
+    return Run(span, tokens, seqlens_k[:, None], seqlens_k, source, place, bridged)
 
 
 def _prompt_run(batch: Batch, rows: list[int], firsts: np.ndarray) -> Run:
@@ -116,4 +113,5 @@ def _prompt_run(batch: Batch, rows: list[int], firsts: np.ndarray) -> Run:
         ends,
         source,
         np.flatnonzero(there).astype(np.int32),
+        np.empty(0, np.int32),
     )

@@ -1,12 +1,12 @@
 """Running the graph in ONNX Runtime: weights handed over in memory, the cache bound by address."""
 
 # R rows of a run, M wanted logits, H heads, K head width, V vocabulary
-# L layers, S cache slots, C cache capacity
+# L layers, S cache slots, C cache capacity, T tokens of a trace, D width
 
 import mmap
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final, final
 from weakref import WeakKeyDictionary
@@ -17,11 +17,13 @@ import onnxruntime
 from gpt2core._shapes import Float32
 from gpt2core.backends.blas_threads import check_threads
 from gpt2core.backends.memory import lazy_zeros
-from gpt2core.backends.onnx_backend.graph import build_model, graph_weights, padded_head_dim
+from gpt2core.backends.onnx_backend.graph import build_model, graph_weights
+from gpt2core.backends.onnx_backend.operators import padded_head_dim
 from gpt2core.backends.onnx_backend.runs import Run, plan_runs
-from gpt2core.batch import Batch
+from gpt2core.batch import Batch, whole_sequence
 from gpt2core.config import ModelConfig
 from gpt2core.errors import BackendError, BackendUnavailableError, RequestError
+from gpt2core.trace import Trace
 from gpt2core.weights import Weights
 
 SPINNING_VARIABLE: Final = "GPT2CORE_ONNX_SPINNING"
@@ -37,7 +39,6 @@ class OnnxCache:
         shape = (config.n_layer, 2, slots, config.n_head, capacity, padded_head_dim(config))
         self.slots, self.capacity = slots, capacity
         self.kv = lazy_zeros(shape)
-        self.filled = np.zeros(slots, np.int32)
 
     @property
     def nbytes(self) -> int:
@@ -92,6 +93,8 @@ class OnnxBackend:
                 )
             except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
                 raise BackendError(f"the onnx backend could not start on {device}: {error}") from error
+        self._settings = threads, providers
+        self._tracer: Any = None
         self._bindings: WeakKeyDictionary[OnnxCache, dict[tuple[int, int], Any]] = WeakKeyDictionary()
 
     def new_cache(self, slots: int, capacity: int) -> OnnxCache:
@@ -106,7 +109,7 @@ class OnnxBackend:
         batch.check(vocab_size=self.config.vocab_size, slots=cache.slots, capacity=cache.capacity)
         logits = np.empty((len(batch.logits_at), self.config.vocab_size), np.float32)
         place = np.full(len(batch.tokens), -1, np.int32)
-        runs = plan_runs(batch, cache.filled, cache.capacity)
+        runs = plan_runs(batch)
         for run in runs:
             place[run.source] = run.place
             wanted = place[batch.logits_at]
@@ -118,7 +121,6 @@ class OnnxBackend:
                 self._run(session, weights, run, cache, wanted[here], part)
                 logits[here] = part
                 place[run.source] = -1
-        cache.filled[batch.slots] = batch.ends
         return logits
 
     def _run(
@@ -143,10 +145,13 @@ class OnnxBackend:
         for name, array in feeds:
             binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
         binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+        kept = cache.kv[:, :, :, :, 0][:, :, run.bridged]  # (L, 2, G, H, K): a copy
         try:
             session.run_with_iobinding(binding)
         except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
             raise BackendError(f"the onnx backend failed on {self._device}: {error}") from error
+        finally:
+            cache.kv[:, :, :, :, 0][:, :, run.bridged] = kept
 
     def _binding(self, session: Any, cache: OnnxCache, slots: slice) -> Any:
         """Inputs and outputs with the cache's part of `slots` bound, made once."""
@@ -163,10 +168,47 @@ class OnnxBackend:
                     binding.bind_output(f"present_{kind}_{i}", *where)
         return bindings[key]
 
+    def trace(self, token_ids: Sequence[int]) -> Trace:
+        """See `gpt2core.backends.base.Traces.trace`.
+
+        The first call starts a second session, of the same operators with more outputs. It uses the weights
+        where they lie and rearranges none, so it is slower than `forward` and takes little memory.
+        """
+        weights, config = self._weights, self.config
+        if weights is None:
+            raise RequestError("the onnx backend is closed; load the model again")
+        batch = whole_sequence(config, token_ids)
+        count = len(batch.tokens)
+        embedded = weights.wte[batch.tokens] + weights.wpe[:count]  # (T, D)
+        empty = np.zeros((1, config.n_head, count, padded_head_dim(config)), np.float32)
+        feeds = {
+            "embedded": embedded[None],
+            "seqlens_k": np.array([count - 1], np.int32),
+            "total": np.array(count, np.int32),
+            "wanted": np.arange(count, dtype=np.int32),
+            **{f"past_{kind}_{i}": empty for i in range(config.n_layer) for kind in ("key", "value")},
+        }
+        try:
+            if self._tracer is None:
+                self._tracer = self._new_tracer(weights)
+            logits, *noted = self._tracer.run(None, feeds)
+        except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
+            raise BackendError(f"the onnx backend failed to trace on {self._device}: {error}") from error
+        sums, probabilities = noted[: 2 * config.n_layer], noted[2 * config.n_layer :]
+        return Trace(np.stack([embedded, *sums]), np.concatenate(probabilities), logits)
+
+    def _new_tracer(self, weights: Weights) -> Any:
+        threads, providers = self._settings
+        options = _session_options(threads, spinning=False)
+        options.add_session_config_entry("session.disable_prepacking", "1")  # that would copy the matrices
+        _hand_over(options, self._initializers)
+        model = build_model(weights, trace=True).SerializeToString()
+        return onnxruntime.InferenceSession(model, options, providers)
+
     def close(self) -> None:
-        """Let go of the session and the weights."""
+        """Let go of the sessions and the weights."""
         self._bindings.clear()
-        self._session = self._weights = None
+        self._session = self._tracer = self._weights = None
         self._initializers = {}
 
 
