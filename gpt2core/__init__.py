@@ -10,7 +10,7 @@ Importing the package imports nothing else: each name below is loaded when it is
 
 TYPE_CHECKING = False  # type checkers take it for true; `typing` itself would cost more than all of the rest
 if TYPE_CHECKING:
-    from gpt2core.backends.base import Backend, BackendFactory, Cache
+    from gpt2core.backends.base import Backend, BackendFactory, Cache, Traces
     from gpt2core.batch import Batch
     from gpt2core.checkpoint import Checkpoint, open_checkpoint
     from gpt2core.config import ModelConfig
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from gpt2core.scoring import Score
     from gpt2core.sequence import Piece, Sequence, Update
     from gpt2core.tokenizer import Tokenizer
+    from gpt2core.trace import Trace
     from gpt2core.weights import Weights
 
 __version__ = "0.1.0"
@@ -62,6 +63,8 @@ _MODULE_OF = {
     "Timing": "generation",
     "TokenLogprob": "sampling",
     "Tokenizer": "tokenizer",
+    "Trace": "trace",
+    "Traces": "backends.base",
     "UnsupportedCheckpointError": "errors",
     "Update": "sequence",
     "Weights": "weights",
@@ -93,6 +96,8 @@ __all__ = [
     "Timing",
     "TokenLogprob",
     "Tokenizer",
+    "Trace",
+    "Traces",
     "UnsupportedCheckpointError",
     "Update",
     "Weights",

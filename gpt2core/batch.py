@@ -9,6 +9,7 @@ from typing import Self
 import numpy as np
 
 from gpt2core._shapes import Int32
+from gpt2core.config import ModelConfig
 from gpt2core.errors import RequestError
 
 
@@ -87,6 +88,17 @@ class Batch:
                 f"batch.starts {self.starts.tolist()} plus lengths {self.lengths.tolist()} must lie in the "
                 f"cache's capacity of {capacity}"
             )
+
+
+def whole_sequence(config: ModelConfig, token_ids: Sequence[int]) -> Batch:
+    """One sequence from its beginning in slot 0, with the logits of all its positions wanted, checked.
+
+    Raises:
+        RequestError: no tokens, more than the context, or an id outside the vocabulary.
+    """
+    batch = Batch.of([(token_ids, 0, 0)], range(len(token_ids)))
+    batch.check(vocab_size=config.vocab_size, slots=1, capacity=config.n_positions)
+    return batch
 
 
 def _check_range(name: str, array: Int32[np.ndarray, "K"], limit: int, meaning: str) -> None:

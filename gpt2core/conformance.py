@@ -7,71 +7,17 @@ numbers with the float64 reference, so a backend that only agrees with itself do
 # T tokens of a sequence, M wanted logits, V vocabulary
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 
 import numpy as np
 
-from gpt2core._shapes import Float32
-from gpt2core.backends.base import Backend, BackendFactory, Cache
+from gpt2core.backends.base import Backend, BackendFactory, Cache, Traces
 from gpt2core.batch import Batch
-from gpt2core.config import ModelConfig
 from gpt2core.errors import RequestError
 from gpt2core.random_model import random_config, random_weights
-from gpt2core.reference import reference_logits
+from gpt2core.reference import reference_logits, reference_trace
+from gpt2core.subject import TOLERANCE, Row, Subject
 from gpt2core.weights import Weights
-
-TOLERANCE = 2e-4
-"""Largest difference of a float32 logit from the reference; the models' logits spread by about 1.5."""
-
-Row = tuple[Sequence[int], int, int]  # new tokens, start, slot
-
-
-@dataclass
-class Subject:
-    """A backend under test and what it should answer."""
-
-    factory: BackendFactory
-    weights: Weights
-    tolerance: float = TOLERANCE
-
-    @property
-    def config(self) -> ModelConfig:
-        """What the model computes."""
-        return self.weights.config
-
-    @cached_property
-    def backend(self) -> Backend:
-        """The backend, made once per check."""
-        return self.factory(self.weights)
-
-    def tokens(self, count: int, seed: int = 0) -> list[int]:
-        """`count` random token ids."""
-        return np.random.default_rng(seed).integers(0, self.config.vocab_size, count).tolist()
-
-    def cache(self, slots: int = 4) -> Cache:
-        """A fresh cache of full context."""
-        return self.backend.new_cache(slots, self.config.n_positions)
-
-    def forward(
-        self, cache: Cache, *rows: Row, logits_at: Sequence[int] | None = None
-    ) -> Float32[np.ndarray, "M V"]:
-        """One pass over rows of (new tokens, start, slot)."""
-        return self.backend.forward(Batch.of(rows, logits_at), cache)
-
-    def expect(self, claim: str, got: np.ndarray, *histories: Sequence[int]) -> None:
-        """`got` (M, V) must be the reference's logits after each of M token histories."""
-        want = np.stack([reference_logits(self.weights, history)[-1] for history in histories])
-        self.expect_close(claim, got, want)
-
-    def expect_close(self, claim: str, got: np.ndarray, want: np.ndarray) -> None:
-        """`got` and `want` must have one shape and differ by the tolerance at most."""
-        assert got.shape == want.shape, f"{claim}: shape is {got.shape}, expected {want.shape}"
-        error = np.abs(got - want)
-        worst = float(error.max()) if np.isfinite(error).all() else float("nan")
-        assert worst <= self.tolerance, (
-            f"{claim}: logits differ by {worst:.3g}, allowed is {self.tolerance:.3g}"
-        )
 
 
 def agrees_with_the_reference_at_every_position(subject: Subject) -> None:
@@ -113,12 +59,8 @@ def batch_equals_single(subject: Subject) -> None:
 
 def prefill_and_decode_mix_in_one_batch(subject: Subject) -> None:
     """Rows that decode, rows that begin and rows that go on with a chunk share a pass."""
-    a, b, c, cache = (
-        subject.tokens(9, seed=3),
-        subject.tokens(20, seed=4),
-        subject.tokens(6, seed=5),
-        subject.cache(),
-    )
+    a, b, c = (subject.tokens(count, seed=seed) for count, seed in ((9, 3), (20, 4), (6, 5)))
+    cache = subject.cache()
     subject.forward(cache, (a[:-1], 0, 1), (b[:11], 0, 3))
     got = subject.forward(cache, (c, 0, 0), ([a[-1]], 8, 1), (b[11:], 11, 3))
     subject.expect("prefill beside decode", got, c, a, b)
@@ -126,12 +68,8 @@ def prefill_and_decode_mix_in_one_batch(subject: Subject) -> None:
 
 def rows_join_and_leave(subject: Subject) -> None:
     """A row that joins midway, and one that pauses or leaves, change nothing for the others."""
-    a, b, c, cache = (
-        subject.tokens(4, seed=6),
-        subject.tokens(30, seed=7),
-        subject.tokens(8, seed=8),
-        subject.cache(),
-    )
+    a, b, c = (subject.tokens(count, seed=seed) for count, seed in ((4, 6), (30, 7), (8, 8)))
+    cache = subject.cache()
     subject.forward(cache, (a, 0, 0), (b, 0, 1))
     a, b = [*a, 1], [*b, 2]
     got = subject.forward(cache, ([1], 4, 0), ([2], 30, 1), (c, 0, 2))
@@ -145,11 +83,8 @@ def rows_join_and_leave(subject: Subject) -> None:
 
 def dirty_slot_equals_clean_slot(subject: Subject) -> None:
     """What an earlier, longer tenant left in a slot is never seen."""
-    cache, old, new = (
-        subject.cache(),
-        subject.tokens(subject.config.n_positions, seed=10),
-        subject.tokens(5, seed=11),
-    )
+    cache, old = subject.cache(), subject.tokens(subject.config.n_positions, seed=10)
+    new = subject.tokens(5, seed=11)
     subject.forward(cache, (old, 0, 0), (old, 0, 1), logits_at=[])
     subject.expect("after a full tenant", subject.forward(cache, (new, 0, 0)), new)
     neighbour = subject.tokens(40, seed=12)
@@ -284,6 +219,23 @@ def closing_is_final_and_harmless(subject: Subject) -> None:
     raise AssertionError("forward on a closed backend did not raise RequestError")
 
 
+def a_trace_shows_the_references_numbers(subject: Subject) -> None:
+    """Where a backend has `Traces`: hidden states, attention maps and logits are those of the reference."""
+    if not isinstance(subject.backend, Traces):
+        return
+    for count in (1, 11):
+        tokens = subject.tokens(count, seed=30)
+        got, want = subject.backend.trace(tokens), reference_trace(subject.weights, tokens)
+        for (name, mine), (_, theirs) in zip(got.parts(), want.parts(), strict=True):
+            subject.expect_close(f"trace of {count} tokens, {name}", mine, theirs)
+    for bad in ([], [subject.config.vocab_size], [0] * (subject.config.n_positions + 1)):
+        try:
+            subject.backend.trace(bad)
+        except RequestError:
+            continue
+        raise AssertionError(f"a trace of {len(bad)} tokens was not refused with a RequestError")
+
+
 def _expect_refused(
     subject: Subject, cache: Cache, *rows: Row, logits_at: Sequence[int] | None = None
 ) -> None:
@@ -311,6 +263,7 @@ CONFORMANCE_CHECKS: tuple[Callable[[Subject], None], ...] = (
     an_error_commits_nothing,
     caches_are_independent,
     closing_is_final_and_harmless,
+    a_trace_shows_the_references_numbers,
 )
 
 

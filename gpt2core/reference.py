@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from gpt2core._shapes import Float
+from gpt2core.trace import Trace
 from gpt2core.weights import LayerNorm, Linear, Weights
 
 Array = Float[np.ndarray, "..."]
@@ -74,15 +75,18 @@ def linear(x: Array, layer: Linear) -> Array:
     return x @ layer.weight.astype(np.float64) + layer.bias
 
 
-def attention(qkv: Array, heads: int, scale: float) -> Array:
-    """Causal self-attention over queries, keys and values that lie side by side, (T, 3 D) -> (T, D)."""
+def attention(qkv: Array, heads: int, scale: float) -> tuple[Array, Array]:
+    """Causal self-attention over queries, keys and values that lie side by side, (T, 3 D) -> (T, D).
+
+    The second result is the attention map, (H, T, T).
+    """
     t = len(qkv)
     q, k, v = qkv.reshape(t, 3, heads, -1).transpose(1, 2, 0, 3)  # (H, T, D/H) each
     scores = scale * q @ k.transpose(0, 2, 1)  # (H, T, T)
     scores += np.triu(np.full((t, t), -np.inf), 1)  # nobody sees the future
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
-    return (weights @ v).transpose(1, 0, 2).reshape(t, -1)
+    return (weights @ v).transpose(1, 0, 2).reshape(t, -1), weights
 
 
 def reference_logits(weights: Weights, token_ids: Sequence[int]) -> Float[np.ndarray, "T V"]:
@@ -90,14 +94,35 @@ def reference_logits(weights: Weights, token_ids: Sequence[int]) -> Float[np.nda
 
     Shapes: `token_ids` (T,), result (T, V).
     """
+    return _logits(weights, token_ids, lambda hidden_state, attention_map: None)
+
+
+def reference_trace(weights: Weights, token_ids: Sequence[int]) -> Trace:
+    """Hidden states, attention maps and logits of one sequence, float64; `token_ids` (T,)."""
+    hidden_states: list[Array] = []
+    maps: list[Array] = []
+
+    def note(hidden_state: Array, attention_map: Array | None) -> None:
+        hidden_states.append(hidden_state)
+        if attention_map is not None:
+            maps.append(attention_map)
+
+    logits = _logits(weights, token_ids, note)
+    return Trace(np.stack(hidden_states), np.stack(maps), logits)
+
+
+def _logits(weights: Weights, token_ids: Sequence[int], note: Callable[[Array, Array | None], None]) -> Array:
+    """The forward pass; `note` is shown each hidden state, and the attention map that went into it."""
     config = weights.config
-    act = ACTIVATIONS[config.activation_function]
+    act, epsilon = ACTIVATIONS[config.activation_function], config.layer_norm_epsilon
     ids = np.asarray(token_ids)
     x = weights.wte[ids].astype(np.float64) + weights.wpe[: len(ids)]  # (T, D)
+    note(x, None)
     for i, block in enumerate(weights.blocks):
-        qkv = linear(layer_norm(x, block.ln_1, config.layer_norm_epsilon), block.c_attn)  # (T, 3 D)
-        x = x + linear(attention(qkv, config.n_head, config.attention_scale(i)), block.attn_c_proj)
-        x = x + linear(
-            act(linear(layer_norm(x, block.ln_2, config.layer_norm_epsilon), block.c_fc)), block.mlp_c_proj
-        )
-    return layer_norm(x, weights.ln_f, config.layer_norm_epsilon) @ weights.lm_head.astype(np.float64).T
+        qkv = linear(layer_norm(x, block.ln_1, epsilon), block.c_attn)  # (T, 3 D)
+        y, attention_map = attention(qkv, config.n_head, config.attention_scale(i))  # (T, D), (H, T, T)
+        x = x + linear(y, block.attn_c_proj)
+        note(x, attention_map)
+        x = x + linear(act(linear(layer_norm(x, block.ln_2, epsilon), block.c_fc)), block.mlp_c_proj)
+        note(x, None)
+    return layer_norm(x, weights.ln_f, epsilon) @ weights.lm_head.astype(np.float64).T

@@ -121,6 +121,17 @@ class CannotClose(Broken):
         self.inner = NumpyBackend(random_weights(self.config))
 
 
+class TracesAnotherLayersMap(Broken):
+    def trace(self, token_ids):
+        trace = self.inner.trace(token_ids)
+        return replace(trace, attentions=trace.attentions[::-1])
+
+
+class TracesTooMuch(Broken):
+    def trace(self, token_ids):
+        return self.inner.trace([*token_ids, 0][: max(len(token_ids), 1)])
+
+
 class RefusesToRewind(Broken):
     def forward(self, batch, cache):
         batch.check(vocab_size=self.config.vocab_size, slots=cache.slots, capacity=cache.capacity)
@@ -156,6 +167,8 @@ class AlwaysReturnsSomething(Broken):
         (CommitsBeforeChecking, "an_error_commits_nothing"),
         (SharesOneCache, "caches_are_independent"),
         (CannotClose, "closing_is_final_and_harmless"),
+        (TracesAnotherLayersMap, "a_trace_shows_the_references_numbers"),
+        (TracesTooMuch, "a_trace_shows_the_references_numbers"),
     ],
 )
 def test_a_planted_fault_is_caught(fault, caught_by):

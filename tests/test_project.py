@@ -165,12 +165,13 @@ LAYERS = (
         "tokenizer",
         "tokenizer_files",
         "reference",
+        "trace",
     ),
     ("checkpoint", "checkpoint_folder", "convert", "hub", "safetensors_file", "backends"),
     ("sequence", "scheduler", "rows", "prompts"),
     ("engine", "generation"),
     ("model", "stepping"),
-    ("cli", "__main__", "testing", "conformance", "random_model"),
+    ("cli", "__main__", "testing", "conformance", "random_model", "subject"),
 )
 RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}
 FRAMEWORKS = {"flax", "jax", "onnx", "onnxruntime", "torch", "transformers"}

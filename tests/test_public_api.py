@@ -41,6 +41,8 @@ PUBLIC = [
     "Timing",
     "TokenLogprob",
     "Tokenizer",
+    "Trace",
+    "Traces",
     "UnsupportedCheckpointError",
     "Update",
     "Weights",

@@ -6,6 +6,7 @@ stopping are decided outside, once, for all backends.
 
 # N new tokens in all, B rows, M wanted logits, V vocabulary, S cache slots
 
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy as np
 from gpt2core._shapes import Float32
 from gpt2core.batch import Batch
 from gpt2core.config import ModelConfig
+from gpt2core.trace import Trace
 from gpt2core.weights import Weights
 
 
@@ -55,6 +57,22 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Free what the backend holds; calling it twice is harmless."""
+        ...
+
+
+@runtime_checkable
+class Traces(Protocol):
+    """A capability: show what a pass computes on the way."""
+
+    def trace(self, token_ids: Sequence[int]) -> Trace:
+        """Hidden states, attention maps and logits of one sequence from its beginning, in float32.
+
+        Shapes: `token_ids` (T,) with T at most the context; see `Trace`. Caches are not touched.
+
+        Raises:
+            RequestError: no tokens, more than the context, or an id outside the vocabulary.
+            BackendError: the engine failed.
+        """
         ...
 
 

@@ -7,6 +7,8 @@ used where they lie: a memory-mapped float32 checkpoint is never copied.
 # N new tokens in all, B rows, M wanted logits, D width, H heads, K head width, V vocabulary
 # L layers, S cache slots, C cache capacity
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import final
 
 import numpy as np
@@ -15,9 +17,10 @@ from gpt2core._shapes import Float, Float32
 from gpt2core.backends import numpy_kernels as kernels
 from gpt2core.backends.blas_threads import blas_threads
 from gpt2core.backends.ragged import AttentionPlan, note_filled, plan_attention
-from gpt2core.batch import Batch
+from gpt2core.batch import Batch, whole_sequence
 from gpt2core.config import ModelConfig
 from gpt2core.errors import BackendUnavailableError, RequestError
+from gpt2core.trace import Trace
 from gpt2core.weights import Weights
 
 
@@ -35,6 +38,14 @@ class NumpyCache:
     def nbytes(self) -> int:
         """Bytes that a full cache takes."""
         return self.kv.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Notes:
+    """What `trace` wants to know of a pass, collected layer by layer."""
+
+    hidden_states: list[Float32[np.ndarray, "N D"]]
+    attentions: list[Float32[np.ndarray, "H N N"]]
 
 
 @final
@@ -73,13 +84,27 @@ class NumpyBackend:
         for slot, positions in note_filled(cache.filled, batch):
             cache.kv[:, :, slot, :, positions] = 0
         with self._threads, np.errstate(all="ignore"):  # what is not finite is found in the logits, by name
-            return self._logits(self._weights, batch, cache)
+            return self._logits(self._weights, batch, cache, None)
 
-    def _logits(self, weights: Weights, batch: Batch, cache: NumpyCache) -> Float32[np.ndarray, "M V"]:
+    def trace(self, token_ids: Sequence[int]) -> Trace:
+        """See `gpt2core.backends.base.Traces.trace`."""
+        if self._weights is None:
+            raise RequestError("the numpy backend is closed; load the model again")
+        batch = whole_sequence(self.config, token_ids)
+        notes = _Notes([], [])
+        with self._threads, np.errstate(all="ignore"):
+            logits = self._logits(self._weights, batch, self.new_cache(1, len(token_ids)), notes)
+        return Trace(np.stack(notes.hidden_states), np.stack(notes.attentions), logits)
+
+    def _logits(
+        self, weights: Weights, batch: Batch, cache: NumpyCache, notes: "_Notes | None"
+    ) -> Float32[np.ndarray, "M V"]:
         config, epsilon = self.config, self.config.layer_norm_epsilon
         plan = plan_attention(batch)
         x = weights.wte[batch.tokens]  # (N, D)
         x += weights.wpe[batch.positions]
+        if notes is not None:
+            notes.hidden_states.append(x.copy())
         for i, block in enumerate(weights.blocks):
             h = kernels.layer_norm(x, block.ln_1.weight, block.ln_1.bias, epsilon)
             qkv = kernels.linear(h, block.c_attn.weight, block.c_attn.bias)  # (N, 3 D)
@@ -90,10 +115,15 @@ class NumpyBackend:
                     return np.empty((0, config.vocab_size), np.float32)
                 x, y = x[batch.logits_at], y[batch.logits_at]  # (M, D)
             x += kernels.linear(y, block.attn_c_proj.weight, block.attn_c_proj.bias)
+            if notes is not None:
+                notes.hidden_states.append(x.copy())
+                notes.attentions.append(_attention_map(qkv, cache.kv[i, 0, 0], config.attention_scale(i)))
             h = kernels.layer_norm(x, block.ln_2.weight, block.ln_2.bias, epsilon)
             h = kernels.linear(h, block.c_fc.weight, block.c_fc.bias)  # (N, mlp_dim)
             kernels.activate(h, config.activation_function)
             x += kernels.linear(h, block.mlp_c_proj.weight, block.mlp_c_proj.bias)
+            if notes is not None:
+                notes.hidden_states.append(x.copy())
         x = kernels.layer_norm(x, weights.ln_f.weight, weights.ln_f.bias, epsilon)
         return x @ weights.lm_head.T
 
@@ -120,3 +150,15 @@ def _attention(
         k, v = kv[:, row.slot, :, : row.end]  # (H, T, K) each
         y[row.tokens] = kernels.attend_causal(q[row.tokens], k, v, scale)
     return y.reshape(len(y), -1)
+
+
+def _attention_map(
+    qkv: Float[np.ndarray, "N 3 H K"], k: Float[np.ndarray, "H N K"], scale: float
+) -> Float[np.ndarray, "H N N"]:
+    """Probabilities of a whole sequence, which `_attention` has no need to hold at once."""
+    scores = (qkv[:, 0].transpose(1, 0, 2) * qkv.dtype.type(scale)) @ k.transpose(0, 2, 1)  # (H, N, N)
+    scores += np.triu(np.full(scores.shape[1:], -np.inf, scores.dtype), 1)
+    scores -= scores.max(-1, keepdims=True)
+    np.exp(scores, out=scores)
+    scores /= scores.sum(-1, keepdims=True)
+    return scores
