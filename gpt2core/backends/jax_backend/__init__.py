@@ -1,4 +1,4 @@
-"""The JAX backend: `module` is the Flax model, `step` what is compiled, `runs` cuts batches, `session` runs."""
+"""The JAX backend: `module` is the Flax model, `step` is compiled, `runs` cuts batches, `session` runs."""
 
 from gpt2core.backends.jax_backend.module import Gpt2Module
 from gpt2core.backends.jax_backend.session import JaxBackend, JaxCache

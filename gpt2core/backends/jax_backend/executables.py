@@ -18,11 +18,11 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from functools import cache
+from importlib.metadata import version
 from typing import Any, Final
 
 import flax
 import jax
-import jaxlib
 from jax.experimental import serialize_executable
 from jax.stages import Compiled
 
@@ -50,7 +50,7 @@ def executable_key(devices: Sequence[jax.Device], *parts: object) -> str:
         _source(),
         sys.version,
         jax.__version__,
-        jaxlib.__version__,
+        version("jaxlib"),
         flax.__version__,
         os.environ.get("XLA_FLAGS", ""),
         [(d.platform, d.device_kind, d.id, d.client.platform_version) for d in devices],

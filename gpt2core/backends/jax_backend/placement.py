@@ -29,7 +29,7 @@ class Placement:
         size = self.mesh.shape[axis]
         return NamedSharding(
             self.mesh,
-            PartitionSpec(
+            PartitionSpec(  # type: ignore[no-untyped-call]
                 *(
                     axis if name == MODEL_AXIS and n % size == 0 else None
                     for n, name in zip(shape, cut, strict=True)
@@ -42,10 +42,10 @@ class Placement:
         """Each device holds all."""
         if self.mesh is None:
             return SingleDeviceSharding(self.devices[0])
-        return NamedSharding(self.mesh, PartitionSpec())
+        return NamedSharding(self.mesh, PartitionSpec())  # type: ignore[no-untyped-call]
 
     def put(self, array: np.ndarray, cut: tuple[str | None, ...]) -> Array:
-        """The array on the devices; on the CPU a read-only array aligned to 64 bytes is shared, not copied."""
+        """The array on the devices; on the CPU one that is aligned to 64 bytes is shared, not copied."""
         return jax.device_put(array, self.sharding(array.shape, cut))
 
 

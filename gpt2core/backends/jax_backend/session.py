@@ -1,6 +1,7 @@
 """Runs the compiled steps: `JaxBackend` and its cache."""
 
-# N new tokens in all, M wanted logits, V vocabulary, L layers, S cache slots, H heads, C capacity, K head width
+# N new tokens in all, M wanted logits, V vocabulary
+# L layers, S cache slots, H heads, C cache capacity, K head width
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -18,14 +19,16 @@ from gpt2core.backends.blas_threads import check_threads
 from gpt2core.backends.jax_backend.executables import cache_folder, executable_key, load, save
 from gpt2core.backends.jax_backend.module import MODEL_AXIS, Gpt2Module
 from gpt2core.backends.jax_backend.placement import Placement, choose_placement
-from gpt2core.backends.jax_backend.runs import Run, StepShape, plan_runs
-from gpt2core.backends.jax_backend.step import make_step
-from gpt2core.batch import Batch
+from gpt2core.backends.jax_backend.runs import Buckets, Run, StepShape, plan_runs
+from gpt2core.backends.jax_backend.step import make_step, make_trace
+from gpt2core.batch import Batch, whole_sequence
 from gpt2core.config import ModelConfig
 from gpt2core.errors import BackendError, RequestError
+from gpt2core.trace import Trace
 from gpt2core.weights import Weights
 
 _KV_CUT: Final = (None, None, None, MODEL_AXIS, None, None)  # by heads
+_SMALL_MODEL_PARAMETERS: Final = 5_000_000  # padding costs less than a further compilation
 
 
 @final
@@ -41,6 +44,8 @@ class JaxCache:
         self.shape = (config.n_layer, 2, slots, config.n_head, capacity, config.head_dim)
         self.sharding = placement.sharding(self.shape, _KV_CUT)
         self.kv: Array | None = self._empty()
+        small = config.parameters < _SMALL_MODEL_PARAMETERS
+        self.buckets = Buckets(slots, capacity, 4, (128,)) if small else Buckets(slots, capacity)
         self.tokens = np.zeros((slots, capacity), np.int32)
         self.held = np.full(slots, capacity, np.int32)
         """Per slot, positions below this are in `kv` if they ever were."""
@@ -76,7 +81,7 @@ class JaxCache:
 class JaxBackend:
     """GPT-2 in JAX: a Flax NNX module, compiled per padded shape by XLA, over a static cache.
 
-    Steps are compiled for a bounded set of shapes (`runs.step_shapes`) and kept in the user's cache folder,
+    Steps are compiled for a bounded set of shapes (`runs.Buckets`) and kept in the user's cache folder,
     see `executables` for which folder and why it must be the user's alone. JAX's global configuration is
     neither changed nor relied on.
 
@@ -120,6 +125,7 @@ class JaxBackend:
         self._graph, state = nnx.split(self._module)
         leaves, self._treedef = jax.tree.flatten(state)
         self._leaves: tuple[Array, ...] = tuple(leaves)
+        self._trace = jax.jit(make_trace(self._graph, self._treedef), out_shardings=self._placement.whole)
         self._steps: dict[tuple[StepShape, tuple[int, ...]], Callable[..., tuple[Array, Array]]] = {}
 
     def new_cache(self, slots: int, capacity: int) -> JaxCache:
@@ -147,6 +153,25 @@ class JaxBackend:
         cache.held[batch.slots] = np.maximum(cache.held[batch.slots], batch.ends)
         return logits
 
+    def trace(self, token_ids: Sequence[int]) -> Trace:
+        """See `gpt2core.backends.base.Traces.trace`; compiled per power of two of T, in this process only."""
+        if self._module is None:
+            raise RequestError("the jax backend is closed; load the model again")
+        batch = whole_sequence(self.config, token_ids)
+        count = len(batch.tokens)
+        # Padded with its own last token: a later one may be NaN, and weight 0 times NaN is NaN.
+        at = np.minimum(np.arange(1 << (count - 1).bit_length(), dtype=np.int32), count - 1)
+        try:
+            with _own_settings():
+                hidden, attentions, logits = self._trace(self._leaves, batch.tokens[at], at)
+            return Trace(
+                np.array(hidden[:, :count]),
+                np.array(attentions[:, :, :count, :count]),
+                np.array(logits[:count]),
+            )
+        except RuntimeError as error:
+            raise BackendError(f"the jax backend failed on {self._placement.devices[0]}: {error}") from error
+
     def close(self) -> None:
         """Let go of the weights and the compiled steps."""
         self._module, self._leaves = None, ()
@@ -155,9 +180,9 @@ class JaxBackend:
     def _run_all(self, batch: Batch, cache: JaxCache) -> Float32[np.ndarray, "M V"]:
         logits = np.empty((len(batch.logits_at), self.config.vocab_size), np.float32)
         try:
-            for run in plan_runs(batch, cache.slots, cache.capacity):
+            for run in plan_runs(batch, cache.buckets):
                 logits[run.answers] = self._run(run, cache)[run.place]
-        except BaseException as error:  # an interrupt may come between losing the old array and having the new
+        except BaseException as error:  # also an interrupt after the old array has gone
             kept = cache.survived()
             if not isinstance(error, RuntimeError):
                 raise
@@ -184,10 +209,10 @@ class JaxBackend:
     def _load_or_compile(self, shape: StepShape, cache: JaxCache) -> Callable[..., tuple[Array, Array]]:
         whole, devices = self._placement.whole, self._placement.devices
         arguments = (
-            tuple(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in self._leaves),
-            jax.ShapeDtypeStruct(cache.shape, jnp.float32, sharding=cache.sharding),
-            jax.ShapeDtypeStruct((shape.rows, 3 + shape.tokens), jnp.int32, sharding=whole),
-            jax.ShapeDtypeStruct((shape.wanted,), jnp.int32, sharding=whole),
+            tuple(_abstract(x.shape, x.dtype, x.sharding) for x in self._leaves),
+            _abstract(cache.shape, jnp.float32, cache.sharding),
+            _abstract((shape.rows, 3 + shape.tokens), jnp.int32, whole),
+            _abstract((shape.wanted,), jnp.int32, whole),
         )
         folder = cache_folder()
         key = executable_key(devices, self.config, shape, cache.shape, _layout(self._placement))
@@ -208,6 +233,10 @@ class JaxBackend:
         if self._keep_compiled:
             save(folder, key, compiled)
         return compiled
+
+
+def _abstract(shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)  # type: ignore[no-untyped-call]
 
 
 def _layout(placement: Placement) -> Sequence[Any]:

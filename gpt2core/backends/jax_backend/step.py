@@ -54,3 +54,23 @@ def make_step(graph: Any, treedef: Any, read: int) -> Step:
         return model.logits(model.hidden(x, attend, pick=pick)), kv  # (M, V)
 
     return step
+
+
+def make_trace(graph: Any, treedef: Any) -> Callable[[Leaves, Array, Array], tuple[Array, Array, Array]]:
+    """A function of leaves, T tokens and their positions: what `gpt2core.trace.Trace` holds."""
+
+    def trace(leaves: Leaves, tokens: Array, positions: Array) -> tuple[Array, Array, Array]:
+        model: Gpt2Module = nnx.merge(graph, jax.tree.unflatten(treedef, leaves))
+        attentions: list[Array] = []
+
+        def attend(i: int, qkv: Array) -> Array:
+            weights = model.attention_weights(i, qkv[:, 0], qkv[:, 1])  # (H, T, T)
+            attentions.append(weights)
+            return jnp.einsum("hst,thk->shk", weights, qkv[:, 2])
+
+        x = model.embed(tokens, positions)  # (T, D)
+        hidden = [x]
+        logits = model.logits(model.hidden(x, attend, record=hidden.append))
+        return jnp.stack(hidden), jnp.stack(attentions), logits
+
+    return trace
