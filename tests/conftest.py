@@ -1,10 +1,15 @@
 """Shared fixtures, and live shape checks: every call of these modules is checked against its annotations."""
 
 import os
+import tempfile
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one thread per worker: spinning pools would fight over the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+if "GPT2CORE_CACHE" not in os.environ:  # one folder for all workers, gone with the process that made it
+    _cache = tempfile.TemporaryDirectory(prefix="gpt2core-tests-")
+    os.environ["GPT2CORE_CACHE"] = _cache.name
 
 from hypothesis import settings
 from jaxtyping import install_import_hook
@@ -13,6 +18,8 @@ SHAPE_CHECKED = (
     "gpt2core.reference",
     "gpt2core.backends.numpy_kernels",
     "gpt2core.backends.numpy_backend",
+    "gpt2core.backends.jax_backend.runs",
+    "gpt2core.backends.jax_backend.session",
     "gpt2core.backends.ragged",
     "gpt2core.backends.torch_backend",
 )

@@ -33,7 +33,7 @@ def plug_in(monkeypatch, **targets):
 
 def test_built_in_backends_are_listed_with_the_version_of_their_package():
     infos = available()
-    assert list(infos)[:3] == ["numpy", "torch", "onnx"]
+    assert list(infos)[:4] == ["numpy", "torch", "onnx", "jax"]
     assert infos["numpy"] == backends.BackendInfo("numpy", True, np.__version__, "")
     assert infos["torch"].version == torch.__version__
     assert infos["onnx"].version == onnxruntime.__version__
@@ -70,7 +70,7 @@ def test_a_framework_that_is_there_but_broken_is_not_called_missing(monkeypatch)
 
 def test_an_unknown_backend_is_refused_with_the_known_names():
     with pytest.raises(
-        BackendUnavailableError, match="no backend 'tensorflow'; known are auto, numpy, torch, onnx"
+        BackendUnavailableError, match="no backend 'tensorflow'; known are auto, numpy, torch, onnx, jax"
     ):
         create_backend("tensorflow", TINY)
 

@@ -14,7 +14,7 @@ from gpt2core import GPT2, SamplingParams
 from gpt2core.engine import Engine
 
 DEMO = Path(gpt2core.__file__).parent / "demo"
-BACKENDS = ("numpy", "torch", "onnx")
+BACKENDS = ("numpy", "torch", "onnx", "jax")
 PROMPTS = [
     "Once upon a time",
     "In a galaxy far, far away",

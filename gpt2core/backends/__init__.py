@@ -52,6 +52,7 @@ _BUILT_IN: Final[Mapping[str, _BuiltIn]] = {
     "numpy": _BuiltIn("gpt2core.backends.numpy_backend:NumpyBackend", "numpy"),
     "torch": _BuiltIn("gpt2core.backends.torch_backend:TorchBackend", "torch"),
     "onnx": _BuiltIn("gpt2core.backends.onnx_backend:OnnxBackend", "onnxruntime", ("onnx",)),
+    "jax": _BuiltIn("gpt2core.backends.jax_backend:JaxBackend", "jax", ("jaxlib", "flax")),
 }
 _FASTEST_FIRST: Final = ("onnx", "torch")  # on a CPU, as measured with examples/speed.py
 _OTHER_DEVICES: Final = ("torch", "onnx")  # those that run elsewhere, the one with the most devices first
