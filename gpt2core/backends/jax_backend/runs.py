@@ -1,6 +1,6 @@
 """A ragged batch cut into steps of a few padded shapes, so that the number of compilations is bounded."""
 
-# B rows of the batch, R rows of a run, N tokens per row, M computed logits, K wanted ones among them
+# B rows of the batch, R rows of a run, N tokens per row, W = 3 + N, M computed logits, K wanted ones of these
 
 from dataclasses import dataclass
 from itertools import product
@@ -30,7 +30,7 @@ class Run:
     """One step."""
 
     shape: StepShape
-    rows: Int32[np.ndarray, "R 3+N"]  # slot, start, length, then the tokens
+    rows: Int32[np.ndarray, "R W"]  # slot, start, length, then the tokens
     wanted: Int32[np.ndarray, "M"]  # indices into the R N tokens
     answers: Int32[np.ndarray, "K"]  # indices into the batch's logits_at
     place: Int32[np.ndarray, "K"]  # where these stand among the M logits
