@@ -13,6 +13,7 @@ import pytest
 from gpt2core import GPT2, export_onnx
 from gpt2core.backends.export import FORMS
 from gpt2core.backends.onnx_backend import export, run_exported
+from gpt2core.checkpoint import open_checkpoint
 from gpt2core.cli import main
 from gpt2core.conformance import TOLERANCE
 from gpt2core.errors import BackendError, CheckpointError, RequestError
@@ -201,3 +202,15 @@ def test_the_command_says_where_and_refuses_in_one_line(checkpoint, tmp_path, ca
     refusal = f"{out} is not empty; name another folder, or pass force=True (--force) to replace it"
     assert capsys.readouterr().err == f"gpt2core: error: {refusal}\n"
     assert main([*arguments, "--force"]) == 0
+
+
+def test_the_snippet_of_the_documentation_runs_beside_an_export(tmp_path):
+    page = (Path(__file__).parent.parent / "docs/onnx.md").read_text()
+    snippet = page.split("```python\n")[1].split("```")[0]
+    folder = export_onnx("demo", tmp_path / "story-model", form="portable")
+    (tmp_path / "snippet.py").write_text(snippet + "print(model.length, logits.shape)\n")
+    (tmp_path / "generate.py").write_bytes((folder / "generate.py").read_bytes())
+    command = [sys.executable, "snippet.py"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
+    vocabulary = open_checkpoint("demo").config.vocab_size
+    assert result.stdout == f"13 (1, {vocabulary})\n"

@@ -1,4 +1,7 @@
-"""The ONNX Runtime backend: `graph` builds it, `runs` cuts batches, `session` runs it."""
+"""The ONNX Runtime backend: `graph` is built of `nodes` and `operators`, `runs` cuts batches, `session` runs.
+
+`export` writes the same nodes to a file, and `run_exported` is the script that runs that.
+"""
 
 from gpt2core.backends.onnx_backend.session import OnnxBackend, OnnxCache
 
