@@ -373,7 +373,7 @@ def test_the_command_prints_a_table_and_ends_with_0(run, folder):
     assert "baseline" in row
     assert rest == [
         "",
-        "logits: 552 positions against the reference; allowed difference 0.0002",
+        "logits: 615 positions against the reference; allowed difference 0.0002",
         "tokens: 1 seeds x 4 tokens at temperature 0.8, compared with numpy's",
     ]
 
