@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import numpy as np
@@ -417,9 +418,12 @@ def test_json_is_one_strict_document_also_where_numbers_are_not_finite(run, fold
 def test_a_backend_that_is_not_installed_is_skipped_with_its_extra(run, folder, monkeypatch):
     from gpt2core import backends
 
+    stranger = EntryPoint("stranger", "strange:Backend", backends.ENTRY_POINT_GROUP)
     monkeypatch.setattr(backends, "_installed", lambda built_in: built_in.package == "numpy")
+    monkeypatch.setattr(backends, "_plugins", lambda: {"stranger": stranger})  # not the worker's
     code, out, _ = run(folder, "--seeds", "0")
     assert code == 0
+    assert "stranger: skipped: BackendUnavailableError: there is no backend 'stranger'" in out
     assert "torch: skipped: install it with: pip install 'gpt2core[torch]'\n" in out
 
 

@@ -58,7 +58,9 @@ def factory_of(name: str) -> BackendFactory:
 
 def _run(job: dict[str, Any], folder: Path, result: dict[str, Any]) -> None:
     began = time.perf_counter()
+    result["unavailable"] = True
     factory = factory_of(job["backend"])
+    result["unavailable"] = False
     weights = open_checkpoint(Path(job["model"])).weights
     backend = factory(weights, device="cpu", threads=job["threads"])
     del weights
