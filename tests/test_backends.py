@@ -118,7 +118,10 @@ def test_an_unknown_precision_is_refused_by_name():
         ("small", "cpu", [], "numpy"),
         ("tiny", "cuda", ["torch", "onnxruntime", "onnx"], "torch"),
         ("tiny", "cuda", ["onnxruntime", "onnx"], "onnx"),
+        ("tiny", "cuda:1", ["jax", "jaxlib", "flax", "onnxruntime", "onnx"], "jax"),
         ("tiny", "cuda", [], "torch"),
+        ("tiny", "tpu", ["torch", "onnxruntime", "onnx"], "jax"),
+        ("small", "cpu", ["jax", "jaxlib", "flax"], "numpy"),
     ],
 )
 def test_auto_follows_its_documented_rule(monkeypatch, size, device, installed, chosen):
@@ -146,7 +149,9 @@ def test_a_plugin_may_be_named_by_the_environment(monkeypatch):
 
 def test_an_unknown_backend_in_the_environment_is_refused_with_the_variables_name(monkeypatch):
     monkeypatch.setenv("GPT2CORE_BACKEND", "nothing")
-    message = "GPT2CORE_BACKEND names 'nothing', .*; known are auto, numpy, torch, onnx.* unset the variable"
+    message = (
+        "GPT2CORE_BACKEND names 'nothing', .*; known are auto, numpy, torch, jax, onnx.* unset the variable"
+    )
     with pytest.raises(BackendUnavailableError, match=message):
         create_backend("auto", TINY)
 

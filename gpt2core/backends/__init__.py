@@ -51,11 +51,11 @@ class _BuiltIn:
 _BUILT_IN: Final[Mapping[str, _BuiltIn]] = {
     "numpy": _BuiltIn("gpt2core.backends.numpy_backend:NumpyBackend", "numpy"),
     "torch": _BuiltIn("gpt2core.backends.torch_backend:TorchBackend", "torch"),
-    "onnx": _BuiltIn("gpt2core.backends.onnx_backend:OnnxBackend", "onnxruntime", ("onnx",)),
     "jax": _BuiltIn("gpt2core.backends.jax_backend:JaxBackend", "jax", ("jaxlib", "flax")),
+    "onnx": _BuiltIn("gpt2core.backends.onnx_backend:OnnxBackend", "onnxruntime", ("onnx",)),
 }
 _FASTEST_FIRST: Final = ("onnx", "torch")  # on a CPU, as measured with examples/speed.py
-_OTHER_DEVICES: Final = ("torch", "onnx")  # those that run elsewhere, the one with the most devices first
+_ON_CUDA: Final = ("torch", "jax", "onnx")  # ONNX Runtime last: its cache stays in the host's memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,10 +130,10 @@ def choose(config: ModelConfig, *, device: str = "cpu") -> tuple[str, str]:
     The first of these rules that applies:
 
     1. the environment variable GPT2CORE_BACKEND, unless it is empty or "auto";
-    2. for a device other than the CPU, PyTorch where it is installed, else ONNX Runtime where it is, else
-       PyTorch, whose error says how to install it;
+    2. for "cuda" and "cuda:N" the first of PyTorch, JAX and ONNX Runtime that is installed; for any other
+       device but the CPU ("gpu", "tpu") JAX, which alone knows such; a missing one says how to install it;
     3. NumPy for a model of less than 30 million parameters;
-    4. ONNX Runtime where it is installed, else PyTorch where it is, else NumPy.
+    4. ONNX Runtime where it is installed, else PyTorch where it is, else NumPy (faster than JAX here).
 
     Raises:
         BackendUnavailableError: GPT2CORE_BACKEND names a backend that does not exist.
@@ -146,20 +146,19 @@ def choose(config: ModelConfig, *, device: str = "cpu") -> tuple[str, str]:
                 "name one of these or unset the variable"
             )
         return named, "GPT2CORE_BACKEND names it"
-    if device != "cpu":
-        for name in _OTHER_DEVICES:
+    if device.partition(":")[0] == "cuda":
+        for name in _ON_CUDA:
             if _installed(_BUILT_IN[name]):
-                return (
-                    name,
-                    f"the first of {', '.join(_OTHER_DEVICES)} that is installed, for device {device!r}",
-                )
-        return _OTHER_DEVICES[0], f"NumPy does not run on device {device!r}"
+                return name, f"the first of {', '.join(_ON_CUDA)} that is installed, for device {device!r}"
+        return _ON_CUDA[0], f"NumPy does not run on device {device!r}"
+    if device != "cpu":
+        return "jax", f"no other backend runs on device {device!r}"
     if config.parameters < SMALL_MODEL_PARAMETERS:
         return "numpy", f"{config.parameters / 1e6:.1f} million parameters run before a framework has started"
     for name in _FASTEST_FIRST:
         if _installed(_BUILT_IN[name]):
             return name, "it is the fastest of those installed"
-    return "numpy", "no framework is installed"
+    return "numpy", "neither ONNX Runtime nor PyTorch is installed"
 
 
 def create_backend(
