@@ -70,7 +70,7 @@ def test_a_framework_that_is_there_but_broken_is_not_called_missing(monkeypatch)
 
 def test_an_unknown_backend_is_refused_with_the_known_names():
     with pytest.raises(
-        BackendUnavailableError, match="no backend 'tensorflow'; known are auto, numpy, torch, onnx, jax"
+        BackendUnavailableError, match="no backend 'tensorflow'; known are auto, numpy, torch, jax, onnx"
     ):
         create_backend("tensorflow", TINY)
 

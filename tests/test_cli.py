@@ -333,7 +333,7 @@ def test_a_prompt_that_cannot_run_exits_2(run, folder, prompt):
         (["--model", "nobody/nothing", "--offline"], "nobody/nothing is not in the cache"),
         (
             ["--backend", "frobnicate"],
-            "no backend 'frobnicate'; known are auto, numpy, torch, onnx, jax",
+            "no backend 'frobnicate'; known are auto, numpy, torch, jax, onnx",
         ),
         (["--device", "abacus"], "abacus"),
         (["--revision", "main"], "revision"),
