@@ -174,6 +174,9 @@ class Gpt2Module(nnx.Module):
             pick: applied after the last block's attention, from where on tokens no longer meet.
             record: is given the stream after each attention and after each MLP.
         """
+        # Unrolled: lax.scan over stacked blocks must cut each layer's weights out of the stack. At GPT-2
+        # small's shape on 2 cores it compiled in 0.5 s instead of 1.5 s, but a decode step took 27 ms instead
+        # of 23 ms at batch 1 and 64 ms instead of 46 ms at batch 8 (medians, 128 positions read).
         for i, block in enumerate(self.blocks):
             y = attend(i, block.c_attn(block.ln_1(x)))  # (..., H, K)
             if i == self.config.n_layer - 1:
