@@ -33,7 +33,7 @@ def plug_in(monkeypatch, **targets):
 
 def test_built_in_backends_are_listed_with_the_version_of_their_package():
     infos = available()
-    assert list(infos)[:4] == ["numpy", "torch", "onnx", "jax"]
+    assert list(infos)[:4] == ["numpy", "torch", "jax", "onnx"]
     assert infos["numpy"] == backends.BackendInfo("numpy", True, np.__version__, "")
     assert infos["torch"].version == torch.__version__
     assert infos["onnx"].version == onnxruntime.__version__
