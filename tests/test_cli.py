@@ -181,7 +181,7 @@ def test_generate_stats_go_to_stderr_and_name_what_was_measured(run, folder):
         assert list(stats) == ["backend", "seed", "load", "tokens", "first", "peak"]
         assert (stats["backend"], stats["seed"], stats["tokens"]) == ("numpy", "7", "9")
         assert stats["first"].endswith("tokens/s after it")
-        assert stats["peak"].endswith("MB")
+        assert stats["peak"].endswith(("MB", "GB"))  # of this test process, whatever else ran in it
 
 
 @pytest.mark.parametrize("how", [(), ("--no-stream",)], ids=["streamed", "whole"])
