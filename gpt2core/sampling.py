@@ -128,6 +128,11 @@ def sample_token(
         NumericalError: `logits` hold NaN or +inf, or nothing above -inf.
         InvalidSamplingError: no token is left, or `logit_bias` names one outside the vocabulary.
     """
+    if params.temperature == 0 and not _moves_logits(params):
+        best = int(logits.argmax())  # a ban changes nothing else, so a copy is needed only where it hits
+        if len(token_ids) - prompt_tokens >= params.min_new_tokens or best not in eos_token_ids:
+            _check_maximum(logits[best], logits, len(token_ids))
+            return best
     edited = _edit(logits, params, token_ids, prompt_tokens, eos_token_ids)
     if params.temperature == 0:
         best = int(edited.argmax())  # the first NaN, if there is one
@@ -156,6 +161,17 @@ def token_logprobs(logits: Float[np.ndarray, "V"], token_id: int, k: int) -> Tok
     return TokenLogprob(token_id, float(logprobs[token_id]), top)
 
 
+def _moves_logits(params: SamplingParams) -> bool:
+    """Whether any of steps 1 to 4 of `transform_logits` applies."""
+    return (
+        bool(params.logit_bias)
+        or params.repetition_penalty != 1
+        or params.presence_penalty != 0
+        or params.frequency_penalty != 0
+        or params.no_repeat_ngram_size > 0
+    )
+
+
 def _edit(
     logits: Float[np.ndarray, "V"],
     params: SamplingParams,
@@ -166,9 +182,9 @@ def _edit(
     """Steps 1 to 5 of `transform_logits`; the same array, not a copy, when none of them applies."""
     penalties = params.presence_penalty != 0 or params.frequency_penalty != 0
     too_short = len(token_ids) - prompt_tokens < params.min_new_tokens
-    computes = penalties or params.repetition_penalty != 1 or bool(params.logit_bias)
-    if not (computes or too_short or params.no_repeat_ngram_size > 0):
+    if not (_moves_logits(params) or too_short):
         return logits
+    computes = penalties or params.repetition_penalty != 1 or bool(params.logit_bias)
     edited = logits.astype(np.float64) if computes else logits.copy()  # a ban alone rounds nothing
     tokens = np.asarray(token_ids, np.int64)
     with np.errstate(over="ignore", invalid="ignore"):  # what overflows is found by _check_maximum
