@@ -1,6 +1,7 @@
 """The bundled model: equal to transformers, one text on every backend however it is asked for, small, and a
 writer of stories that end."""
 
+import functools
 import random
 from pathlib import Path
 
@@ -96,16 +97,21 @@ def test_same_seed_same_tokens_streamed(model, alone):
         assert "".join(piece.text for piece in pieces) == model.generate(prompt, seed=i, **SAMPLED).text
 
 
-def test_same_seed_same_tokens_over_50_seeds_on_both_backends(model):
-    """50 seeds of 100 tokens from all of the vocabulary: one by one on NumPy, a batch on each backend."""
-    options, ids = {"max_new_tokens": 100, "temperature": 0.8}, model.tokenizer.encode("Once upon a time")
-    with GPT2.from_pretrained("demo", backend="numpy", max_batch=1) as reference:
-        want = [reference.generate(ids, seed=s, **options).token_ids for s in range(50)]
-    engine = Engine(model.backend, model.tokenizer)
-    sequences = [engine.submit(ids, SamplingParams(seed=s, **options))[0] for s in range(50)]
+SEEDS, OPEN = 50, {"max_new_tokens": 100, "temperature": 0.8}  # from all of the vocabulary
+
+
+@functools.cache
+def seeded_one_by_one():
+    with GPT2.from_pretrained("demo", backend="numpy", max_batch=1) as model:
+        return [model.generate("Once upon a time", seed=s, **OPEN).token_ids for s in range(SEEDS)]
+
+
+def test_fifty_seeds_give_the_tokens_of_numpy_one_by_one_in_a_batch_on_every_backend(model):
+    engine, ids = Engine(model.backend, model.tokenizer), model.tokenizer.encode("Once upon a time")
+    sequences = [engine.submit(ids, SamplingParams(seed=s, **OPEN))[0] for s in range(SEEDS)]
     while engine.running or engine.waiting:
         engine.step()
-    assert [s.generated for s in sequences] == want
+    assert [s.generated for s in sequences] == seeded_one_by_one()
 
 
 def test_stories_end_by_themselves(model):

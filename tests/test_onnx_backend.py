@@ -222,7 +222,7 @@ def test_cuda_asks_for_its_provider_by_index(monkeypatch):
 def test_threads_and_spinning_reach_onnx_runtime(monkeypatch):
     seen = []
     real = onnxruntime.InferenceSession
-    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *a: seen.append(a[1]) or real(*a))
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *a, **k: seen.append(a[1]) or real(*a, **k))
     monkeypatch.setenv(session.SPINNING_VARIABLE, "0")
     OnnxBackend(TINY, threads=2)
     OnnxBackend(TINY, spinning=True)
