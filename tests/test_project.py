@@ -174,6 +174,7 @@ LAYERS = (
     ("engine", "generation"),
     ("model", "stepping"),
     ("testing", "conformance", "random_model", "subject", "verify"),
+    ("bench", "serve"),
     ("cli", "__main__"),
 )
 RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}
