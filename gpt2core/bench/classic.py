@@ -14,7 +14,7 @@ import numpy as np
 from gpt2core.bench.attempts import attempts
 from gpt2core.bench.environment import fingerprint
 from gpt2core.bench.errors import BenchmarkError
-from gpt2core.bench.extras import FOR_REPORTS, FOR_SERVERS, check_installed
+from gpt2core.bench.extras import ALWAYS, FOR_REPORTS, FOR_SERVERS, check_installed
 from gpt2core.bench.folder import RUNS, ResultsFolder, check_folder
 from gpt2core.bench.results import Summary, summarise, write_results
 from gpt2core.bench.targets import Measurement, ModelTarget, Target
@@ -122,7 +122,7 @@ def run_classic(
     settings = settings or ClassicSettings()
     if resume and force:
         raise RequestError("resume and force contradict each other; give one of them")
-    check_installed(*(FOR_REPORTS if report else ()), *(FOR_SERVERS if settings.url else ()))
+    check_installed(*ALWAYS, *(FOR_REPORTS if report else ()), *(FOR_SERVERS if settings.url else ()))
     path, environment = Path(output), fingerprint()
     check_folder(path, environment, resume=resume, force=force)
     with closing(open_target(settings)) as target:
@@ -160,7 +160,7 @@ def _keep_finished(folder: ResultsFolder, settings: ClassicSettings, environment
         except (KeyError, TypeError) as error:
             raise BenchmarkError(f"{where} is no line of this benchmark; give another --output") from error
         if not known or cell in seen:
-            what = "repeats a cell" if cell in seen else "is of another benchmark"
+            what = "repeats a cell" if known else "is of another benchmark"
             raise BenchmarkError(f"{where} {what} ({list(cell)}); give another --output, or --force")
         seen.add(cell)
     finished = [record for record in folder.records if record["status"] == "ok"]

@@ -31,7 +31,10 @@ class Api(Protocol):
     """How requests and answers look."""
 
     url: str
-    needs_prompt_tokens: bool  # whether a total length can only be asked for with them
+
+    @property
+    def needs_prompt_tokens(self) -> bool:
+        """Whether a total length can only be asked for with them."""
 
     def body(self, prompt: str, length: int, prompt_tokens: int | None, *, exact: bool) -> dict[str, Any]:
         """A request for `length` tokens in all; without `prompt_tokens` a short one that tells them."""
@@ -50,10 +53,10 @@ class Generate:
 
     def body(self, prompt: str, length: int, prompt_tokens: int | None, *, exact: bool) -> dict[str, Any]:
         """As of `Api`."""
-        least = (
-            {"min_new_tokens": length - prompt_tokens if prompt_tokens is not None else 1} if exact else {}
-        )
-        return {"prompt": prompt, "max_length": length, **least}
+        body: dict[str, Any] = {"prompt": prompt, "max_length": length}
+        if exact:
+            body["min_new_tokens"] = 1 if prompt_tokens is None else length - prompt_tokens
+        return body
 
     def read(self, document: Mapping[str, Any]) -> Part:
         """As of `Api`."""

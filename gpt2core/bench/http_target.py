@@ -235,7 +235,7 @@ class _Heard:
             raise ServerError("the stream ended before the text did", again=True)
 
     def measurement(self, prompt_tokens: int | None) -> Measurement:
-        """Times per token only where there is exactly one event for each: a server may send several at once."""
+        """Times per token only where there is exactly one event for each: a server may send several."""
         times_s: list[float] = []
         for times in (self.tokens_s, self.tokens_s + self.ends_s[:1]):
             if len(times) == self.completion_tokens:

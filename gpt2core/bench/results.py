@@ -55,16 +55,14 @@ def summarise(settings: Mapping[str, Any], records: Sequence[Mapping[str, Any]])
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """The 95 % confidence interval of the mean of normally distributed values; None for fewer than two."""
+    """The 95 % confidence interval of the mean of normally distributed times; None for fewer than two."""
     if len(values) < 2:
         return None
     from scipy.special import stdtrit  # Student's t without the half second that scipy.stats takes to load
 
-    mean, degrees = float(np.mean(values)), len(values) - 1
-    half = (
-        float(stdtrit(degrees, (1 + CONFIDENCE) / 2)) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    )
-    return mean - half, mean + half
+    mean, n = float(np.mean(values)), len(values)
+    half = float(stdtrit(n - 1, (1 + CONFIDENCE) / 2) * np.std(values, ddof=1)) / math.sqrt(n)
+    return max(0.0, mean - half), mean + half
 
 
 def write_results(

@@ -44,8 +44,8 @@ model_options = (
     click.option(
         "--url",
         metavar="URL",
-        help="Measure a running server instead: its /generate, or an OpenAI-style endpoint if URL ends in /v1 "
-        "or /v1/completions. A key is read from the variable GPT2CORE_API_KEY.",
+        help="Measure a running server instead: its /generate, or an OpenAI-style endpoint if URL ends in "
+        "/v1 or /v1/completions. A key is read from the variable GPT2CORE_API_KEY.",
     ),
 )
 workload_options = (
@@ -111,6 +111,7 @@ output_options = (
 @click.pass_context
 def bench(
     context: click.Context,
+    /,
     *,
     prompts: tuple[str, ...],
     prompt_file: Path | None,
@@ -139,8 +140,7 @@ def bench(
     with ExitStack() as stack:
         result = run_classic(
             ClassicSettings(
-                **settings,
-                **_prompts(prompts, prompt_file),
+                **settings | _prompts(prompts, prompt_file),
                 lengths=_lengths(lengths),
                 local_files_only=offline,
                 api_key=os.environ.get("GPT2CORE_API_KEY") or None,
