@@ -1,13 +1,16 @@
 """The classic benchmark: what is measured, in which order, what is recorded, resumed and printed."""
 
+import fcntl
 import itertools
 import json
 import os
 import pty
 import select
 import statistics
+import struct
 import subprocess
 import sys
+import termios
 import types
 from pathlib import Path
 
@@ -78,7 +81,7 @@ SMALL = ("--prompt", "One", "--prompt", "Two more", "--lengths", "12,20", "--run
 def test_every_cell_is_recorded_once_as_the_schema_says(settings, tmp_path, reports):
     result = run_classic(settings, output=tmp_path / "out")
     records = read_log(tmp_path / "out" / "runs.jsonl")
-    assert records == json.loads(json.dumps(list(result.records)))
+    assert records == result.records
     cells = [tuple(record["cell"]) for record in records]
     assert sorted(cells) == sorted((p, n, r) for p in range(3) for n in LENGTHS for r in (-1, 0, 1))
     for record in records:
@@ -555,6 +558,7 @@ def test_failures_are_told_and_only_when_all_fail_is_the_exit_code_1(run, tmp_pa
 
 def test_a_bar_with_the_remaining_time_is_drawn_on_a_terminal_only(folder, tmp_path):
     main_fd, terminal_fd = pty.openpty()
+    fcntl.ioctl(terminal_fd, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
     command = [sys.executable, "-m", "gpt2core", "bench", "--model", folder, "--backend", "numpy", *SMALL]
     command += ["--no-report", "--output", str(tmp_path)]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=terminal_fd, timeout=100)

@@ -209,6 +209,7 @@ def _run(
 
 def _outcome(result: Measurement | Exception) -> dict[str, Any]:
     if isinstance(result, Measurement):
-        return {"status": "ok", "error": None, **asdict(result)}
+        fields = asdict(result) | {"token_times_s": list(result.token_times_s)}  # as JSON has it
+        return {"status": "ok", "error": None, **fields}
     message = " ".join(f"{type(result).__name__}: {result}".split())[:MAX_ERROR_CHARACTERS]
     return {"status": "failed", "error": message, **dict.fromkeys(Measurement.__slots__)}

@@ -16,7 +16,7 @@ class Part:
     Attributes:
         text: the whole text, or what this event adds.
         whole: whether `text` is the whole text even in a stream, whose events otherwise add to it.
-        finish_reason, prompt_tokens, completion_tokens, backend: None where it does not tell.
+        finish_reason, prompt_tokens, completion_tokens, model, backend: None where it does not tell.
     """
 
     text: str
@@ -24,6 +24,7 @@ class Part:
     finish_reason: str | None
     prompt_tokens: int | None
     completion_tokens: int | None
+    model: str | None
     backend: str | None
 
 
@@ -69,6 +70,7 @@ class Generate:
             finish_reason=one.get("finish_reason"),
             prompt_tokens=one.get("prompt_tokens"),
             completion_tokens=one.get("completion_tokens"),
+            model=document.get("model"),
             backend=document.get("backend"),
         )
 
@@ -98,6 +100,7 @@ class Completions:
             finish_reason=choice.get("finish_reason"),
             prompt_tokens=usage.get("prompt_tokens"),
             completion_tokens=usage.get("completion_tokens"),
+            model=document.get("model"),
             backend=None,
         )
 

@@ -57,7 +57,8 @@ class ServerTarget:
             if address.models is not None:
                 self._model = self._model or self._first_model(address.models)
                 self._api = Completions(address.url, self._model)
-            self._form, self._backend = self._probe_form()
+            self._form, heard = self._probe_form()
+            self._model, self._backend = self._model or heard.model, heard.backend
             self._prompt_tokens = [self._probe(prompt, **self._form) for prompt in settings.prompts]
             if all(tokens is not None for tokens in self._prompt_tokens):
                 check_room([tokens for tokens in self._prompt_tokens if tokens is not None], settings.lengths)
@@ -93,7 +94,7 @@ class ServerTarget:
         """Close the connections."""
         self._client.close()
 
-    def _probe_form(self) -> tuple[dict[str, bool], str | None]:
+    def _probe_form(self) -> tuple[dict[str, bool], "_Heard"]:
         prompt, refusal = self._settings.prompts[0], ""
         for form in FORMS:
             try:
@@ -102,7 +103,7 @@ class ServerTarget:
                 refusal = refusal or str(error)
                 continue
             if heard.prompt_tokens is not None or not self._api.needs_prompt_tokens:
-                return form, heard.backend
+                return form, heard
             refusal = "it does not tell usage.prompt_tokens, without which no total length can be asked for"
         raise BenchmarkError(f"the server at {self._shown} cannot be measured: {refusal}")
 
@@ -206,6 +207,7 @@ class _Heard:
     finish_reason: str | None = None
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
+    model: str | None = None
     backend: str | None = None
     done: bool = False
     elapsed_s: float = 0.0
@@ -226,7 +228,7 @@ class _Heard:
                 if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                     raise ServerError(f"the answer's {name} is {value!r:.40}", again=True)
                 setattr(self, name, value)
-        self.backend = part.backend or self.backend
+        self.model, self.backend = part.model or self.model, part.backend or self.backend
         self.done = self.done or not streamed
 
     def end(self) -> None:

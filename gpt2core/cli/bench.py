@@ -207,17 +207,23 @@ class _Bar:
     def __call__(self, progress: "Progress") -> None:
         if not sys.stderr.isatty():
             return
+        cell = progress.cell
+        name = "done" if cell is None else "warm-up" if cell.is_warm_up else f"run {cell.run + 1}"
+        what = f"{name}, {progress.cells} of {progress.all_cells}"
         if self._bar is None:
             from tqdm import tqdm
 
-            form = "{desc} {percentage:3.0f}%|{bar}| {elapsed} so far, {remaining} left"
             self._bar = self._stack.enter_context(
-                tqdm(total=progress.all_tokens, bar_format=form, file=sys.stderr, leave=False)
+                tqdm(
+                    desc=what,
+                    total=progress.all_tokens,
+                    bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed} so far, {remaining} left",
+                    file=sys.stderr,
+                    leave=False,
+                    dynamic_ncols=True,
+                )
             )
-        cell = progress.cell
-        if cell is not None:
-            what = "warm-up" if cell.is_warm_up else f"run {cell.run + 1}"
-            self._bar.set_description_str(f"{what}, {progress.cells} of {progress.all_cells}", refresh=False)
+        self._bar.set_description_str(what, refresh=False)
         self._bar.update(progress.tokens - self._bar.n)
 
 
