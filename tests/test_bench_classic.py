@@ -289,6 +289,7 @@ def test_waits_double_and_a_servers_wish_comes_first(monkeypatch):
         ({"timeout_s": 0.0}, "timeout_s is 0.0"),
         ({"retries": -1}, "retries is -1"),
         ({"backoff_s": float("nan")}, "backoff_s is nan"),
+        ({"api_key": "a\nb"}, "api_key has characters"),
     ],
 )
 def test_settings_out_of_range_are_refused_when_made(change, message):
@@ -516,6 +517,7 @@ def test_a_prompt_file_without_prompts_is_one_line(run, tmp_path, content, messa
         (("--prompt", "a", "--prompts", "x"), 2, "both given"),
         (("--resume", "--force"), 2, "contradict"),
         (("--runs", "0"), 2, "--runs"),
+        (("--url", "http://127.0.0.1:1"), 2, "--backend has no effect on a server"),
         (("--backend", "frobnicate", "--lengths", "90", "--prompt", "a"), 1, "no backend 'frobnicate'"),
         (("frobnicate",), 2, "No such command 'frobnicate'"),
     ],
@@ -554,6 +556,14 @@ def test_failures_are_told_and_only_when_all_fail_is_the_exit_code_1(run, tmp_pa
     assert "all 8 generations failed" in err
     assert reports == [tmp_path / "some"]  # of nothing there is nothing to draw
     assert np.isnan(np.load(tmp_path / "all" / "benchmark_results.npy")).all()
+
+
+def test_an_interrupt_exits_130_and_tells_how_to_go_on(run, tmp_path, monkeypatch):
+    interrupt_at(monkeypatch, 4)
+    code, out, err = run(*SMALL, "--no-report", "--output", str(tmp_path / "out"))
+    assert (code, out) == (130, "")
+    assert err.split("\n", 1)[0] == "gpt2core: interrupted; go on with the same command and --resume"
+    assert len(cells_of(tmp_path / "out")) == 3
 
 
 def test_a_bar_with_the_remaining_time_is_drawn_on_a_terminal_only(folder, tmp_path):

@@ -289,9 +289,12 @@ def sometimes(bad: Callable[..., Answer], when: Callable[[int], bool], good=gene
     return behave
 
 
-@pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
-def test_a_server_that_recovers_is_asked_again(serve, tmp_path, status):
-    busy = sometimes(lambda *asked: refuse(status, "busy", **{"retry-after": "0"}), lambda n: n in (1, 2, 7))
+@pytest.mark.parametrize(
+    ("status", "wait"),
+    [(429, "0"), (500, "nan"), (502, "-1"), (503, "Tue, 24 Nov 2026 12:00:00 GMT"), (504, "")],
+)
+def test_a_server_that_recovers_is_asked_again(serve, tmp_path, status, wait):
+    busy = sometimes(lambda *asked: refuse(status, "busy", **{"retry-after": wait}), lambda n: n in (1, 2, 7))
     result = measured(serve(busy).url, tmp_path)
     assert result.failures == []
     assert sorted(record["attempts"] for record in result.records) == [1] * 10 + [2, 3]

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib import import_module
 from os import PathLike
 from pathlib import Path
@@ -186,7 +187,7 @@ def _run(
     for done, cell in enumerate(waiting):
         on_progress(Progress(cell, done, len(waiting), tokens, all_tokens))
         started_at = datetime.now(UTC).isoformat(timespec="milliseconds")
-        result, tries = attempts(settings, lambda cell=cell: target.measure(cell))  # type: ignore[misc]
+        result, tries = attempts(settings, partial(target.measure, cell))
         if cell not in recorded:
             folder.append(
                 {

@@ -133,7 +133,7 @@ class ServerTarget:
     def _first_model(self, url: str) -> str:
         try:
             with self._answer("GET", url) as response:
-                return str(_parsed(_read(response, self._deadline()))["data"][0]["id"])
+                return str(_parsed(self._read(response, self._deadline()))["data"][0]["id"])
         except (KeyError, IndexError, TypeError) as error:
             raise BenchmarkError(f"{url} lists no model; name one with --model") from error
         except (Gpt2CoreError, httpx2.HTTPError) as error:
@@ -161,9 +161,9 @@ class ServerTarget:
         with self._answer("POST", self._api.url, json=body) as response:
             streamed = response.headers.get("content-type", "").startswith("text/event-stream")
             if not streamed:
-                heard.add(self._understood(_parsed(_read(response, deadline_s))), streamed=False)
+                heard.add(self._understood(_parsed(self._read(response, deadline_s))), streamed=False)
             for event in httpx2.EventSource(response) if streamed else ():
-                _check_time(deadline_s, self._settings.timeout_s)
+                self._check_time(deadline_s)
                 if event.data == "[DONE]":
                     heard.done = True
                 else:
@@ -175,8 +175,22 @@ class ServerTarget:
     def _answer(self, method: str, url: str, **request: Any) -> Iterator[httpx2.Response]:
         with self._client.stream(method, url, **request) as response:
             if response.status_code != 200:
-                raise _failure(response, _read(response, self._deadline()))
+                raise _failure(response, self._read(response, self._deadline()))
             yield response
+
+    def _read(self, response: httpx2.Response, deadline_s: float) -> bytes:
+        data = b""
+        for chunk in response.iter_bytes():
+            data += chunk
+            self._check_time(deadline_s)
+            if len(data) > MAX_ANSWER_NBYTES:
+                raise ServerError(f"the answer has more than {MAX_ANSWER_NBYTES} bytes", again=False)
+        return data
+
+    def _check_time(self, deadline_s: float) -> None:
+        """The client's own limit is on the wait for the next bytes; this one is on the whole."""
+        if time.perf_counter() > deadline_s:
+            raise TimeoutError(f"the answer was not complete after {self._settings.timeout_s:g} s")
 
     def _understood(self, document: Mapping[str, Any]) -> Part:
         if error := document.get("error"):
@@ -252,21 +266,6 @@ class _Heard:
             finish_reason=self.finish_reason,
             text=self.text,
         )
-
-
-def _read(response: httpx2.Response, deadline_s: float) -> bytes:
-    data, began_s = b"", time.perf_counter()
-    for chunk in response.iter_bytes():
-        data += chunk
-        _check_time(deadline_s, deadline_s - began_s)
-        if len(data) > MAX_ANSWER_NBYTES:
-            raise ServerError(f"the answer has more than {MAX_ANSWER_NBYTES} bytes", again=False)
-    return data
-
-
-def _check_time(deadline_s: float, limit_s: float) -> None:
-    if time.perf_counter() > deadline_s:
-        raise TimeoutError(f"the answer was not complete after {limit_s:g} s")
 
 
 def _parsed(data: bytes) -> dict[str, Any]:

@@ -102,6 +102,8 @@ class ClassicSettings:
             raise RequestError(f"retries is {self.retries}; it must be at least 0")
         if not (self.backoff_s >= 0 and math.isfinite(self.backoff_s)):
             raise RequestError(f"backoff_s is {self.backoff_s}; it must be at least 0")
+        if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable()):
+            raise RequestError("api_key has characters that no header may have; use printable ASCII")
 
     def seed_of(self, run: int) -> int:
         """The seed of a run; the warm-up draws what run 0 draws."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from gpt2core.cli.console import (
     checkpoint_options,
@@ -137,20 +138,27 @@ def bench(
 
     if resume and force:
         raise click.UsageError("--resume and --force contradict each other")
-    with ExitStack() as stack:
-        result = run_classic(
-            ClassicSettings(
-                **settings | _prompts(prompts, prompt_file),
-                lengths=_lengths(lengths),
-                local_files_only=offline,
-                api_key=os.environ.get("GPT2CORE_API_KEY") or None,
-            ),
-            output=output,
-            resume=resume,
-            force=force,
-            report=not no_report,
-            on_progress=_Bar(stack),
-        )
+    if settings["url"] is not None:
+        _refuse_engine_options(context)
+    try:
+        with ExitStack() as stack:
+            result = run_classic(
+                ClassicSettings(
+                    **settings | _prompts(prompts, prompt_file),
+                    lengths=_lengths(lengths),
+                    local_files_only=offline,
+                    api_key=os.environ.get("GPT2CORE_API_KEY") or None,
+                ),
+                output=output,
+                resume=resume,
+                force=force,
+                report=not no_report,
+                on_progress=_Bar(stack),
+            )
+    except KeyboardInterrupt:
+        if output.exists():
+            print("gpt2core: interrupted; go on with the same command and --resume", file=sys.stderr)
+        raise
     if as_json:
         write_json(result.to_dict())
     else:
@@ -178,6 +186,12 @@ def analyse(folder: Path, *, as_json: bool) -> None:
         write_json(analysis.to_dict())
     else:
         write(analysis.text().rstrip("\n") + "\n")
+
+
+def _refuse_engine_options(context: click.Context) -> None:
+    for name in ("backend", "precision", "device", "threads", "revision", "offline"):
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--{name} has no effect on a server; leave it or --url out")
 
 
 def _prompts(prompts: tuple[str, ...], file: Path | None) -> dict[str, tuple[str, ...]]:
