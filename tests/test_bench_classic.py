@@ -403,6 +403,8 @@ def test_resuming_with_other_settings_or_another_model_is_refused(settings, tmp_
         ({"cell": [9, 12, 0]}, "is of another benchmark"),
         ({"environment": "0"}, "is of another benchmark"),
         ({"status": "perhaps"}, "is of another benchmark"),
+        ({"run": 5}, "is of another benchmark"),
+        ({"elapsed_s": None}, "is no line of this benchmark"),
         ({}, "repeats a cell"),
         ({"cell": [1]}, "is no line of this benchmark"),
         ({"cell": None}, "is no line of this benchmark"),

@@ -157,7 +157,8 @@ def _keep_finished(folder: ResultsFolder, settings: ClassicSettings, environment
         try:
             cell = Cell(*record["cell"])
             known = cell in possible and record["environment"] == environment["id"]
-            known = known and record["status"] in ("ok", "failed")
+            known = known and record["run"] == cell.run and record["status"] in ("ok", "failed")
+            known = known and (record["status"] == "failed" or record["elapsed_s"] > 0)
         except (KeyError, TypeError) as error:
             raise BenchmarkError(f"{where} is no line of this benchmark; give another --output") from error
         if not known or cell in seen:
