@@ -44,7 +44,7 @@ def kill_after(child: int, log: Path, lines: int, delay_s: float) -> bool:
 
 def main(model: str, root: Path, points: int) -> None:
     """For each of `points` folders: kill at a random moment, resume, kill again, resume to the end."""
-    settings = ClassicSettings(model=model, backend="numpy", prompts=("One", "Two!"), lengths=(8, 12), seed=5)
+    settings = ClassicSettings(model=model, backend="numpy", prompts=("One", "Two!"), lengths=(8, 12), runs=2)
     chance, killed = random.Random(0), []
     GPT2.from_pretrained(model, backend="numpy").close()  # imported once, before the first fork
     cells = len(settings.cells())

@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import select
+import shutil
 import statistics
 import struct
 import subprocess
@@ -362,13 +363,13 @@ def test_an_interrupted_run_is_resumed_without_repeating_a_cell(settings, tmp_pa
     assert {cell[:2] for cell in measured} <= warm
 
 
-def test_a_finished_run_is_resumed_by_doing_nothing(settings, tmp_path, monkeypatch):
-    first = run_classic(settings, output=tmp_path, report=False)
+def test_a_finished_run_is_resumed_by_doing_nothing(settings, finished, monkeypatch):
+    first = np.load(finished / "benchmark_results.npy")
     tried = failing(monkeypatch, lambda cell, attempt: True)
-    again = run_classic(settings, output=tmp_path, report=False, resume=True)
+    again = run_classic(settings, output=finished, report=False, resume=True)
     assert tried == []
     assert again.resumed == 12
-    np.testing.assert_array_equal(again.times_s, first.times_s)
+    np.testing.assert_array_equal(again.times_s, first)
 
 
 def test_failed_cells_are_tried_again_on_resume(settings, tmp_path, monkeypatch):
@@ -382,19 +383,34 @@ def test_failed_cells_are_tried_again_on_resume(settings, tmp_path, monkeypatch)
     assert sorted(cells_of(tmp_path)) == sorted(settings.cells())
 
 
-def test_resuming_with_other_settings_or_another_model_is_refused(settings, tmp_path, folder):
-    run_classic(settings, output=tmp_path / "out", report=False)
+@pytest.fixture(scope="module")
+def finished_once(folder, tmp_path_factory):
+    path = tmp_path_factory.mktemp("finished") / "out"
+    settings = ClassicSettings(
+        model=folder, backend="numpy", prompts=PROMPTS, lengths=LENGTHS, runs=RUNS, seed=7
+    )
+    run_classic(settings, output=path, report=False)
+    return path
+
+
+@pytest.fixture
+def finished(finished_once, tmp_path):
+    """A copy of a folder that `settings` gave."""
+    return shutil.copytree(finished_once, tmp_path / "out")
+
+
+def test_resuming_with_other_settings_or_another_model_is_refused(settings, finished, tmp_path):
     other = random_checkpoint(tmp_path / "other", seed=1)
     for change, message in (
         ({"runs": 3}, "runs: 2 there, 3 here"),
         ({"seed": 8}, "seed: 7 there, 8 here"),
         ({"prompts": ("x",)}, "prompts: "),
         ({"model": str(other)}, "model_id: "),
-        ({"backend": "torch"}, 'backend: "numpy" there, "torch" here'),
+        ({"temperature": 0.5}, "temperature: 0.8 there, 0.5 here"),
     ):
         given = {name: getattr(settings, name) for name in settings.__slots__} | change
         with pytest.raises(BenchmarkError, match="other settings.*" + message):
-            run_classic(ClassicSettings(**given), output=tmp_path / "out", report=False, resume=True)
+            run_classic(ClassicSettings(**given), output=finished, report=False, resume=True)
 
 
 @pytest.mark.parametrize(
@@ -410,13 +426,12 @@ def test_resuming_with_other_settings_or_another_model_is_refused(settings, tmp_
         ({"cell": None}, "is no line of this benchmark"),
     ],
 )
-def test_lines_that_do_not_belong_are_refused_by_number(settings, tmp_path, change, message):
-    run_classic(settings, output=tmp_path, report=False)
-    log = tmp_path / "runs.jsonl"
+def test_lines_that_do_not_belong_are_refused_by_number(settings, finished, change, message):
+    log = finished / "runs.jsonl"
     lines = log.read_bytes().splitlines(keepends=True)
     log.write_bytes(b"".join([*lines, json.dumps(json.loads(lines[0]) | change).encode() + b"\n"]))
     with pytest.raises(BenchmarkError, match=rf"runs\.jsonl, line 19 {message}"):
-        run_classic(settings, output=tmp_path, report=False, resume=True)
+        run_classic(settings, output=finished, report=False, resume=True)
 
 
 def test_runs_killed_at_20_random_points_twice_and_resumed_have_the_same_cells_none_twice(folder, tmp_path):
@@ -428,7 +443,7 @@ def test_runs_killed_at_20_random_points_twice_and_resumed_have_the_same_cells_n
     killed = json.loads(done.stdout)
     assert len(killed) == 2 * points
     assert sum(killed) >= points, "too few were killed before they had ended"
-    want = sorted(ClassicSettings(prompts=("One", "Two!"), lengths=(8, 12), seed=5).cells())
+    want = sorted(ClassicSettings(prompts=("One", "Two!"), lengths=(8, 12), runs=2).cells())
     for point in range(points):
         assert sorted(cells_of(tmp_path / str(point))) == want
         names = {path.name for path in (tmp_path / str(point)).iterdir()}
@@ -437,7 +452,7 @@ def test_runs_killed_at_20_random_points_twice_and_resumed_have_the_same_cells_n
             *("benchmark_results.npy", "benchmark_results.json"),
         }
         times_s = np.load(tmp_path / str(point) / "benchmark_results.npy", allow_pickle=False)
-        assert times_s.shape == (2, 2, 3)
+        assert times_s.shape == (2, 2, 2)
         assert not np.isnan(times_s).any()
 
 
