@@ -1,4 +1,4 @@
-"""What a folder of measurements holds, read strictly and as types: what analysis, plots and report begin with."""
+"""What a folder of measurements holds, read strictly, as types."""
 
 import json
 import math
@@ -113,17 +113,23 @@ def read_records(folder: str | Path) -> Records:
             f"{folder / RUNS} holds lines of kind {', '.join(sorted(kinds))}; expected are all 'classic' or "
             "all 'comparison'"
         )
-    documents = {name: _read_object(folder / f"{name}.json") for name in ("settings", "environment")}
+    settings, environment = (_read_object(folder / f"{name}.json") for name in ("settings", "environment"))
     components = _read_object(folder / COMPONENTS)
+    runs: tuple[Run, ...] = ()
+    measurements: tuple[Measurement, ...] = ()
     if kinds == {"classic"}:
-        runs = _parse(folder, lines, _run)
-        latest = {(run.prompt_index, run.length, run.run): run for run in runs}
-        return Records(
-            folder, "classic", **documents, runs=tuple(latest.values()), components=components
-        )
-    measurements = _parse(folder, lines, _measurement)
+        latest = {(run.prompt_index, run.length, run.run): run for run in _parse(folder, lines, _run)}
+        runs = tuple(latest.values())
+    else:
+        measurements = tuple(_parse(folder, lines, _measurement))
     return Records(
-        folder, "comparison", **documents, measurements=tuple(measurements), components=components
+        folder=folder,
+        kind="classic" if runs else "comparison",
+        settings=settings,
+        environment=environment,
+        runs=runs,
+        measurements=measurements,
+        components=components,
     )
 
 

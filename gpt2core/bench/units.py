@@ -1,7 +1,5 @@
 """Numbers as people read them: a unit that fits, and enough digits."""
 
-# what tables, plots and report print
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
@@ -57,13 +55,3 @@ def unit_for(unit: str, values: Iterable[float]) -> Unit:
 def of(unit: str, value: Interval) -> str:
     """An interval in the scale that fits it."""
     return unit_for(unit, [value.mid]).interval(value)
-
-
-def text_table(rows: list[tuple[str, ...]]) -> str:
-    """Columns side by side; the first is aligned left, the others right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
-        lines.append("  ".join(cells).rstrip() + "\n")
-    return "".join(lines)
