@@ -20,6 +20,15 @@ MEASURES: Final = {
     "peak_memory_nbytes": "Peak memory of the process",
 }
 """What is tabulated, in this order. Others stand in runs.jsonl alone."""
+ONCE: Final = {
+    "start_s": "start",
+    "load_s": "load",
+    "compile_s": "compile",
+    "first_token_cold_s": "process start to first token",
+    "ttft_s": "first token, warm",
+    "peak_memory_nbytes": "peak memory",
+}
+"""Those that depend on nothing, with their columns in the one table that they share."""
 SHORT_NAMES: Final = {
     "decode_tok_s": "decode",
     "prefill_s": "prefill",
@@ -121,8 +130,8 @@ class ComparisonAnalysis:
     @property
     def tables(self) -> list[Table]:
         """A table per measure, then ratios and roofline."""
-        tables = [_table(self, measure) for measure in MEASURES if self.of(measure)]
-        return [*tables, *_ratios(self), *_roofline(self)]
+        tables = [_table(self, measure) for measure in MEASURES if self.of(measure) and measure not in ONCE]
+        return [*tables, *_once(self), *_ratios(self), *_roofline(self)]
 
     def text(self) -> str:
         """For a terminal."""
@@ -172,13 +181,34 @@ def _columns(points: list[Point]) -> list[tuple[str, str]]:
 def _table(a: ComparisonAnalysis, measure: str) -> Table:
     points = a.of(measure)
     unit = unit_for(points[0].unit, [point.value.mid for point in points])
-    texts = [unit.interval(point.value).removesuffix(unit.name).rstrip() for point in points]
+    texts = [_bare(unit, point.value) for point in points]
     rounds = max(point.rounds for point in points)
     return Table(
         title=f"{MEASURES[measure]} ({unit.name}; median of up to {rounds} rounds, 95 % interval)",
         columns=("engine", *(at or unit.name for _, at in _columns(points))),
         rows=_grid(a, points, texts),
     )
+
+
+def _once(a: ComparisonAnalysis) -> list[Table]:
+    points = [point for measure in ONCE for point in a.of(measure) if not point.at]
+    if not points:
+        return []
+    units = {m: unit_for(a.of(m)[0].unit, [p.value.mid for p in a.of(m)]) for m, _ in _columns(points)}
+    texts = [_bare(units[point.measure], point.value) for point in points]
+    return [
+        Table(
+            title="Start-up, first token and peak memory (medians, 95 % intervals)",
+            columns=("engine", *(f"{ONCE[m]} ({units[m].name})" for m, _ in _columns(points))),
+            rows=_grid(a, points, texts),
+            note="compile: what the first call takes beyond a warm one of the same shape",
+        )
+    ]
+
+
+def _bare(unit: Unit, value: Interval) -> str:
+    """Without the unit's name, which stands in a heading."""
+    return Unit("", unit.factor).interval(value)
 
 
 def _ratios(a: ComparisonAnalysis) -> list[Table]:
@@ -205,7 +235,7 @@ def _roofline(a: ComparisonAnalysis) -> list[Table]:
     rows = [
         (
             marked[roof.engine],
-            unit.interval(roof.achieved_bytes_s).removesuffix(unit.name).rstrip(),
+            _bare(unit, roof.achieved_bytes_s),
             "-" if roof.share is None else Unit("%", 100).interval(roof.share),
         )
         for roof in a.roofs

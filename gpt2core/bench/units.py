@@ -17,9 +17,10 @@ class Unit:
     def number(self, value: float) -> str:
         """The value in this unit, three significant digits or all before the point."""
         scaled = value * self.factor
-        digits = 0 if abs(scaled) >= 99.95 else 1 if abs(scaled) >= 9.995 else 2
-        if scaled != 0 and abs(scaled) < 0.1:
+        size = abs(scaled)
+        if size < 0.00995:
             return f"{scaled:.2g}"
+        digits = 0 if size >= 99.95 else 1 if size >= 9.995 else 2 if size >= 0.9995 else 3
         return f"{scaled:.{digits}f}"
 
     def text(self, value: float) -> str:
