@@ -37,7 +37,11 @@ def analyse_comparison(records: Records) -> ComparisonAnalysis:
             place = (one.measure, one.batch, one.length, one.position)
             values[place][one.engine, one.precision][one.round] = one.value
             units[one.measure] = one.unit
-    engines = {key: _engine(key, lines) for key, lines in _by_engine(records.measurements)}
+    checked: dict[str, list[Measurement]] = defaultdict(list)
+    for one in records.measurements:
+        if one.measure == "correct" and one.status == "ok":
+            checked[one.engine].append(one)
+    engines = {key: _engine(key, lines, checked[key[0]]) for key, lines in _by_engine(records.measurements)}
     measured = [key for key, engine in engines.items() if engine.skipped is None]
     baseline = _baseline(records, measured)
     points = [
@@ -81,13 +85,12 @@ def _by_engine(measurements: Iterable[Measurement]) -> Iterator[tuple[Key, list[
     yield from groups.items()
 
 
-def _engine(key: Key, lines: list[Measurement]) -> Engine:
+def _engine(key: Key, lines: list[Measurement], checked: list[Measurement]) -> Engine:
+    """`checked`: what was found of its answers, in whatever precision."""
     name, precision = key
-    checks = {
-        one.variant or "this checkpoint": one
-        for one in lines
-        if one.measure == "correct" and one.status == "ok"
-    }
+    checks = {one.variant or "this checkpoint": one for one in checked if one.precision == precision}
+    if not checks:  # what its adapter computes wrong in one precision is wrong in the others too
+        checks = {one.variant or "this checkpoint": one for one in checked}
     failures: dict[str, int] = defaultdict(int)
     for one in lines:
         if one.status == "failed":

@@ -6,6 +6,7 @@ stay as they are.
 
 import io
 import textwrap
+import unicodedata
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any, Final, Literal
@@ -22,7 +23,7 @@ from gpt2core.bench.tables import short
 
 COLOURS: Final[tuple[Any, ...]] = tuple(seaborn.color_palette("colorblind"))
 MARKERS: Final = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "p", "h")
-DASHES: Final = ("-", "--", ":", "-.")
+DASHES: Final[tuple[Literal["-", "--", ":", "-."], ...]] = ("-", "--", ":", "-.")
 INK: Final = "#222222"
 FAINT: Final = "#666666"
 _DPI: Final = 130
@@ -49,15 +50,21 @@ def label(text: str, width: int = 40) -> str:
 
 
 def wrapped(text: str, width: int = 26, lines: int = 2) -> str:
-    """The same over up to `lines` lines of `width` characters."""
-    return "\n".join(textwrap.wrap(label(text, width * lines), width, break_long_words=True)[:lines])
+    """The same over up to `lines` lines of `width` columns; a Chinese or Japanese character takes two."""
+    shown = label(text, width * lines)
+    columns = sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in shown)
+    per_line = max(4, width * len(shown) // columns) if shown else width
+    parts = textwrap.wrap(shown, per_line)
+    if len(parts) > lines:
+        parts = [*parts[: lines - 1], short(" ".join(parts[lines - 1 :]), per_line)]
+    return "\n".join(parts)
 
 
-def new_figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
-    """A white figure, inches wide and high, with axes side by side and a layout that keeps labels apart."""
+def new_figure(width: float, height: float, columns: int = 1, rows: int = 1) -> tuple[Figure, list[Axes]]:
+    """A white figure, inches wide and high, with axes in a grid and a layout that keeps labels apart."""
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
-    axes = [figure.add_subplot(1, columns, i + 1) for i in range(columns)]
+    axes = [figure.add_subplot(rows, columns, i + 1) for i in range(rows * columns)]
     for ax in axes:
         ax.set_facecolor("white")
         seaborn.despine(ax=ax)

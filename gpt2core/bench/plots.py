@@ -45,8 +45,9 @@ def bar_figure(analysis: ClassicAnalysis) -> Figure:
                 continue
             mean = cell.elapsed_s.mid * unit.factor
             ax.barh(y, mean, thick * 0.92, color=colours[i], linewidth=0)
-            error = bars_of([cell.elapsed_s], unit.factor)
-            ax.errorbar(mean, y, xerr=error, color=INK, capsize=2, linewidth=1, fmt="none")
+            if cell.runs > 1:
+                error = bars_of([cell.elapsed_s], unit.factor)
+                ax.errorbar(mean, y, xerr=error, color=INK, capsize=2, linewidth=1, fmt="none")
             text = unit.number(cell.elapsed_s.mid) + (f"   ({_failure(cell)})" if cell.failed else "")
             ax.annotate(
                 text,

@@ -7,13 +7,15 @@ from typing import Any, Final
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from gpt2core.bench.drawing import COLOURS, DASHES, INK, MARKERS, bars_of, finish, grid, label, new_figure
 from gpt2core.bench.findings_comparison import ONCE, SHORT_NAMES, ComparisonAnalysis, Engine, Point
 from gpt2core.bench.units import Unit, unit_for
 
 _WRONG: Final = "#b00020"
+_PANELS_ACROSS: Final = 5
+_BEHIND_TEXT: Final = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 0.6}
 _STARTUP: Final = ("start_s", "load_s", "compile_s", "first_token_cold_s", "ttft_s")
 
 
@@ -32,7 +34,7 @@ def line_figure(
         if mine:
             style = _style(analysis, engine)
             ax.errorbar(
-                [p.x for p in mine],
+                [p.x or 0 for p in mine],
                 [p.value.mid * unit.factor for p in mine],
                 yerr=bars_of((p.value for p in mine), unit.factor),
                 linewidth=1.5,
@@ -110,19 +112,24 @@ def ratio_figure(analysis: ComparisonAnalysis) -> Figure | None:
     engines = [e for e in _measured(analysis) if any(p.engine == e.label for p in points)]
     if not engines:
         return None
-    figure, axes = new_figure(2.0 + 2.0 * len(chosen), 2.2 + 0.36 * len(engines), len(chosen))
-    for ax, column in zip(axes, chosen, strict=True):
+    across = min(len(chosen), _PANELS_ACROSS)
+    down = -(-len(chosen) // across)
+    figure, axes = new_figure(2.2 + 2.0 * across, 1.2 + down * (1.2 + 0.32 * len(engines)), across, down)
+    for ax in axes[len(chosen) :]:
+        ax.remove()
+    for i, column in enumerate(chosen):
+        ax = axes[i]
         for row, engine in enumerate(engines):
             for point in points:
                 if (point.measure, point.at) == column and point.engine == engine.label and point.ratio:
                     style = _style(analysis, engine) | {"linestyle": "none"}
                     ax.errorbar(point.ratio.mid, row, xerr=bars_of([point.ratio], 1), capsize=3, **style)
-        _rows(ax, engines, ax is axes[0])
-        ax.axvline(1, color=INK, linewidth=1, linestyle="--")
+        _rows(ax, engines, i % across == 0)
+        ax.axvline(1, color=INK, linewidth=1, linestyle="--", zorder=0.9)
         ax.set_xscale("log", base=2)
         low, high = ax.get_xlim()
         ax.set_xlim(min(low, 0.8) / 1.05, max(high, 1.25) * 1.05)
-        _plain_ticks(ax, "x")
+        _ratio_ticks(ax)
         better = "less is better" if column[0] == "peak_memory_nbytes" else "more is better"
         ax.set_title(f"{SHORT_NAMES[column[0]]}\n{column[1] or ' '}", fontsize=9, color=INK)
         ax.set_xlabel(better, fontsize=8, color=INK)
@@ -246,6 +253,7 @@ def _bars(
             va="center",
             fontsize=8,
             color=INK,
+            bbox=_BEHIND_TEXT,
         )
     ax.set_xlim(0, greatest * 1.35)
     ax.locator_params(axis="x", nbins=4)
@@ -261,11 +269,20 @@ def _rows(ax: Axes, engines: list[Engine], named: bool) -> None:
         text.set_color(_WRONG if engine.wrong else INK)
 
 
-def _plain_ticks(ax: Axes, axis: str = "y") -> None:
-    """0.5, 20, 400 instead of powers of ten, on a logarithmic axis."""
-    one = ax.yaxis if axis == "y" else ax.xaxis
-    one.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    one.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+def _plain_ticks(ax: Axes) -> None:
+    """0.5, 20, 400 instead of powers of ten."""
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _ratio_ticks(ax: Axes) -> None:
+    low, high = ax.get_xlim()
+    powers = [2.0**k for k in range(-10, 11)]
+    ticks = powers if high / low > 6 else sorted([*powers, *(1.5 * power for power in powers)])
+    ax.xaxis.set_major_locator(FixedLocator([tick for tick in ticks if low <= tick <= high]))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _spread(columns: list[tuple[str, str]]) -> list[tuple[str, str]]:
