@@ -17,8 +17,9 @@ from gpt2core.bench.drawing import COLOURS, label, png, wrapped
 from gpt2core.bench.plots_components import component_figure
 
 HARD_PROMPTS = (
-    "\U0001f600\U0001fae8 emoji", "日本語のとても長いプロンプトです。昔々あるところにおじいさんとおばあさんがいました", "_begins with a line",
-    "costs $5 and $x_1^2$", "word " * 80, "x" * 400, "two\nlines\tand\x00control", "עברית العربية", "<b>&amp;</b>",
+    "\U0001f600\U0001fae8 emoji", "日本語のとても長いプロンプトです。" * 3, "_begins with a line",
+    "costs $5 and $x_1^2$", "word " * 80, "x" * 400, "two\nlines\tand\x00control",
+    "עברית العربية", "<b>&amp;</b>",
     "%s {0} \\frac{1}{2}", "   ", "Once upon a time",
 )  # fmt: skip
 

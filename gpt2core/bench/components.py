@@ -1,8 +1,8 @@
-"""Where the time goes: embedding, attention, MLP, head, the rest of a pass, sampling, tokenizer, the engine's loop.
+"""Where the time goes: embedding, attention, MLP, head, sampling, tokenizer, the engine's own loop.
 
-Measured on every backend alike, from outside: the same weights are run whole and with parts cut away, and a part's
-time is the difference. That is what a part costs in its place, with whatever the backend fuses or overlaps; it is no
-profile from inside.
+Measured on every backend alike, from outside: the same weights are run whole and with parts cut away, and a
+part's time is the difference. That is what a part costs in its place, with whatever the backend fuses or
+overlaps; it is no profile from inside. It wants a quiet machine.
 """
 
 import dataclasses
@@ -30,16 +30,15 @@ from gpt2core.backends import available, create_backend
 from gpt2core.bench.files import write_atomically
 from gpt2core.bench.records import COMPONENTS
 from gpt2core.bench.statistics import Interval, bootstrap_interval
-from gpt2core.bench.tables import Table
-from gpt2core.bench.units import unit_for
 from gpt2core.errors import RequestError
 
 METHOD: Final = (
-    "Differences of medians, round by round. Head: a pass minus one with a vocabulary of 16. MLP: that minus one "
-    "with an MLP of 8 units. Attention (projections, cache and first layer norms included): that minus one with half "
-    "the layers, per layer, times the layers. Embedding: the two look-ups and their sum, alone in NumPy. Rest of the "
-    "pass: what remains. Engine: a step beside its pass with a vocabulary of 16. Sampling: how much longer that "
-    "takes with the whole vocabulary at temperature 0.8. Tokenizer: encoding the prompt, or decoding the new token."
+    "Medians of differences, round by round. Head: a pass minus one with a vocabulary of 16. MLP: that minus "
+    "one with an MLP of 8 units. Attention (projections, cache and layer norms included): that minus one with "
+    "half the layers, per layer, times the layers. Embedding: the two look-ups and their sum, alone in NumPy. "
+    "Rest of the pass: what remains. Engine: a decoding step beside its pass, with a vocabulary of 16. "
+    "Sampling: how much longer that takes with the whole vocabulary at temperature 0.8. Tokenizer: encoding "
+    "the prompt, or decoding the new token."
 )
 _SMALL_VOCABULARY: Final = 16
 _SMALL_MLP: Final = 8
@@ -325,49 +324,3 @@ class _Loop:
                 self._engine.step()
                 taken += 1
                 yield time.perf_counter() - begin - self._timed.last_s
-
-
-# -------------------------------------------------------------------------------------------------
-# What components.json says, for figure and table
-
-
-@dataclass(frozen=True, slots=True)
-class Bar:
-    """One line of components.json, for drawing."""
-
-    label: str
-    seconds: dict[str, float]
-    total_s: float
-
-
-def bars(components: dict[str, Any]) -> list[Bar]:
-    """The lines of components.json; decoding first."""
-    try:
-        lines = sorted(components["lines"], key=lambda line: line["phase"])
-        return [
-            Bar(
-                label=f"{line['backend']}, {line['phase']}",
-                seconds={name: float(value["mid"]) for name, value in line["seconds"].items()},
-                total_s=float(line["total_s"]),
-            )
-            for line in lines
-        ]
-    except (KeyError, TypeError, ValueError) as error:
-        raise RequestError(f"{COMPONENTS} is not what it should be ({error!r}); measure it again") from error
-
-
-def table(components: dict[str, Any]) -> Table:
-    """Time by component: a row for each backend and phase."""
-    rows = bars(components)
-    names = list(dict.fromkeys(name for row in rows for name in row.seconds))
-    cells = []
-    for row in rows:
-        unit = unit_for("s", [row.total_s])
-        times = [unit.number(row.seconds[name]) if name in row.seconds else "-" for name in names]
-        cells.append((f"{row.label} ({unit.name})", *times, unit.number(row.total_s)))
-    return Table(
-        title="Time by component",
-        columns=("backend, phase", *names, "all"),
-        rows=tuple(cells),
-        note=str(components.get("method", "")),
-    )

@@ -5,7 +5,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from gpt2core.bench.components import bars
+from gpt2core.bench.breakdown import bars
 from gpt2core.bench.drawing import COLOURS, INK, finish, grid, label, new_figure
 from gpt2core.bench.units import unit_for
 

@@ -10,9 +10,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from gpt2core.bench import plots, plots_comparison
 from gpt2core.bench.analysis import Analysis, analyse_records
+from gpt2core.bench.breakdown import table as breakdown_table
 from gpt2core.bench.drawing import png
 from gpt2core.bench.files import write_atomically
 from gpt2core.bench.findings_classic import ClassicAnalysis
+from gpt2core.bench.plots_components import component_figure
 from gpt2core.bench.records import COMPONENTS, RUNS, Records, read_records
 from gpt2core.bench.tables import short
 
@@ -82,8 +84,6 @@ def _figures(analysis: Analysis) -> Iterator[tuple[str, bytes, str]]:
             if figure is not None:
                 yield name, png(figure), caption
     if analysis.records.components:
-        from gpt2core.bench.plots_components import component_figure
-
         yield "gpt2_components.png", png(component_figure(analysis.records.components)), "Where the time goes"
 
 
@@ -97,9 +97,7 @@ def _html(records: Records, analysis: Analysis, drawn: dict[str, tuple[bytes, st
     )
     tables = analysis.tables
     if records.components:
-        from gpt2core.bench.components import table
-
-        tables = [*tables, table(records.components)]
+        tables = [*tables, breakdown_table(records.components)]
     what = "Generation benchmark" if records.kind == "classic" else "Comparison of engines"
     model = records.settings.get("model")
     return environment.get_template("report.html.j2").render(
