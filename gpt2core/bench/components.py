@@ -33,12 +33,12 @@ from gpt2core.bench.statistics import Interval, bootstrap_interval
 from gpt2core.errors import RequestError
 
 METHOD: Final = (
-    "Medians of differences, round by round. Head: a pass minus one with a vocabulary of 16. MLP: that minus "
-    "one with an MLP of 8 units. Attention (projections, cache and layer norms included): that minus one with "
-    "half the layers, per layer, times the layers. Embedding: the two look-ups and their sum, alone in NumPy. "
-    "Rest of the pass: what remains. Engine: a decoding step beside its pass, with a vocabulary of 16. "
-    "Sampling: how much longer that takes with the whole vocabulary at temperature 0.8. Tokenizer: encoding "
-    "the prompt, or decoding the new token."
+    "Medians of differences, round by round. Head: a pass minus one with a vocabulary of 16. MLP: that "
+    "minus one with an MLP of 8 units. Attention (projections, cache and layer norms included): that minus "
+    "one with half the layers, per layer, times the layers. Embedding: the two look-ups and their sum, alone "
+    "in NumPy. Rest of the pass: what remains. Engine: a decoding step beside its pass, with a vocabulary of "
+    "16. Sampling: how much longer that takes with the whole vocabulary at temperature 0.8. Tokenizer: "
+    "encoding the prompt, or decoding the new token."
 )
 _SMALL_VOCABULARY: Final = 16
 _SMALL_MLP: Final = 8
