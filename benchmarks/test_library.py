@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from gpt2core import Engine, GPT2, SamplingParams
+from gpt2core import GPT2, Engine, SamplingParams
 from gpt2core.sampling import sample_token
 from gpt2core.testing import random_config
 
@@ -25,7 +25,13 @@ def test_sampling(benchmark, size, params):
     benchmark.group = f"sampling, {size}, vocabulary {VOCABULARIES[size]}"
     logits = np.random.default_rng(0).normal(0, 1.5, VOCABULARIES[size]).astype(np.float32)
     options = SamplingParams(**SAMPLING[params])
-    given = {"token_ids": list(range(100)), "prompt_tokens": 50, "eos_token_ids": (0,), "seed": 7, "choice": 0}
+    given = {
+        "token_ids": list(range(100)),
+        "prompt_tokens": 50,
+        "eos_token_ids": (0,),
+        "seed": 7,
+        "choice": 0,
+    }
     token = benchmark(lambda: sample_token(logits, options, **given))
     assert 0 <= token < VOCABULARIES[size]
 
@@ -74,7 +80,7 @@ class Instant:
 
     def new_cache(self, slots, capacity):
         """Nothing to keep."""
-        return None
+        return object()
 
     def forward(self, batch, cache):
         """The same for every token."""
@@ -106,4 +112,6 @@ def test_engine_step(benchmark, batch):
     rounds = 20 if benchmark.enabled else 1
     benchmark.extra_info["steps per round"] = 50
     benchmark.pedantic(steps, setup=fill, rounds=rounds)
+    fill()
+    steps()
     assert [len(one.generated) for one in fill.sequences] == [51] * batch
