@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import numpy as np
 
+import gpt2core.backends as registry
 from gpt2core import (
     Backend,
     BackendUnavailableError,
@@ -26,7 +27,6 @@ from gpt2core import (
     Weights,
     open_checkpoint,
 )
-from gpt2core.backends import available, create_backend
 from gpt2core.bench.files import write_atomically
 from gpt2core.bench.records import COMPONENTS
 from gpt2core.bench.statistics import Interval, bootstrap_interval
@@ -127,7 +127,11 @@ def measure_components(
         if not 1 <= count < context:
             raise RequestError(f"{name} is {count}; it must be at least 1 and below the context of {context}")
     tokenizer = Tokenizer.from_folder(checkpoint.folder)
-    names = [name for name, info in available().items() if info.available] if backends is None else backends
+    names = (
+        [name for name, info in registry.available().items() if info.available]
+        if backends is None
+        else backends
+    )
     breakdowns: list[Breakdown] = []
     skipped = {}
     for name in names:
@@ -160,7 +164,7 @@ class _Cuts:
         }
         self.backends: dict[str, Backend] = {}
         for part, cut in parts.items():
-            self.backends[part] = create_backend(name, cut, threads=threads, precision=precision)
+            self.backends[part] = registry.create_backend(name, cut, threads=threads, precision=precision)
 
     def __enter__(self) -> "_Cuts":
         return self
