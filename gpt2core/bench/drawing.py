@@ -76,7 +76,7 @@ def finish(figure: Figure, title: str, notes: Sequence[str] = ()) -> Figure:
     figure.suptitle(title, fontsize=12, color=INK, x=0.01, ha="left")
     if notes:
         width = int(figure.get_size_inches()[0] * 15)
-        lines = [line for note in notes for line in textwrap.wrap(label(note, 400), width)]
+        lines = [line for note in notes for line in textwrap.wrap(label(note, 900), width)]
         figure.supxlabel("\n".join(lines), fontsize=8, color=FAINT, x=0.01, ha="left", parse_math=False)
     for text in figure.findobj(Text):
         text.set_fontfamily(list(families()))

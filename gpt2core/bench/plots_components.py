@@ -23,7 +23,7 @@ def component_figure(components: dict[str, Any]) -> Figure:
             hatch = None if k < len(COLOURS) else "//"
             ax.barh(i, share, 0.7, left=left, color=COLOURS[k % len(COLOURS)], hatch=hatch, edgecolor="white")
             if share >= 6:
-                style: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 8, "color": "white"}
+                style: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 8, "color": INK}
                 ax.text(left + share / 2, i, f"{share:.0f} %", **style)
             left += share
         unit = unit_for("s", [row.total_s])
@@ -36,4 +36,4 @@ def component_figure(components: dict[str, Any]) -> Figure:
     grid(ax, "x")
     handles = [Patch(color=COLOURS[i % len(COLOURS)], label=name) for i, name in enumerate(names)]
     figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9)
-    return finish(figure, "Where the time goes", [label(str(components.get("method", "")), 400)])
+    return finish(figure, "Where the time goes", [label(str(components.get("method", "")), 900)])
