@@ -233,7 +233,7 @@ def test_a_torn_last_line_is_passed_over_and_the_later_of_two_equal_cells_counts
         ("s", 0.01234, "12.3 ms"), ("s", 1.5, "1.50 s"), ("s", 2e-6, "2.00 µs"),
         ("bytes", 1.234e9, "1.23 GB"),
         ("bytes", 5e6, "5.00 MB"), ("tok/s", 123.4, "123 tok/s"), ("bytes/s", 2e10, "20.0 GB/s"),
-        ("s", 0.0, "0 s"), ("s", 0.0005, "500 µs"), ("x", 0.25, "0.250 x"),
+        ("s", 0.0, "0 s"), ("s", 0.0005, "500 µs"), ("s", 2.5e-8, "25.0 ns"), ("x", 0.25, "0.250 x"),
     ],
 )  # fmt: skip
 def test_a_value_is_shown_in_the_unit_that_fits(unit, value, text):

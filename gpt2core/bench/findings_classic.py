@@ -119,12 +119,12 @@ def _curved(a: ClassicAnalysis) -> str:
     if a.curvature is None:
         return "Curvature: not known; it needs three lengths, and more than one prompt or run."
     percent = a.curvature.bend.scaled(100 / a.longest_s)
-    c, unit = a.curvature.coefficient, Unit("ns", 1e9)
+    c = a.curvature.coefficient
     verdict = "no curve is visible"
     if a.curvature.p_value < SIGNIFICANT:
         verdict = "time grows faster than length" if c.mid > 0 else "time grows more slowly than length"
     return (
-        f"Curvature: {unit.interval(c)} per token², a bend of {Unit('', 1).interval(percent)} % of the "
+        f"Curvature: {of('s', c)} per token², a bend of {Unit('', 1).interval(percent)} % of the "
         f"longest time (p = {a.curvature.p_value:.2g}, {a.curvature.freedom} degrees of freedom): {verdict}."
     )
 

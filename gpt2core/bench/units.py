@@ -36,7 +36,7 @@ class Unit:
 
 
 _SCALES: Final = {
-    "s": (("s", 1.0), ("ms", 1e3), ("µs", 1e6)),
+    "s": (("s", 1.0), ("ms", 1e3), ("µs", 1e6), ("ns", 1e9)),
     "bytes": (("GB", 1e-9), ("MB", 1e-6), ("kB", 1e-3), ("bytes", 1.0)),
     "bytes/s": (("GB/s", 1e-9), ("MB/s", 1e-6)),
     "tok/s": (("tok/s", 1.0),),
@@ -55,4 +55,5 @@ def unit_for(unit: str, values: Iterable[float]) -> Unit:
 
 def of(unit: str, value: Interval) -> str:
     """An interval in the scale that fits it."""
-    return unit_for(unit, [value.mid]).interval(value)
+    decisive = [value.low, value.high] if value.covers(0) else [value.mid]
+    return unit_for(unit, decisive).interval(value)
