@@ -11,6 +11,9 @@ if "GPT2CORE_CACHE" not in os.environ:  # one folder for all workers, gone with 
     _cache = tempfile.TemporaryDirectory(prefix="gpt2core-tests-")
     os.environ["GPT2CORE_CACHE"] = _cache.name
 
+from pathlib import Path
+
+import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
@@ -23,7 +26,18 @@ SHAPE_CHECKED = (
     "gpt2core.backends.ragged",
     "gpt2core.backends.torch_backend",
 )
-install_import_hook(list(SHAPE_CHECKED), "beartype.beartype").__enter__()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Check shapes in tests; not in benchmarks, whose times they would spoil."""
+    if not config.getoption("benchmark_only", default=False):
+        install_import_hook(list(SHAPE_CHECKED), "beartype.beartype").__enter__()
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`pytest --benchmark-only` is about the folder benchmarks; None leaves the decision to others."""
+    return True if config.getoption("benchmark_only", default=False) else None
+
 
 settings.register_profile("gpt2core", deadline=None)  # a busy machine is not a failing test
 settings.load_profile("gpt2core")

@@ -1,0 +1,135 @@
+"""report.html: figures, tables, findings, method and environment of one folder, in one file."""
+
+import base64
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from gpt2core.bench import plots, plots_comparison
+from gpt2core.bench.analysis import Analysis, analyse_records
+from gpt2core.bench.breakdown import table as breakdown_table
+from gpt2core.bench.drawing import png
+from gpt2core.bench.files import write_atomically
+from gpt2core.bench.findings_classic import ClassicAnalysis
+from gpt2core.bench.plots_components import component_figure
+from gpt2core.bench.records import COMPONENTS, RUNS, Records, read_records
+from gpt2core.bench.tables import short
+
+REPORT: Final = "report.html"
+_FILES: Final = {
+    RUNS: "every run, one JSON object a line",
+    "benchmark_results.npy": "seconds as a plain float array: prompts x lengths x runs",
+    "benchmark_results.json": "the names of that array's axes",
+    "settings.json": "what was asked for",
+    "environment.json": "the machine and the versions",
+    COMPONENTS: "where the time goes, by component",
+    "analysis.json": "the analysis, with its intervals and p-values",
+}
+_CLASSIC_METHOD: Final = (
+    "Each cell is one prompt at one total length (prompt and new tokens), generated several times. "
+    "Warm-up runs are kept apart. Means carry 95 % intervals of the expanded percentile bootstrap; a "
+    "single run has none.",
+    "Linear fit and curvature take the mean of each cell, let each prompt have its own intercept (and, "
+    "for the curvature, its own slope), and give Student intervals. Within a run, a line through the "
+    "medians of ten bins of positions gives the growth of a token's time, whose mean over the prompts "
+    "has a Student interval.",
+    "Whether the prompt itself matters is a permutation test: what length, round, new tokens and the "
+    "prompt's token count leave of the times is permuted between prompts, inside each length and round. "
+    "Single prompts' p-values are Holm-corrected.",
+)
+_COMPARISON_METHOD: Final = (
+    "Each engine runs in a process of its own, on the same checkpoint, threads and workload. Rounds are "
+    "interleaved: every engine is measured once before any is measured again, so that drift of the "
+    "machine hits all alike.",
+    "Values are medians over the rounds with 95 % bootstrap intervals. Ratios are taken round by round, "
+    "then their median. The roofline divides the weights' bytes times the steps per second by the "
+    "measured read bandwidth.",
+    "An engine whose logits or greedy tokens differ from the reference on a variant of the GPT-2 family "
+    "is marked WRONG everywhere, however fast it is.",
+)
+
+
+def write_report(folder: str | Path) -> Path:
+    """Analyse a folder; write its figures, analysis.json and report.html into it; return the report's path.
+
+    Each file is replaced atomically.
+
+    Raises:
+        RequestError: as `gpt2core.bench.analysis.analyse`.
+        BenchmarkError: a file cannot be written.
+    """
+    records = read_records(folder)
+    analysis = analyse_records(records)
+    drawn = {name: (image, caption) for name, image, caption in _figures(analysis)}
+    for name, (image, _) in drawn.items():
+        write_atomically(records.folder / name, image)
+    document = json.dumps(analysis.to_dict(), ensure_ascii=False, indent=1, allow_nan=False)
+    write_atomically(records.folder / "analysis.json", document.encode())
+    path = records.folder / REPORT
+    write_atomically(path, _html(records, analysis, drawn).encode("utf-8", "replace"))
+    return path
+
+
+def _figures(analysis: Analysis) -> Iterator[tuple[str, bytes, str]]:
+    """(file name, PNG, caption) of each figure that the data allow."""
+    if isinstance(analysis, ClassicAnalysis):
+        for name, (draw, caption) in plots.FIGURES.items():
+            yield name, png(draw(analysis)), caption
+    else:
+        for name, (draw_if_measured, caption) in plots_comparison.FIGURES.items():
+            figure = draw_if_measured(analysis)
+            if figure is not None:
+                yield name, png(figure), caption
+    if analysis.records.components:
+        yield "gpt2_components.png", png(component_figure(analysis.records.components)), "Where the time goes"
+
+
+def _html(records: Records, analysis: Analysis, drawn: dict[str, tuple[bytes, str]]) -> str:
+    environment = Environment(
+        loader=PackageLoader("gpt2core.bench"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    tables = analysis.tables
+    if records.components:
+        tables = [*tables, breakdown_table(records.components)]
+    what = "Generation benchmark" if records.kind == "classic" else "Comparison of engines"
+    model = records.settings.get("model")
+    return environment.get_template("report.html.j2").render(
+        title=f"{what}: {short(str(model), 60)}" if model else what,
+        subtitle=_subtitle(records),
+        findings=analysis.findings,
+        figures=[
+            {"name": name, "caption": caption, "base64": base64.b64encode(image).decode()}
+            for name, (image, caption) in drawn.items()
+        ],
+        tables=tables,
+        method=_CLASSIC_METHOD if records.kind == "classic" else _COMPARISON_METHOD,
+        settings=list(_flat(records.settings)),
+        environment=list(_flat(records.environment)) or [("unknown", "there is no environment.json")],
+        files=[(name, text) for name, text in _FILES.items() if (records.folder / name).is_file()],
+    )
+
+
+def _subtitle(records: Records) -> str:
+    machine = records.environment.get("machine")
+    where = ""
+    if isinstance(machine, dict):
+        where = f" on {machine.get('cpu', 'an unknown CPU')}, {machine.get('cores', '?')} cores"
+    count = len(records.runs) or len(records.measurements)
+    return f"{count} measurements{where}; gpt2core {records.environment.get('gpt2core', '?')}"
+
+
+def _flat(document: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in document.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key} ")
+        elif isinstance(value, list):
+            yield f"{prefix}{key}", short(", ".join(str(one) for one in value), 600)
+        else:
+            yield f"{prefix}{key}", short(str(value), 300)

@@ -1,0 +1,99 @@
+"""Where the time goes, measured on a tiny model, and what is done with the answer."""
+
+import json
+
+import pytest
+
+from gpt2core.bench import components
+from gpt2core.bench.breakdown import bars, table
+from gpt2core.bench.components import METHOD, measure_components
+from gpt2core.errors import RequestError
+from gpt2core.testing import random_checkpoint
+
+NAMES = ["embedding", "attention", "MLP", "head", "rest of the pass", "sampling", "tokenizer", "engine"]
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(components, "_LEAST_S", 0.0)
+    monkeypatch.setattr(components, "_STEPS", 4)
+
+
+@pytest.mark.usefixtures("quick")
+def test_each_backend_has_a_time_for_each_component_and_phase(tmp_path):
+    model = random_checkpoint(tmp_path / "model")
+    told = []
+    names = ["numpy", "onnx"]  # the others in benchmarks: they take seconds to compile
+    measured = measure_components(
+        model, backends=names, position=8, prefill_tokens=8, rounds=2, on_progress=told.append
+    )
+    assert told == names
+    assert measured.skipped == {}
+    assert [(one.backend, one.phase) for one in measured.breakdowns] == [
+        (name, phase) for name in names for phase in ("decode", "prefill")
+    ]
+    assert all(list(one.seconds) == NAMES for one in measured.breakdowns)
+    assert all(one.seconds["engine"].mid > 0 for one in measured.breakdowns)
+    document = json.loads(measured.save(tmp_path).read_text())
+    assert document["method"] == METHOD
+    assert document["lines"][0]["total_s"] == pytest.approx(measured.breakdowns[0].total_s)
+
+
+@pytest.mark.parametrize("cut", ["plain", "separate_head", "one_layer"])
+@pytest.mark.usefixtures("quick")
+def test_a_model_of_every_shape_can_be_cut(tmp_path, cut):
+    fields = {"separate_head": {"tie_word_embeddings": False}, "one_layer": {"n_layer": 1}}.get(cut, {})
+    model = random_checkpoint(tmp_path, **fields)
+    measured = measure_components(model, backends=["numpy"], position=4, prefill_tokens=4, rounds=1)
+    assert len(measured.breakdowns) == 2
+
+
+def test_a_large_vocabulary_costs_head_and_a_wide_mlp_costs_mlp(tmp_path, monkeypatch):
+    """Each part is made so large that it must take most of the time, whatever the machine does meanwhile.
+
+    On ONNX Runtime: NumPy's functions check their shapes under pytest, which costs as much as small layers.
+    """
+    monkeypatch.setattr(components, "_STEPS", 4)
+    shapes = {"head": {"vocab_size": 20000, "n_embd": 64}, "MLP": {"n_inner": 20000, "n_embd": 64}}
+    for part, fields in shapes.items():
+        model = random_checkpoint(tmp_path / part, **fields)
+        measured = measure_components(
+            model, backends=["onnx"], threads=1, position=4, prefill_tokens=4, rounds=5
+        )
+        decode = measured.breakdowns[0].seconds
+        passes = {name: decode[name].mid for name in ("embedding", "attention", "MLP", "head")}
+        assert max(passes, key=passes.get) == part
+
+
+def test_a_backend_that_is_not_there_is_listed_with_its_reason(tmp_path):
+    measured = measure_components("demo", backends=["tensorflow"], rounds=1)
+    assert measured.breakdowns == ()
+    assert "there is no backend 'tensorflow'" in measured.skipped["tensorflow"]
+
+
+@pytest.mark.parametrize("limit", ["position", "prefill_tokens"])
+def test_more_tokens_than_the_context_are_refused(tmp_path, limit):
+    model = random_checkpoint(tmp_path)
+    with pytest.raises(RequestError, match=f"{limit} is 96; it must be at least 1 and below the context"):
+        measure_components(model, **{limit: 96})
+
+
+LINE = {
+    "backend": "numpy", "phase": "prefill", "total_s": 0.003,
+    "seconds": {"attention": {"low": 0.0, "mid": 0.001, "high": 0.002}, "MLP": {"mid": 2e-3}},
+}  # fmt: skip
+
+
+def test_the_table_shows_decoding_first_and_the_bars_hold_seconds():
+    document = {"lines": [LINE, {**LINE, "phase": "decode"}], "method": "by cutting"}
+    assert [bar.label for bar in bars(document)] == ["numpy, decode", "numpy, prefill"]
+    assert bars(document)[0].seconds == {"attention": 0.001, "MLP": 0.002}
+    shown = table(document)
+    assert shown.columns == ("backend, phase", "attention", "MLP", "all")
+    assert shown.rows[0] == ("numpy, decode (ms)", "1.00", "2.00", "3.00")
+    assert "by cutting" in shown.text()
+
+
+def test_a_broken_components_file_is_refused():
+    with pytest.raises(RequestError, match=r"components.json is not what it should be"):
+        bars({"lines": [{"phase": "decode"}]})
