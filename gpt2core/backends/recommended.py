@@ -1,7 +1,7 @@
 """What `gpt2core bench --recommend` measured: the fastest backend of this machine, for one shape of model.
 
-One small JSON file per shape, device and number of threads in the user's cache folder, read by `choose`. Reading it needs
-no framework and no extra: the packages' versions are the names of their folders beside the packages.
+One small JSON file per shape, device and number of threads in the user's cache folder, read by `choose`.
+Reading it needs no framework and no extra: versions are the names of the folders beside the packages.
 A file that is damaged, somebody else's, of another machine or of other versions counts as no file.
 """
 
