@@ -85,7 +85,7 @@ class Engine:
             python=python or sys.executable,
             adapter=about.adapter,
             packages=about.packages,
-            remedy=f"install it with: pip install {about.install}; or name its interpreter with --peer-python",
+            remedy=f"pip install {about.install}, or name its interpreter with --peer-python",
         )
 
 
@@ -135,15 +135,25 @@ def measure(
 def prepare(
     engine: Engine, *, checkpoint: Path, work: Path, threads: int, timeout_s: float
 ) -> tuple[str, str | None]:
-    """Let a peer convert the checkpoint into `work`; "ok", or "skipped" or "failed" with the reason."""
-    work.mkdir(parents=True, exist_ok=True)
-    job = {"task": "prepare", "checkpoint": str(checkpoint), "work": str(work), "threads": threads}
-    lines, died = run(engine, job, timeout_s=timeout_s)
-    for line in lines:
-        if line.get("prepared"):
-            return "ok", None
-        if "status" in line:
-            return line["status"], line["error"]
+    """Let a peer convert the checkpoint into `work`, which is there if this was done before.
+
+    Returns "ok", or "skipped" or "failed" with the reason. It has a process of its own, since converting may
+    need more memory than running.
+    """
+    if work.exists():
+        return "ok", None
+    work.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=work.parent, prefix=".") as name:  # half a conversion counts as none
+        converted = Path(name, "converted")
+        converted.mkdir()
+        job = {"task": "prepare", "checkpoint": str(checkpoint), "work": str(converted), "threads": threads}
+        lines, died = run(engine, job, timeout_s=timeout_s)
+        for line in lines:
+            if line.get("prepared"):
+                converted.rename(work)
+                return "ok", None
+            if "status" in line:
+                return line["status"], line["error"]
     return "failed", died or "the engine gave no result"
 
 

@@ -15,6 +15,7 @@ import click
 
 from gpt2core import __version__
 from gpt2core.cli.backends import backends
+from gpt2core.cli.bench import bench
 from gpt2core.cli.console import one_line
 from gpt2core.cli.convert import convert
 from gpt2core.cli.export import export
@@ -33,7 +34,7 @@ def program() -> None:
     """Run GPT-2-family language models from one checkpoint on any backend."""
 
 
-for _command in (generate, score, info, backends, verify, convert, export):
+for _command in (generate, score, info, backends, verify, bench, convert, export):
     program.add_command(_command)
 
 

@@ -4,9 +4,9 @@ Each adapter is one module that runs in a process of its own, started by `engine
 interpreter of another virtual environment, in which gpt2core is not installed. Therefore an adapter imports
 nothing but the standard library, NumPy and its engine, and this module only says where adapters lie.
 
-An adapter has a function `load(job) -> engine`, where the job's keys are those that `worker.Job` writes, and,
-where the engine reads a format of its own, `prepare(job)`, which converts the checkpoint into the folder
-`job["work"]`. Either raises NotImplementedError, with a reason, for what its engine cannot do: that is a skip.
+An adapter has a function `load(job) -> engine`, where the job is a dict that `worker` writes, and, where the
+engine reads a format of its own, `prepare(job)`, which converts the checkpoint into the folder `job["work"]`.
+Either raises NotImplementedError, with a reason, for what its engine cannot do: that is a skip.
 The engine has:
 
 - `settings`: what was chosen for it, as JSON;

@@ -1,9 +1,9 @@
-"""One engine in this process: `python engine_process.py FOLDER STARTED_S`, started by `gpt2core.bench.worker`.
+"""One engine in this process: `python engine_process.py FOLDER STARTED_S`, run by `gpt2core.bench.worker`.
 
 It may run in an interpreter that has no gpt2core, so it imports the standard library only, and the adapter
-that `FOLDER/job.json` names by path. Each result is one line of `FOLDER/lines.jsonl`, written as soon as it is
-there, so that whatever was measured before a crash is kept. STARTED_S is the parent's monotonic clock, which
-is this process's too, just before the start.
+that `FOLDER/job.json` names by path. Each result is one line of `FOLDER/lines.jsonl`, written as soon as it
+is there, so that whatever was measured before a crash is kept. STARTED_S is the parent's monotonic clock,
+which is this process's too, just before the start.
 """
 
 import importlib.util
@@ -175,7 +175,7 @@ def versions(packages):
     from importlib.metadata import packages_distributions, version
 
     known = packages_distributions()
-    return {name: version(known[name][0]) for name in packages if name in known}
+    return {one: version(one) for name in packages for one in sorted(set(known.get(name, [])))}
 
 
 def peak_memory_nbytes():

@@ -1,4 +1,4 @@
-"""gpt2core's own backends, through its public API: scheduling, sampling and text are part of what is timed."""
+"""gpt2core's own backends, through its public API: scheduling, sampling and text are timed too."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""llama.cpp through llama-cpp-python's plain C functions; GGUF files are written here, from the checkpoint."""
+"""llama.cpp through llama-cpp-python's plain C functions; GGUF files are written here."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Optimum's ONNX Runtime models: the export and the session that `optimum` makes, generation by transformers."""
+"""Optimum on ONNX Runtime: the export and the session that it makes, generation by transformers."""
 
 from pathlib import Path
 from typing import Any
