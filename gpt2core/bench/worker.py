@@ -121,7 +121,7 @@ def measure(
         "device": device,
     }
     lines, died = run(engine, job, timeout_s=timeout_s)
-    settings = next((line["settings"] for line in reversed(lines) if "settings" in line), {})
+    settings: dict[str, Any] = next((line["settings"] for line in reversed(lines) if "settings" in line), {})
     found = {tuple(line[name] for name in names): line for line in lines if "measure" in line}
     whole = next((line for line in lines if "status" in line and "measure" not in line), None)
     for cell in cells:

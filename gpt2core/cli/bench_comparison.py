@@ -151,8 +151,9 @@ def write_comparison(table: "Table") -> None:
         for error in dict.fromkeys(row.unanswered.values()):
             names = [variant for variant, why in row.unanswered.items() if why == error]
             write(f"{row.engine} in {row.precision} was not checked on {_listed(names)}: {error}\n")
-        for reason in row.reasons:
-            write(f"{row.engine} in {row.precision}: {reason}\n")
+    for reason in dict.fromkeys(reason for row in table.rows for reason in row.reasons):
+        names = [f"{row.engine} in {row.precision}" for row in table.rows if reason in row.reasons]
+        write(f"{_listed(names)}: {reason}\n")
 
 
 def usable_cores() -> int:

@@ -6,12 +6,20 @@ is there, so that whatever was measured before a crash is kept. STARTED_S is the
 which is this process's too, just before the start.
 """
 
+from __future__ import annotations
+
 import importlib.util
 import json
 import os
 import re
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
+
+Job = dict[str, Any]
+Line = dict[str, Any]
+Write = Callable[..., None]
 
 if sys.path and os.path.abspath(sys.path[0] or ".") == os.path.dirname(os.path.abspath(__file__)):
     del sys.path[0]  # the adapters' folder is no place to import from
@@ -19,13 +27,13 @@ if sys.path and os.path.abspath(sys.path[0] or ".") == os.path.dirname(os.path.a
 WARM_REPEATS = 3
 
 
-def main(folder, started_s):
+def main(folder: str, started_s: str) -> None:
     """Do the job; whatever the engine raises becomes a line."""
     with open(os.path.join(folder, "job.json"), encoding="utf-8") as file:
         job = json.load(file)
     with open(os.path.join(folder, "lines.jsonl"), "a", encoding="utf-8") as out:
 
-        def write(**line):
+        def write(**line: Any) -> None:
             out.write(json.dumps(line, allow_nan=False) + "\n")
             out.flush()
 
@@ -39,7 +47,7 @@ def main(folder, started_s):
         write(done=True)
 
 
-def outcome(error, job):
+def outcome(error: Exception, job: Job) -> Line:
     """How an exception is reported: what is missing or not offered is a skip, the rest a failure."""
     if isinstance(error, ModuleNotFoundError) and error.name and error.name.split(".")[0] in job["packages"]:
         return {
@@ -51,10 +59,12 @@ def outcome(error, job):
     return {"status": "failed", "error": f"{type(error).__name__}: {error}"}
 
 
-def load_adapter(job):
+def load_adapter(job: Job) -> Any:
     """Import the adapter, and with it its engine, from its path."""
     spec = importlib.util.spec_from_file_location("adapter", job["adapter"])
-    adapter = importlib.util.module_from_spec(spec)
+    assert spec is not None
+    assert spec.loader is not None
+    adapter: Any = importlib.util.module_from_spec(spec)
     sys.modules["adapter"] = adapter
     spec.loader.exec_module(adapter)
     if hasattr(adapter, "start"):
@@ -62,20 +72,20 @@ def load_adapter(job):
     return adapter
 
 
-def prepare(adapter, job, write, started_s, folder):
+def prepare(adapter: Any, job: Job, write: Write, started_s: float, folder: str) -> None:
     """Convert the checkpoint, where the engine wants that."""
     if hasattr(adapter, "prepare"):
         adapter.prepare(job)
     write(prepared=True)
 
 
-def measure(adapter, job, write, started_s, folder):
+def measure(adapter: Any, job: Job, write: Write, started_s: float, folder: str) -> None:
     """Measure the job's cells in the order that keeps the cold ones cold."""
     cells = {(c["measure"], c["batch"], c["length"], c["position"]) for c in job["cells"]}
 
-    def put(measure, value, unit, batch=None, length=None, position=None, **more):
-        if (measure, batch, length, position) in cells:
-            cell = {"measure": measure, "batch": batch, "length": length, "position": position}
+    def put(measure: str, value: float, unit: str, **more: Any) -> None:
+        if (measure, None, None, None) in cells:
+            cell = {"measure": measure, "batch": None, "length": None, "position": None}
             write(**cell, value=value, unit=unit, status="ok", error=None, **more)
 
     put("start_s", time.monotonic() - started_s, "s")
@@ -102,7 +112,7 @@ def measure(adapter, job, write, started_s, folder):
     write(settings={**engine.settings, "versions": versions(job["packages"])})  # slow, so after the clocks
 
 
-def decode(engine, job, cell, prompt, long):
+def decode(engine: Any, job: Job, cell: Line, prompt: list[int], long: list[int]) -> Line:
     """Greedy decoding of a batch, prompt included, as a user would call it."""
     batch, new_tokens = cell["batch"], job["new_tokens"]
     samples_s = []
@@ -119,7 +129,7 @@ def decode(engine, job, cell, prompt, long):
     return ok(tokens / min(samples_s), "tok/s", samples_s, tokens)
 
 
-def prefill(engine, job, cell, prompt, long):
+def prefill(engine: Any, job: Job, cell: Line, prompt: list[int], long: list[int]) -> Line:
     """From one prompt of some length to its first token."""
     ids = long[: cell["length"]]
     engine.prefill(ids)
@@ -127,7 +137,7 @@ def prefill(engine, job, cell, prompt, long):
     return ok(min(samples_s), "s", samples_s, len(ids))
 
 
-def step(engine, job, cell, prompt, long):
+def step(engine: Any, job: Job, cell: Line, prompt: list[int], long: list[int]) -> Line:
     """One decode step of one text with so many tokens before it."""
     if not hasattr(engine, "step_at"):
         raise NotImplementedError("its interface has no single decode step")
@@ -137,14 +147,14 @@ def step(engine, job, cell, prompt, long):
     return ok(min(samples_s), "s", samples_s, 1)
 
 
-def ok(value, unit, samples_s, tokens):
+def ok(value: float, unit: str, samples_s: list[float], tokens: int) -> Line:
     """A measured cell."""
     return {
         "value": value, "unit": unit, "tokens": tokens, "samples_s": samples_s, "status": "ok", "error": None,
     }  # fmt: skip
 
 
-def check(adapter, job, write, started_s, folder):
+def check(adapter: Any, job: Job, write: Write, started_s: float, folder: str) -> None:
     """Logits and greedy tokens of every model in the job, for the parent to compare with the reference."""
     import numpy as np
 
@@ -163,14 +173,14 @@ def check(adapter, job, write, started_s, folder):
             write(variant=model["variant"], **outcome(error, job))
 
 
-def timed(run):
+def timed(run: Callable[[], object]) -> float:
     """Seconds of one call."""
     began_s = time.perf_counter()
     run()
     return time.perf_counter() - began_s
 
 
-def versions(packages):
+def versions(packages: list[str]) -> dict[str, str]:
     """Of what the engine imports, as installed here."""
     from importlib.metadata import packages_distributions, version
 
@@ -178,7 +188,7 @@ def versions(packages):
     return {one: version(one) for name in packages for one in sorted(set(known.get(name, [])))}
 
 
-def peak_memory_nbytes():
+def peak_memory_nbytes() -> int:
     """Most resident memory of this process; getrusage alone would begin with what the parent had."""
     try:
         with open("/proc/self/status", encoding="ascii", errors="replace") as file:
