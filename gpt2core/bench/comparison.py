@@ -37,6 +37,7 @@ class Row:
         ratios: by cell, how many times faster (or, for memory, smaller) than the baseline, from pairs of
             the same round; empty for the baseline itself.
         achieved: by batch, bytes of weights read per second while decoding.
+        difference: the largest of a logit where the answers were right, or None.
         checked, wrong, unanswered: variants on which its answers were compared, were wrong, or were not to be
             had; the last two with the reason.
         reasons: why cells have no value, each once.
@@ -48,6 +49,7 @@ class Row:
     values: dict[Cell, "Interval"]
     ratios: dict[Cell, "Interval"]
     achieved: dict[int, float]
+    difference: float | None
     checked: tuple[str, ...]
     wrong: dict[str, str]
     unanswered: dict[str, str]
@@ -58,7 +60,10 @@ class Row:
         """One word or two for a table."""
         if self.wrong:
             return f"WRONG on {len(self.wrong)} of {len(self.checked)}"
-        return f"{len(self.checked)} of {len(self.checked)}" if self.checked else "-"
+        if not self.checked:
+            return "-"
+        within = "" if self.difference is None else f", within {self.difference:.0e}"
+        return f"{len(self.checked)} of {len(self.checked)}{within}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +159,7 @@ def _row(
         values=values,
         ratios=ratios,
         achieved={batch: weight * rate / batch for batch, rate in rates.items() if batch and weight},
+        difference=max((line["difference"] or 0.0 for line in checks if line["value"] == 1.0), default=None),
         checked=tuple(line["variant"] for line in checks if line["value"] is not None),
         wrong={line["variant"]: line["error"] for line in checks if line["value"] == 0.0},
         unanswered={line["variant"]: line["error"] for line in checks if line["value"] is None},

@@ -89,7 +89,8 @@ def _write(checkpoint: Path, config: dict[str, Any], path: Path) -> None:
     out.add_head_count(config["n_head"])
     out.add_layer_norm_eps(config.get("layer_norm_epsilon", 1e-5))
     out.add_file_type(0)
-    _add_vocabulary(out, checkpoint, config["vocab_size"])
+    out.add_tokenizer_model("no_vocab")  # token ids go in and come out
+    out.add_vocab_size(config["vocab_size"])
     tensors = {
         "token_embd.weight": weights["wte.weight"],
         "position_embd.weight": weights["wpe.weight"],
@@ -108,20 +109,6 @@ def _write(checkpoint: Path, config: dict[str, Any], path: Path) -> None:
     out.write_kv_data_to_file()
     out.write_tensors_to_file()
     out.close()
-
-
-def _add_vocabulary(out: Any, checkpoint: Path, vocab_size: int) -> None:
-    model = json.loads((checkpoint / "tokenizer.json").read_text(encoding="utf-8"))["model"]
-    names = {index: name for name, index in model["vocab"].items()}
-    merges = [one if isinstance(one, str) else " ".join(one) for one in model.get("merges", [])]
-    end = model["vocab"].get("<|endoftext|>", 0)
-    out.add_tokenizer_model("gpt2")
-    out.add_tokenizer_pre("gpt-2")
-    out.add_token_list([names.get(i, f"<unused {i}>") for i in range(vocab_size)])
-    out.add_token_types([3 if i == end else 1 for i in range(vocab_size)])  # 3: control, 1: normal
-    out.add_token_merges(merges)
-    out.add_bos_token_id(end)
-    out.add_eos_token_id(end)
 
 
 class Engine:
