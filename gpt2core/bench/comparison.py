@@ -1,7 +1,7 @@
 """What the lines of a comparison say: medians with intervals, ratios pair by pair, bytes per second."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -25,6 +25,9 @@ SUMMARY: Final = (
     "peak_memory_nbytes",
 )
 """The measures of the table, in this order."""
+
+
+_CELL: Final = ("measure", "batch", "length", "position")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,14 +85,28 @@ class Table:
     baseline: Who | None
     read_bandwidth: "Interval | None"
 
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: values and ratios as lists, since a cell is no key there."""
+
+        def shown(found: Mapping[Cell, "Interval"]) -> list[dict[str, Any]]:
+            return [dict(zip(_CELL, cell, strict=True)) | one.to_dict() for cell, one in found.items()]
+
+        return {
+            "baseline": self.baseline and list(self.baseline),
+            "read_bandwidth": self.read_bandwidth and self.read_bandwidth.to_dict(),
+            "engines": [
+                asdict(row) | {"values": shown(row.values), "ratios": shown(row.ratios)} for row in self.rows
+            ],
+        }
+
 
 def comparison_table(lines: Iterable[Line], *, baseline: str | None = None) -> Table:
     """Summarize a comparison's lines.
 
     Args:
         lines: of `runs.jsonl`.
-        baseline: the engine that ratios are over, in its first precision; by default the first peer with
-            values, or else the first engine.
+        baseline: the engine that ratios are over, in its first precision; by default transformers, or else
+            the first engine with values.
     """
     from gpt2core.bench.statistics import bootstrap_interval, paired_ratio
 
@@ -109,7 +126,7 @@ def comparison_table(lines: Iterable[Line], *, baseline: str | None = None) -> T
         if line["status"] == "ok" and line["measure"] != "correct":
             cell = (line["measure"], line["batch"], line["length"], line["position"])
             samples.setdefault(who, {}).setdefault(cell, {})[line["round"]] = line["value"]
-    base = _baseline(families, samples, baseline)
+    base = _baseline(samples, baseline)
     rows = []
     for who, about in others.items():
         mine, ratios = samples.get(who, {}), {}
@@ -133,10 +150,10 @@ def comparison_table(lines: Iterable[Line], *, baseline: str | None = None) -> T
     )
 
 
-def _baseline(families: Mapping[Who, str], samples: Mapping[Who, Any], named: str | None) -> Who | None:
-    candidates = [who for who in families if who in samples and named in (None, who[0])]
-    peers = [who for who in candidates if families[who] == "peer"]
-    return next(iter([*peers, *candidates]), None)
+def _baseline(samples: Mapping[Who, Any], named: str | None) -> Who | None:
+    candidates = [who for who in samples if named in (None, who[0])]
+    usual = [who for who in candidates if who[0] == "transformers"]
+    return next(iter([*usual, *candidates]), None)
 
 
 def _row(

@@ -36,6 +36,8 @@ class Comparison:
         peer_python: the interpreters of peers by name; "" is for all that are not named.
         check: whether peers are checked for right answers first.
         variants: of the family, on which they are checked.
+        baseline: the engine that ratios are over; None for transformers, or else the first engine.
+        revision: of a model on the hub.
         timeout_s: for each process.
 
     Raises:
@@ -54,6 +56,8 @@ class Comparison:
     peer_python: Mapping[str, str] = field(default_factory=dict)
     check: bool = True
     variants: tuple[str, ...] = tuple(VARIANTS)
+    baseline: str | None = None
+    revision: str | None = None
     timeout_s: float = 1800.0
 
     def __post_init__(self) -> None:
@@ -80,6 +84,8 @@ class Comparison:
         for name, values in (("batch", self.batches), ("prefill", self.prefill)):
             if any(value < 1 for value in values) or len(set(values)) < len(values):
                 raise RequestError(f"{name} is {values}; use different whole numbers of 1 or more")
+        if self.baseline is not None and self.baseline not in (*self.backends, *self.peers):
+            raise RequestError(f"baseline {self.baseline!r} is not compared; name one of those that are")
         for name in ("rounds", "threads", "new_tokens"):
             if getattr(self, name) < 1:
                 raise RequestError(f"{name} is {getattr(self, name)}; use a whole number of 1 or more")

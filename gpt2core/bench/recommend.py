@@ -80,6 +80,7 @@ def recommend(
     threads: int | None = None,
     device: str = "cpu",
     precisions: Sequence[str] | None = None,
+    revision: str | None = None,
     local_files_only: bool = False,
     timeout_s: float = 600.0,
     on_progress: Callable[[str], None] | None = None,
@@ -91,7 +92,7 @@ def recommend(
         threads: of each backend, None for what it decides; the answer holds for this number.
         device: where it computes; the answer holds for it.
         precisions: those to try; by default the lossless ones.
-        local_files_only: never ask the hub for the model.
+        revision, local_files_only: as of `gpt2core.open_checkpoint`.
         timeout_s: for each process.
         on_progress: is called with what is being done.
 
@@ -104,7 +105,7 @@ def recommend(
     for precision in chosen:
         if precision not in PRECISIONS:
             raise RequestError(f"gpt2core offers no precision {precision!r}, only {', '.join(PRECISIONS)}")
-    checkpoint = open_checkpoint(model, local_files_only=local_files_only)
+    checkpoint = open_checkpoint(model, revision=revision, local_files_only=local_files_only)
     config, folder = checkpoint.config, checkpoint.folder.absolute()
     del checkpoint
     infos = available(load_plugins=False)

@@ -48,7 +48,9 @@ def compare(
         CheckpointError: the model cannot be read.
         BenchmarkError: `output` holds something else, or cannot be written.
     """
-    checkpoint = open_checkpoint(comparison.model, local_files_only=local_files_only)
+    checkpoint = open_checkpoint(
+        comparison.model, revision=comparison.revision, local_files_only=local_files_only
+    )
     config, folder = checkpoint.config, checkpoint.folder.absolute()
     del checkpoint
     identity = model_id(folder)

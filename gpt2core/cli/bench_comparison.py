@@ -3,12 +3,13 @@
 import os
 import shutil
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import click
 
-from gpt2core.cli.console import Status, format_nbytes, write, write_table
+from gpt2core.cli.console import Status, format_nbytes, write, write_json, write_table
 from gpt2core.errors import RequestError
 
 if TYPE_CHECKING:
@@ -45,9 +46,7 @@ comparison_options = (
         help="How often all is measured.",
     ),
     click.option("--check/--no-check", default=True, help="Whether peers must first show right answers."),
-    click.option(
-        "--baseline", metavar="NAME", help="Engine that ratios are over; by default the first peer."
-    ),
+    click.option("--baseline", metavar="NAME", help="Engine that ratios are over; by default transformers."),
 )
 recommend_option = click.option(
     "--recommend", is_flag=True, help="Find the fastest engine here, for `--backend auto` to take."
@@ -71,9 +70,12 @@ def run_comparison(
     timeout_s: float,
     resume: bool,
     force: bool,
+    revision: str | None,
     offline: bool,
-) -> "Table":
-    """Run the comparison that the options describe, and write its table."""
+    report: bool,
+    as_json: bool,
+) -> None:
+    """Run the comparison that the options describe, write its table, and its report into the folder."""
     from gpt2core.backends import available
     from gpt2core.bench.comparison import comparison_table
     from gpt2core.bench.engines import PEERS
@@ -81,7 +83,7 @@ def run_comparison(
     from gpt2core.bench.plan import Comparison
     from gpt2core.bench.rounds import compare
 
-    check_installed(*FOR_REPORTS)
+    check_installed(*(FOR_REPORTS if report else ("scipy",)))
     installed = [name for name, info in available(load_plugins=False).items() if info.available]
     comparison = Comparison(
         model=model,
@@ -94,10 +96,10 @@ def run_comparison(
         threads=threads or usable_cores(),
         peer_python=dict(map(_python, peer_pythons)),
         check=check,
+        baseline=baseline,
+        revision=revision,
         timeout_s=timeout_s,
     )
-    if baseline is not None and baseline not in (*comparison.backends, *comparison.peers):
-        raise RequestError(f"baseline {baseline!r} is not compared; name one of those that are")
     with Status("comparing") as status:
         lines = compare(
             comparison,
@@ -108,12 +110,23 @@ def run_comparison(
             on_progress=status.update,
         )
     table = comparison_table(lines, baseline=baseline)
-    write_comparison(table)
-    return table
+    if report and table.cells:  # there is nothing to draw where nothing was measured
+        import_module("gpt2core.bench.report").write_report(output)  # loads matplotlib, so only now
+    if as_json:
+        write_json(table.to_dict())
+    else:
+        write_comparison(table)
 
 
 def run_recommendation(
-    *, model: str, threads: int | None, device: str, precision: str, timeout_s: float, offline: bool
+    *,
+    model: str,
+    threads: int | None,
+    device: str,
+    precision: str,
+    timeout_s: float,
+    revision: str | None,
+    offline: bool,
 ) -> None:
     """Find the fastest engine, keep it, and write what was measured."""
     from gpt2core.bench.recommend import recommend
@@ -124,6 +137,7 @@ def run_recommendation(
             threads=threads,
             device=device,
             precisions=_names(precision, []),
+            revision=revision,
             local_files_only=offline,
             timeout_s=timeout_s,
             on_progress=status.update,

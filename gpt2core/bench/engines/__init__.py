@@ -56,8 +56,8 @@ PEERS: Final = {
     ),
     "openvino": Peer(
         HERE / "openvino_peer.py",
-        ("openvino", "openvino_genai", "optimum"),
-        "openvino-genai 'optimum-intel[openvino]'",
+        ("openvino", "openvino_genai", "optimum", "nncf"),
+        "openvino-genai 'optimum-intel[nncf,openvino]'",
     ),
     "optimum": Peer(HERE / "optimum_peer.py", ("optimum", "onnxruntime", "torch"), "'optimum[onnxruntime]'"),
 }

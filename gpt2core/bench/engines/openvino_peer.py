@@ -4,6 +4,7 @@ OpenVINO computes a float32 model in bfloat16 where the processor has it, unless
 f32; "float32" means that hint here, and "bfloat16" its default.
 """
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +19,13 @@ _MODEL = "openvino_model.xml"
 
 def prepare(job: dict[str, Any]) -> None:
     """Export the checkpoint once per precision of the weights."""
-    _weight_bits(job)
+    bits = _weight_bits(job)
     work = Path(job["work"])
     if (work / _MODEL).exists():
         return
     from optimum.exporters.openvino import main_export
-    from optimum.intel import OVConfig, OVWeightQuantizationConfig
+    from optimum.intel import OVConfig
 
-    bits = _weight_bits(job)
-    options: dict[str, Any] = {}
-    if bits is None:
-        options["ov_config"] = OVConfig(dtype="fp32")
-    else:
-        group = {"group_size": GROUP_SIZE} if bits == 4 else {}
-        options["ov_config"] = OVConfig(
-            quantization_config=OVWeightQuantizationConfig(bits=bits, sym=False, **group)
-        )
     main_export(
         job["checkpoint"],
         work,
@@ -41,8 +33,23 @@ def prepare(job: dict[str, Any]) -> None:
         library_name="transformers",
         stateful=True,
         convert_tokenizer=True,
-        **options,
+        ov_config=OVConfig(dtype="fp32"),
     )
+    if bits is not None:
+        _quantize(work, bits)
+
+
+def _quantize(work: Path, bits: int) -> None:
+    import nncf  # noqa: F401 - optimum needs it here, and its absence is a skip
+    from optimum.intel import OVModelForCausalLM, OVWeightQuantizationConfig
+
+    group = {"group_size": GROUP_SIZE} if bits == 4 else {}
+    config = OVWeightQuantizationConfig(bits=bits, sym=False, **group)
+    model = OVModelForCausalLM.from_pretrained(work, quantization_config=config, compile=False)
+    with tempfile.TemporaryDirectory(dir=work) as name:
+        model.save_pretrained(name)
+        for path in Path(name).glob("openvino_model.*"):
+            path.replace(work / path.name)
 
 
 def load(job: dict[str, Any]) -> "Engine":
