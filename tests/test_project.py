@@ -197,12 +197,24 @@ def part_of(path: Path) -> str:
     return path.relative_to(ROOT / "gpt2core").parts[0].removesuffix(".py")
 
 
+def own_part(name: str) -> str:
+    """The part that an import of ours comes from; a public name comes from that of its module."""
+    return gpt2core._MODULE_OF.get(first := name.split(".")[1], first).split(".")[0]
+
+
 @pytest.mark.parametrize("path", [p for p in MODULES if p != ROOT / "gpt2core/__init__.py"], ids=relative)
 def test_a_module_imports_only_what_stands_before_it(path):
     own = part_of(path)
     assert own in RANK, f"say in LAYERS (and in docs/architecture.md) where {own} stands"
-    used = {name.split(".")[1] for name in imports(path) if name.startswith("gpt2core.")} - {"__version__"}
+    used = {own_part(name) for name in imports(path) if name.startswith("gpt2core.")} - {"__version__"}
     assert {part for part in used if RANK[part] > RANK[own]} == set()
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if part_of(p) in ("bench", "serve")], ids=relative)
+def test_bench_and_serve_use_public_names_only(path):
+    public = {*gpt2core.__all__, "__version__", "backends", "errors", "testing", part_of(path)}
+    used = {name.split(".")[1] for name in imports(path) if name.startswith("gpt2core.")}
+    assert used - public == set()
 
 
 @pytest.mark.parametrize("path", MODULES, ids=relative)
@@ -213,6 +225,9 @@ def test_a_module_imports_no_framework_but_its_own(path):
         used = {name for name in used if not own.startswith(name.removesuffix("runtime"))}
         if own == "jax_backend":
             used -= {"flax"}
+    elif path.is_relative_to(ROOT / "gpt2core/bench/engines"):
+        if path.stem.endswith("_peer"):  # measures other libraries, each in a process of its own
+            used -= {"onnxruntime", "torch", "transformers"}
     elif path.name == "convert.py":
         used -= {"torch"}  # reads pickles for `gpt2core convert`
     assert used == set()
