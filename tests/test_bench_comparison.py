@@ -485,6 +485,7 @@ def test_an_engine_that_computes_the_reference_is_right_on_every_variant(fake):
 def test_transformers_with_the_version_tested_here_is_right(fake):
     found = checked(Engine.peer("transformers"))
     assert {one["value"] for one in found.values()} == {1.0}
+    assert found["plain"]["settings"]["versions"]["transformers"] >= "5"
 
 
 def test_an_engine_that_ignores_a_flag_is_wrong_on_it_and_only_there(fake):

@@ -239,6 +239,8 @@ def test_gpt2core_backends_shows_the_choice_and_why(capfd):
     assert main(["backends"]) == 0
     (line,) = [one for one in capfd.readouterr().out.splitlines() if one.startswith("openai-community/gpt2")]
     assert line.split() == ["openai-community/gpt2", "torch", *TORCH.why.split()]
+    assert main(["backends", "--threads", "2"]) == 0
+    assert TORCH.why not in capfd.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------- what is measured
@@ -320,7 +322,7 @@ def test_the_command_measures_keeps_and_says_what_it_found(tmp_path, capfd, monk
     assert out[0].split() == ["backend", "precision", "first", "token", "tok/s", "10", "texts", "peak"]
     assert out[1].split() == ["onnx", "float32", "1.00", "s", "80", "17.00", "s", "1.0", "GB"]
     assert "failed: ValueError: it fell over" in out[4]
-    assert out[-1].startswith("fastest: onnx in float32;")
+    assert out[-1] == "fastest: onnx in float32; `--backend auto` takes it with --threads 2 from now on"
     assert choose(CONFIG, threads=2)[0] == "onnx"
 
 

@@ -145,7 +145,8 @@ def run_recommendation(
     headings = ("backend", "precision", "first token", "tok/s", "10 texts", "peak")
     write_table([headings, *map(_candidate, found.candidates)])
     best = found.fastest
-    write(f"\nfastest: {best.backend} in {best.precision}; `--backend auto` takes it from now on\n")
+    given = f" with --threads {threads}" if threads else ""
+    write(f"\nfastest: {best.backend} in {best.precision}; `--backend auto` takes it{given} from now on\n")
 
 
 def write_comparison(table: "Table") -> None:

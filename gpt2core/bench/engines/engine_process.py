@@ -158,6 +158,7 @@ def check(adapter: Any, job: Job, write: Write, started_s: float, folder: str) -
     """Logits and greedy tokens of every model in the job, for the parent to compare with the reference."""
     import numpy as np
 
+    installed = versions(job["packages"])
     for number, model in enumerate(job["models"]):
         write(begins=model["variant"])
         try:
@@ -168,7 +169,8 @@ def check(adapter: Any, job: Job, write: Write, started_s: float, folder: str) -
             path = os.path.join(folder, f"logits-{number}.npy")
             np.save(path, np.asarray(engine.logits(list(job["ids"])), np.float32))
             tokens = [int(i) for i in engine.generate([list(job["prompt"])], job["new_tokens"])[0]]
-            write(variant=model["variant"], status="ok", logits=path, tokens=tokens, settings=engine.settings)
+            settings = {**engine.settings, "versions": installed}
+            write(variant=model["variant"], status="ok", logits=path, tokens=tokens, settings=settings)
         except Exception as error:  # the other variants may yet work
             write(variant=model["variant"], **outcome(error, job))
 

@@ -1,0 +1,53 @@
+"""Measure generation, keep the raw data, draw it.
+
+    from gpt2core.bench import ClassicSettings, run_classic
+
+    result = run_classic(ClassicSettings(model="demo", runs=5), output="my-benchmark")
+
+Importing the package imports nothing else: each name below is loaded when it is first used. Plots, reports and
+servers need the extra `bench`.
+"""
+
+TYPE_CHECKING = False  # type checkers take it for true
+if TYPE_CHECKING:
+    from gpt2core.bench.classic import ClassicResult, Progress, run_classic
+    from gpt2core.bench.environment import fingerprint
+    from gpt2core.bench.errors import BenchmarkError, ServerError
+    from gpt2core.bench.results import Summary
+    from gpt2core.bench.workload import ClassicSettings
+
+_MODULE_OF = {
+    "BenchmarkError": "errors",
+    "ClassicResult": "classic",
+    "ClassicSettings": "workload",
+    "Progress": "classic",
+    "ServerError": "errors",
+    "Summary": "results",
+    "fingerprint": "environment",
+    "run_classic": "classic",
+}
+
+__all__ = [
+    "BenchmarkError",
+    "ClassicResult",
+    "ClassicSettings",
+    "Progress",
+    "ServerError",
+    "Summary",
+    "fingerprint",
+    "run_classic",
+]
+
+
+def __getattr__(name: str) -> object:
+    module = _MODULE_OF.get(name)
+    if module is None:
+        raise AttributeError(f"module 'gpt2core.bench' has no attribute {name!r}")
+    from importlib import import_module
+
+    value = globals()[name] = getattr(import_module(f"gpt2core.bench.{module}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
