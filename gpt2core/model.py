@@ -101,7 +101,9 @@ class GPT2:
         )
         tokenizer = Tokenizer.from_folder(checkpoint.folder)
         if backend == "auto":
-            backend, _ = backends.choose(checkpoint.config, device=device)
+            backend, _ = backends.choose(
+                checkpoint.config, device=device, threads=threads, precision=precision
+            )
         engine = backends.create_backend(
             backend, checkpoint.weights, device=device, threads=threads, precision=precision
         )

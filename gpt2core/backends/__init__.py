@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Final
 
+from gpt2core.backends import recommended
 from gpt2core.backends.base import Backend, BackendFactory, Cache
 from gpt2core.config import ModelConfig
 from gpt2core.errors import BackendUnavailableError, RequestError
@@ -54,6 +55,8 @@ _BUILT_IN: Final[Mapping[str, _BuiltIn]] = {
     "jax": _BuiltIn("gpt2core.backends.jax_backend:JaxBackend", "jax", ("jaxlib", "flax")),
     "onnx": _BuiltIn("gpt2core.backends.onnx_backend:OnnxBackend", "onnxruntime", ("onnx",)),
 }
+BUILT_IN: Final = tuple(_BUILT_IN)
+"""The names of the backends that come with the library."""
 _FASTEST_FIRST: Final = ("onnx", "torch")  # on a CPU, as measured with examples/speed.py
 _ON_CUDA: Final = ("torch", "jax", "onnx")  # ONNX Runtime last: its cache stays in the host's memory
 
@@ -124,16 +127,20 @@ def load_factory(name: str) -> BackendFactory:
     return loaded
 
 
-def choose(config: ModelConfig, *, device: str = "cpu") -> tuple[str, str]:
+def choose(
+    config: ModelConfig, *, device: str = "cpu", threads: int | None = None, precision: str = "float32"
+) -> tuple[str, str]:
     """The backend that `backend="auto"` takes, and why.
 
     The first of these rules that applies:
 
     1. the environment variable GPT2CORE_BACKEND, unless it is empty or "auto";
-    2. for "cuda" and "cuda:N" the first of PyTorch, JAX and ONNX Runtime that is installed; for any other
+    2. what `gpt2core bench --recommend` measured for this shape of model, device, number of threads and
+       precision, as long as the machine and the installed versions are those of that measurement;
+    3. for "cuda" and "cuda:N" the first of PyTorch, JAX and ONNX Runtime that is installed; for any other
        device but the CPU ("gpu", "tpu") JAX, which alone knows such; a missing one says how to install it;
-    3. NumPy for a model of less than 30 million parameters;
-    4. ONNX Runtime where it is installed, else PyTorch where it is, else NumPy (faster than JAX here).
+    4. NumPy for a model of less than 30 million parameters;
+    5. ONNX Runtime where it is installed, else PyTorch where it is, else NumPy (faster than JAX here).
 
     Raises:
         BackendUnavailableError: GPT2CORE_BACKEND names a backend that does not exist.
@@ -146,6 +153,9 @@ def choose(config: ModelConfig, *, device: str = "cpu") -> tuple[str, str]:
                 "name one of these or unset the variable"
             )
         return named, "GPT2CORE_BACKEND names it"
+    measured = recommended.find(config, device=device, threads=threads, precision=precision)
+    if measured is not None and measured.backend in _BUILT_IN and _installed(_BUILT_IN[measured.backend]):
+        return measured.backend, measured.why
     if device.partition(":")[0] == "cuda":
         for name in _ON_CUDA:
             if _installed(_BUILT_IN[name]):
@@ -178,7 +188,7 @@ def create_backend(
     if precision not in PRECISIONS:
         raise RequestError(f"precision {precision!r} is unknown; use {' or '.join(map(repr, PRECISIONS))}")
     if name == "auto":
-        name, _ = choose(weights.config, device=device)
+        name, _ = choose(weights.config, device=device, threads=threads, precision=precision)
     return load_factory(name)(weights, device=device, threads=threads)
 
 

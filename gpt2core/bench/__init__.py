@@ -4,8 +4,8 @@
 
     result = run_classic(ClassicSettings(model="demo", runs=5), output="my-benchmark")
 
-Importing the package imports nothing else: each name below is loaded when it is first used. Plots, reports and
-servers need the extra `bench`.
+Importing the package imports nothing else: each name below is loaded when it is first used. Plots, reports
+and servers need the extra `bench`.
 """
 
 TYPE_CHECKING = False  # type checkers take it for true

@@ -5,7 +5,6 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
-from importlib import import_module
 from os import PathLike
 from pathlib import Path
 from typing import Any, Final
@@ -135,7 +134,9 @@ def run_classic(
             times_s = write_results(path, document, records)
     drawn = report and not np.isnan(times_s).all()  # there is nothing to draw of a run without a success
     if drawn:
-        import_module("gpt2core.bench.report").write_report(path)  # loads matplotlib, so only now
+        from gpt2core.bench.report import write_report  # loads matplotlib, so only now
+
+        write_report(path)
     summaries = summarise(document, records)
     return ClassicResult(path, document, environment, records, times_s, summaries, resumed, drawn)
 

@@ -1,7 +1,8 @@
 """Files that survive a full disk, a short write and a kill at any moment.
 
-A whole file is written beside its place, synced and renamed, so that its name always shows the complete old or
-the complete new one. The log grows by one synced line per write; what a kill leaves of a last line is dropped.
+A whole file is written beside its place, synced and renamed, so that its name always shows the complete old
+or the complete new one. The log grows by one synced line per write; what a kill leaves of a last line is
+dropped.
 """
 
 import errno

@@ -8,9 +8,13 @@ from gpt2core.cli.console import json_option, write, write_json, write_table
 
 
 @click.command(short_help="List the engines and what `auto` would choose.")
+@click.option("--threads", type=click.IntRange(min=1), help="What `auto` would choose with so many.")
 @json_option
-def backends(as_json: bool) -> None:
-    """List the engines, how to install those that are missing, and which one `auto` would choose."""
+def backends(threads: int | None, as_json: bool) -> None:
+    """List the engines, how to install those that are missing, and which one `auto` would choose.
+
+    `gpt2core bench --recommend` measures which one is the fastest here, and `auto` takes that.
+    """
     from gpt2core.backends import available, choose
     from gpt2core.checkpoint import read_config, resolve
     from gpt2core.config import ModelConfig
@@ -20,7 +24,7 @@ def backends(as_json: bool) -> None:
     models = {"openai-community/gpt2": ModelConfig()}
     with suppress(CheckpointError):  # an installation without the demo model
         models = {"demo": read_config(resolve("demo")), **models}
-    auto = {model: choose(config) for model, config in models.items()}
+    auto = {model: choose(config, threads=threads) for model, config in models.items()}
     if as_json:
         write_json(
             {

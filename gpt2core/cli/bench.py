@@ -3,13 +3,18 @@
 import os
 import sys
 from contextlib import ExitStack
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
+from gpt2core.cli.bench_comparison import (
+    comparison_options,
+    recommend_option,
+    run_comparison,
+    run_recommendation,
+)
 from gpt2core.cli.console import (
     checkpoint_options,
     json_option,
@@ -108,7 +113,7 @@ output_options = (
 
 
 @click.group(invoke_without_command=True, short_help="Measure how fast a model or a server writes.")
-@options(*model_options, *workload_options, *output_options)
+@options(*model_options, *workload_options, *comparison_options, recommend_option, *output_options)
 @click.pass_context
 def bench(
     context: click.Context,
@@ -131,13 +136,38 @@ def bench(
     on; ends with 1 if all fail. FOLDER holds afterwards runs.jsonl (each generation with the time of each
     token), benchmark_results.npy with its axes in benchmark_results.json, plots, report.html, settings and
     environment.
+
+    With --backends or --peers engines are compared instead, each in a process of its own, round by round:
+    start, first token, prefill, decoding, memory. --recommend finds the fastest for this machine and model.
     """
     if context.invoked_subcommand is not None:
         return
-    from gpt2core.bench import ClassicSettings, run_classic
-
     if resume and force:
         raise click.UsageError("--resume and --force contradict each other")
+    compared = {name: settings.pop(name) for name in _COMPARISON}
+    if settings.pop("recommend"):
+        _refuse(context, _CLASSIC + _COMPARISON + _OUTPUT, "--recommend measures a workload of its own")
+        shared = {name: settings[name] for name in (*_SHARED, "device")}
+        run_recommendation(model=settings["model"] or "demo", offline=offline, **shared)
+        return
+    if compared["backends"] is not None or compared["peers"] is not None:
+        _refuse(context, (*_CLASSIC, "device"), "--backends and --peers measure a workload of their own")
+        shared = {name: settings[name] for name in _SHARED}
+        run_comparison(
+            model=settings["model"] or "demo",
+            output=output,
+            resume=resume,
+            force=force,
+            offline=offline,
+            report=not no_report,
+            as_json=as_json,
+            **compared,
+            **shared,
+        )
+        return
+    _refuse(context, _COMPARISON, "it belongs to a comparison; name engines with --backends or --peers")
+    from gpt2core.bench import ClassicSettings, run_classic
+
     if settings["url"] is not None:
         _refuse_engine_options(context)
     try:
@@ -181,7 +211,12 @@ def analyse(folder: Path, *, as_json: bool) -> None:
 
     Is time linear in length, does the prompt matter beyond its number of tokens, where does the time go?
     """
-    analysis = import_module("gpt2core.bench.analysis").analyse(folder)
+    from gpt2core.bench.extras import FOR_REPORTS, check_installed
+
+    check_installed(*FOR_REPORTS)
+    from gpt2core.bench.analysis import analyse as run
+
+    analysis = run(folder)
     if as_json:
         write_json(analysis.to_dict())
     else:
@@ -192,6 +227,20 @@ def _refuse_engine_options(context: click.Context) -> None:
     for name in ("backend", "precision", "device", "threads", "revision", "offline"):
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             raise click.UsageError(f"--{name} has no effect on a server; leave it or --url out")
+
+
+_CLASSIC = ("backend", "url", "prompts", "prompt_file", "lengths", "runs", "seed", "temperature", "retries")
+_COMPARISON = ("backends", "peers", "peer_pythons", "batches", "prefill", "rounds", "check", "baseline")
+_SHARED = ("threads", "precision", "timeout_s", "revision")
+_OUTPUT = ("output", "resume", "force", "no_report", "as_json")
+
+
+def _refuse(context: click.Context, names: tuple[str, ...], why: str) -> None:
+    """Refuse an option that would have no effect, rather than ignore it."""
+    for option in context.command.params:
+        given = context.get_parameter_source(option.name or "") is ParameterSource.COMMANDLINE
+        if option.name in names and given:
+            raise click.UsageError(f"{option.opts[0]} has no effect here: {why}")
 
 
 def _prompts(prompts: tuple[str, ...], file: Path | None) -> dict[str, tuple[str, ...]]:

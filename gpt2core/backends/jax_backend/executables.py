@@ -13,7 +13,6 @@ import hashlib
 import os
 import pathlib
 import platform
-import stat
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -26,18 +25,11 @@ import jax
 from jax.experimental import serialize_executable
 from jax.stages import Compiled
 
+from gpt2core.backends.user_cache import is_ours_alone
+
 _DIGEST_NBYTES: Final = 32
 _MOST_FILES: Final = 256
 _SOURCES: Final = ("module.py", "step.py")  # what decides which code is compiled
-
-
-def cache_folder() -> pathlib.Path:
-    """`$GPT2CORE_CACHE/jax`, or `gpt2core/jax` in `$XDG_CACHE_HOME` or in `~/.cache`."""
-    own = os.environ.get("GPT2CORE_CACHE")
-    if own:
-        return pathlib.Path(own).expanduser() / "jax"
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (pathlib.Path(root) if root else pathlib.Path.home() / ".cache") / "gpt2core" / "jax"
 
 
 def executable_key(devices: Sequence[jax.Device], *parts: object) -> str:
@@ -63,7 +55,7 @@ def executable_key(devices: Sequence[jax.Device], *parts: object) -> str:
 def load(folder: pathlib.Path, key: str, in_tree: Any, out_tree: Any, devices: Sequence[Any]) -> Any:
     """The executable `key`, or None where it is missing, damaged, somebody else's or not loadable here."""
     try:
-        if not _is_ours_alone(folder) or not _is_ours_alone(folder / key):
+        if not is_ours_alone(folder) or not is_ours_alone(folder / key):
             return None
         content = (folder / key).read_bytes()
     except OSError:
@@ -87,7 +79,7 @@ def save(folder: pathlib.Path, key: str, compiled: Compiled) -> bool:
         return False
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not _is_ours_alone(folder):
+        if not is_ours_alone(folder):
             return False
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".", delete=False) as file:  # mode 0600
             try:
@@ -101,13 +93,6 @@ def save(folder: pathlib.Path, key: str, compiled: Compiled) -> bool:
     except OSError:
         return False
     return True
-
-
-def _is_ours_alone(path: pathlib.Path) -> bool:
-    if not hasattr(os, "getuid"):
-        return False
-    status = os.stat(path)
-    return status.st_uid == os.getuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 def _prune(folder: pathlib.Path) -> None:

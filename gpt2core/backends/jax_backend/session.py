@@ -16,11 +16,12 @@ from jax.sharding import Mesh
 
 from gpt2core._shapes import Float32
 from gpt2core.backends.blas_threads import check_threads
-from gpt2core.backends.jax_backend.executables import cache_folder, executable_key, load, save
+from gpt2core.backends.jax_backend.executables import executable_key, load, save
 from gpt2core.backends.jax_backend.module import MODEL_AXIS, Gpt2Module
 from gpt2core.backends.jax_backend.placement import Placement, choose_placement
 from gpt2core.backends.jax_backend.runs import Buckets, Run, StepShape, plan_runs
 from gpt2core.backends.jax_backend.step import make_step, make_trace
+from gpt2core.backends.user_cache import cache_folder
 from gpt2core.batch import Batch, whole_sequence
 from gpt2core.config import ModelConfig
 from gpt2core.errors import BackendError, RequestError
@@ -214,7 +215,7 @@ class JaxBackend:
             _abstract((shape.rows, 3 + shape.tokens), jnp.int32, whole),
             _abstract((shape.wanted,), jnp.int32, whole),
         )
-        folder = cache_folder()
+        folder = cache_folder("jax")
         key = executable_key(devices, self.config, shape, cache.shape, _layout(self._placement))
         if self._keep_compiled:
             trees = jax.tree.structure((arguments, {})), jax.tree.structure((0, 0))

@@ -1,0 +1,58 @@
+"""gpt2core's own backends, through its public API: scheduling, sampling and text are timed too."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from gpt2core import GPT2, Batch
+from gpt2core.backends import load_factory
+
+
+def start(job: dict[str, Any]) -> None:
+    """Import the framework, as the peers import theirs."""
+    load_factory(job["engine"])
+
+
+def load(job: dict[str, Any]) -> "Engine":
+    """Load the checkpoint on the backend that the job names."""
+    model = GPT2.from_pretrained(
+        job["checkpoint"],
+        backend=job["engine"],
+        precision=job["precision"],
+        device=job["device"],
+        threads=job["threads"],
+        local_files_only=True,
+        max_batch=max(job["batches"], default=1),
+    )
+    return Engine(model, {"threads": job["threads"], "device": job["device"], "precision": job["precision"]})
+
+
+class Engine:
+    """`GPT2` as an engine."""
+
+    def __init__(self, model: GPT2, settings: dict[str, Any]) -> None:
+        self.settings = settings
+        self._model = model
+
+    def generate(self, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+        """Greedy."""
+        out = self._model.generate(prompts, max_new_tokens=new_tokens, min_new_tokens=new_tokens)
+        return [one.token_ids for one in out]
+
+    def prefill(self, ids: list[int]) -> None:
+        """The first token."""
+        self._model.generate([ids], max_new_tokens=1, min_new_tokens=1)
+
+    def logits(self, ids: list[int]) -> np.ndarray[Any, Any]:
+        """(T, V)."""
+        return self._model.logits(ids)
+
+    def step_at(self, position: int) -> Callable[[], object]:
+        """A pass of one token over a cache that holds `position` others."""
+        backend, vocab_size = self._model.backend, self._model.config.vocab_size
+        cache = backend.new_cache(1, self._model.config.n_positions)
+        before = [i * 7919 % vocab_size for i in range(position)]
+        backend.forward(Batch.of([(before, 0, 0)]), cache)
+        one = Batch.of([([5], position, 0)])
+        return lambda: backend.forward(one, cache)
