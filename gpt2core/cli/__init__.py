@@ -21,6 +21,7 @@ from gpt2core.cli.export import export
 from gpt2core.cli.generate import generate
 from gpt2core.cli.info import info
 from gpt2core.cli.score import score
+from gpt2core.cli.serve import serve
 from gpt2core.cli.verify import verify
 from gpt2core.errors import Gpt2CoreError, RequestError
 
@@ -33,7 +34,7 @@ def program() -> None:
     """Run GPT-2-family language models from one checkpoint on any backend."""
 
 
-for _command in (generate, score, info, backends, verify, convert, export):
+for _command in (generate, score, serve, info, backends, verify, convert, export):
     program.add_command(_command)
 
 
