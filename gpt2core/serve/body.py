@@ -105,6 +105,28 @@ def _children(value: Any) -> list[Any]:
     return [x for x in found if isinstance(x, dict | list)]
 
 
+_FAULTS = {
+    "missing": "is missing",
+    "string_type": "has the wrong type",
+    "int_type": "must be a whole number",
+    "float_type": "must be a number",
+    "bool_type": "must be true or false",
+    "dict_type": "must be an object",
+    "list_type": "must be a list",
+    "string_too_short": "is empty",
+    "string_too_long": "is too long",
+    "too_long": "is too long",
+    "too_short": "is empty",
+    "string_unicode": "holds a lone surrogate, which is no character",
+    "none_required": "is not supported",
+    "greater_than": "is too small",
+    "greater_than_equal": "is too small",
+    "less_than": "is too large",
+    "less_than_equal": "is too large",
+}
+"""What pydantic found -> in words."""
+
+
 def _refusal(errors: list[Any], model: type[BaseModel]) -> Refusal:
     """One fault of those that pydantic found; an unknown field first, since it explains others."""
     unknown = next((error for error in errors if error["type"] == "extra_forbidden"), None)
@@ -116,12 +138,10 @@ def _refusal(errors: list[Any], model: type[BaseModel]) -> Refusal:
     error = errors[0]
     location = [str(part) for part in error["loc"]]
     name = location[0] if location else None  # deeper parts may be keys that the client chose
-    if error["type"] == "value_error":
-        return invalid(str(error["ctx"]["error"]), param=name)
     if name is None:
         return invalid("the body is not valid")
     limits = model.model_fields[name].description or "see /docs"
-    kind = "is missing" if error["type"] == "missing" else f"is not valid ({error['type'].replace('_', ' ')})"
+    kind = _FAULTS.get(error["type"], "is not valid")
     return invalid(f"{name} {kind}; {limits}", param=name)
 
 

@@ -1,6 +1,7 @@
 """What requests and answers look like; every field has bounds, and an unknown one is refused.
 
-The bounds here are the library's. A `Settings` object, given as validation context, sets lower ones.
+The bounds here are the library's. A `Settings` object, given as validation context, sets lower ones; those
+are refused by a `Refusal`, which pydantic lets pass.
 """
 
 from typing import Annotated, Any, Literal, Self
@@ -8,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
 from gpt2core import SamplingParams
+from gpt2core.serve.errors import invalid
 from gpt2core.serve.settings import Settings
 
 Text = Annotated[str, Field(min_length=1)]
@@ -41,15 +43,18 @@ class Options(BaseModel):
             value, most = getattr(self, name, None), getattr(settings, setting)
             size = value if isinstance(value, int) else len(value or ())
             if size > most:
-                raise ValueError(f"{name} is more than {most}, this server's limit")
+                raise invalid(f"{name} is more than {most}, this server's limit", param=name)
         stops = as_list(getattr(self, "stop", None))
         if len(stops) > settings.max_stops:
-            raise ValueError(f"stop has {len(stops)} strings; at most {settings.max_stops} are allowed")
+            message = f"stop has {len(stops)} strings; at most {settings.max_stops} are allowed"
+            raise invalid(message, param="stop")
         if any(len(stop.encode()) > settings.max_stop_nbytes for stop in stops):
-            raise ValueError(f"a stop string has more than {settings.max_stop_nbytes} bytes; shorten it")
+            message = f"a stop string has more than {settings.max_stop_nbytes} bytes; shorten it"
+            raise invalid(message, param="stop")
         prompts = as_list(getattr(self, "prompt", None))
         if len(prompts) > settings.max_prompts and not isinstance(prompts[0], int):
-            raise ValueError(f"there are {len(prompts)} prompts; at most {settings.max_prompts} are allowed")
+            message = f"there are {len(prompts)} prompts; at most {settings.max_prompts} are allowed"
+            raise invalid(message, param="prompt")
         return self
 
 
@@ -181,16 +186,15 @@ class CompletionRequest(Options):
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
-        if self.best_of is not None and self.best_of < (self.n or 1):
-            raise ValueError(
-                f"best_of is {self.best_of}, less than n, {self.n or 1}; raise it or leave it out"
-            )
-        if self.stream and self.best_of is not None and self.best_of > (self.n or 1):
-            raise ValueError(
-                "best_of above n cannot be streamed: which texts are best is known at the end only"
-            )
+        n, best_of = self.n or 1, self.best_of or self.n or 1
+        if best_of < n:
+            raise invalid(f"best_of is {best_of}, less than n, {n}; raise it", param="best_of")
+        if self.stream and best_of > n:
+            message = "best_of above n cannot be streamed: the best are known at the end only"
+            raise invalid(message, param="best_of")
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options is for streams; leave it out, or ask for stream: true")
+            message = "stream_options is for streams; leave it out, or ask for stream: true"
+            raise invalid(message, param="stream_options")
         return self
 
     @property
