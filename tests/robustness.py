@@ -259,7 +259,8 @@ async def soak(port: int, pid: int, count: int) -> dict[str, Any]:
             if done % max(1, count // 100) == 0:
                 sizes.append((done, watched.memory_info().rss))
 
-    await client(range(min(200, count // 10)))  # what is made once is made
+    warm = iter(range(max(64, count // 10)))  # what is made once is made
+    await asyncio.gather(*(client(warm) for _ in range(16)))
     done = 0
     sizes.clear()
     before = watched.num_threads(), watched.num_fds()
