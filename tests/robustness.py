@@ -9,11 +9,13 @@ import asyncio
 import json
 import random
 import re
+import signal
 import sys
 import tempfile
 import time
 import urllib.request
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ import psutil
 from fuzz_schema import fuzz_schema
 from load_client import Answer, ask, ask_all, percentile, request
 from malformed import malformed_requests
-from serving import process
+from serving import Fake, process, serving, until
 
 from gpt2core import GPT2
 from gpt2core.testing import random_checkpoint
@@ -173,6 +175,7 @@ def fairness(args: argparse.Namespace, small: str) -> None:
         port = port_of(url)
         short = [request("/generate", {"prompt": f"Short {i}", "max_new_tokens": 8}) for i in range(20)]
         long = request("/generate", {"prompt": "Long", "max_new_tokens": 1000, "stream": True})
+        ask_all(port, short, clients=1)  # what is slow the first time is slow
         alone = [a.elapsed_s for a in ask_all(port, short, clients=1)]
 
         async def beside() -> tuple[list[float], bool]:
@@ -263,6 +266,7 @@ async def soak(port: int, pid: int, count: int) -> dict[str, Any]:
     await asyncio.gather(*(client(warm) for _ in range(16)))
     done = 0
     sizes.clear()
+    statuses.clear()
     before = watched.num_threads(), watched.num_fds()
     numbers = iter(range(count))
     await asyncio.gather(*(client(numbers) for _ in range(16)))
@@ -331,7 +335,154 @@ async def send_raw(port: int, data: bytes) -> int:
         writer.close()
 
 
+# Determinism
+
+
+def determinism(args: argparse.Namespace, tiny: str) -> None:
+    """Prompts x temperatures x numbers of clients x orders, beside neighbours that leave: the same texts."""
+    prompts = ["Once upon a time", "The king said", "One day a fox", "In a far country there"] * 4
+    cases = [(p, t, seed) for seed, p in enumerate(prompts) for t in (0.0, 0.7, 1.0, 1.5)]
+    with GPT2.from_pretrained("demo") as model:
+        expected = {
+            case: model.generate(case[0], temperature=case[1], seed=case[2], max_new_tokens=40).text
+            for case in cases
+        }
+    rng = random.Random(args.seed)
+    compared = differing = 0
+    with process("--model", "demo") as (_, url):
+        for count in (1, 3, 8, 32):
+            rng.shuffle(cases)
+            options = {"max_new_tokens": 40, "stream": count % 2 == 0}
+            bodies = [
+                request("/generate", {"prompt": p, "temperature": t, "seed": seed, **options})
+                for p, t, seed in cases
+            ]
+            for case, text in zip(cases, asyncio.run(texts_beside(port_of(url), bodies, count)), strict=True):
+                compared += 1
+                differing += text != expected[case]
+    report("determinism", texts=compared, tokens_each=40, differing=differing)
+    must("determinism", "no text differs", differing == 0)
+
+
+async def texts_beside(port: int, bodies: list[bytes], clients: int) -> list[str]:
+    """The texts, while others come and leave."""
+    texts = [""] * len(bodies)
+    waiting = iter(enumerate(bodies))
+    neighbour = request("/generate", {"prompt": "A neighbour", "max_new_tokens": 200, "stream": True})
+
+    async def client() -> None:
+        for i, data in waiting:
+            body = (await ask(port, data)).body
+            found = [json.loads(line) for line in re.findall(rb'\{"generated_text".*\}', body)]
+            texts[i] = found[0]["generated_text"]
+
+    async def neighbours() -> None:
+        while True:
+            await ask(port, neighbour, leave_after_s=0.05)
+
+    others = [asyncio.create_task(neighbours()) for _ in range(3)]
+    await asyncio.gather(*(client() for _ in range(clients)))
+    for one in others:
+        one.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
+    return texts
+
+
+def threads(args: argparse.Namespace, tiny: str) -> None:
+    """16 threads x 1,000 calls on one model in one process: what the same calls give one after the other."""
+    with GPT2.from_pretrained(tiny) as model:
+
+        def call(i: int) -> list[int]:
+            return model.generate(f"call {i % 50}", max_new_tokens=3, temperature=1, seed=i % 50).token_ids
+
+        serial = [call(i) for i in range(50)]
+        with ThreadPoolExecutor(16) as pool:
+            results = list(pool.map(call, range(16_000)))
+    differing = sum(tokens != serial[i % 50] for i, tokens in enumerate(results))
+    report("threads", calls=len(results), differing=differing)
+    must("threads", "equal to serial calls", differing == 0)
+
+
+# Prompts that are much too long
+
+
+def prompts(args: argparse.Namespace, small: str) -> None:
+    """A megabyte, and 128 KiB of one character; while the event loop answers others."""
+    with process("--model", small, "--backend", args.backend) as (_, url):
+        before = get(f"{url}/metrics")
+        for name, text in {
+            "1 MB": "a" * 2**20,
+            "128 KiB of a": "a" * 2**17,
+            "128 KiB of spaces": " " * 2**17,
+            "128 KiB of emoji": "\U0001f600" * 2**15,
+            "128 KiB of words": "word " * (2**17 // 5),
+        }.items():
+            data = json.dumps({"prompt": text, "max_new_tokens": 1}, ensure_ascii=False).encode()
+            answers = ask_all(port_of(url), [request("/generate", data)] * 8, clients=4)
+            slowest_s = max(a.elapsed_s for a in answers)
+            statuses = {a.status for a in answers}
+            report("prompts", what=name, statuses=sorted(statuses), slowest_s=slowest_s)
+            must("prompts", f"{name}: refused, within 1 s", statuses <= {413, 422} and slowest_s <= 1)
+        lag_s = lag_p99_s(before, get(f"{url}/metrics"))
+    report("prompts", what="event loop", lag_p99_s=lag_s)
+    must("prompts", "event loop lag p99 of at most 200 ms", lag_s <= 0.2)
+
+
+# Faults and signals
+
+
+def faults(args: argparse.Namespace, tiny: str) -> None:
+    """How fast every waiter learns that the engine has failed, and how fast signals work."""
+    for name, error in (("exception in a step", RuntimeError("broken")), ("thread ends", SystemExit())):
+        fake = Fake()
+        with serving(fake.load, max_batch=8) as server, ThreadPoolExecutor(24) as pool:
+            fake.gate.clear()
+            asked = [
+                pool.submit(server.generate, "ab", max_new_tokens=9, stream=i % 2 == 0) for i in range(24)
+            ]
+            until(lambda one=server: one.driver.requests == 24)
+            fake.raises = error
+            begun_s = time.perf_counter()
+            fake.gate.set()
+            failed = sum("engine_failed" in one.result().text for one in asked)
+            elapsed_s = time.perf_counter() - begun_s
+            ready = server.client.get("/readyz").status_code
+        report("faults", what=name, waiters=24, failed=failed, all_told_s=elapsed_s, readyz=ready)
+        must("faults", f"{name}: all told within 1 s", failed == 24 and elapsed_s <= 1 and ready == 503)
+    body = {"prompt": "ab", "max_new_tokens": 400}
+    with process("--model", tiny) as (running, url), ThreadPoolExecutor(1) as pool:
+        bodies = [request("/generate", {**body, "stream": i % 2 == 0}) for i in range(10)]
+        asked_all = pool.submit(ask_all, port_of(url), bodies, clients=10)
+        until(lambda: "gpt2core_requests_running 10.0" in get(f"{url}/metrics"))
+        begun_s = time.perf_counter()
+        running.send_signal(signal.SIGTERM)
+        answers = asked_all.result()
+        code = running.wait(40)
+        elapsed_s = time.perf_counter() - begun_s
+    complete = sum(a.status == 200 and a.clean and b"generated_text" in a.body for a in answers)
+    report("faults", what="SIGTERM with 10 in flight", complete=complete, exit_code=code, ended_s=elapsed_s)
+    must("faults", "none lost, exit 0", complete == 10 and code == 0)
+    with process("--model", tiny) as (running, url), ThreadPoolExecutor(1) as pool:
+        asked_all = pool.submit(
+            ask_all, port_of(url), [request("/generate", {**body, "n": 4})] * 8, clients=8
+        )
+        until(lambda: "gpt2core_requests_running 8.0" in get(f"{url}/metrics"))
+        running.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+        begun_s = time.perf_counter()
+        running.send_signal(signal.SIGTERM)
+        code = running.wait(40)
+        elapsed_s = time.perf_counter() - begun_s
+        asked_all.exception()
+    report("faults", what="second signal", ended_s=elapsed_s, exit_code=code)
+    must("faults", "ended within 4 s of the second signal", elapsed_s <= 4)
+
+
 PARTS = {
+    "determinism": (determinism, "tiny"),
+    "threads": (threads, "tiny"),
+    "prompts": (prompts, "small"),
+    "faults": (faults, "tiny"),
     "overhead": (overhead, "tiny"),
     "clients": (clients, "tiny"),
     "disconnects": (disconnects, "tiny"),
