@@ -15,7 +15,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gpt2core.serve import logs
-from gpt2core.serve.errors import Refusal, refusal_of
+from gpt2core.serve.errors import CLIENT_GONE, Refusal, refusal_of
 from gpt2core.serve.metrics import Metrics
 from gpt2core.serve.settings import Settings
 
@@ -174,7 +174,7 @@ class Exchange:
             self._scope.get("route"), "path", "none"
         )  # never the path itself: that is the client's
         method = self._scope["method"] if self._scope["method"] in METHODS else "other"
-        status = self._status or 499  # nobody was there any more to be answered
+        status = self._status or CLIENT_GONE
         self._guard._metrics.request(method, route, status, elapsed_s)
         fields: dict[str, Any] = self._scope["state"].get("log", {})
         logs.event(
