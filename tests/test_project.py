@@ -56,7 +56,8 @@ def test_python_m_gpt2core_prints_the_version():
 
 
 @pytest.mark.parametrize(
-    "script", ["scripts/try", "scripts/test", "scripts/test-extras", "scripts/check", ".ci/run"]
+    "script",
+    ["scripts/try", "scripts/test", "scripts/test-extras", "scripts/check", "scripts/robustness", ".ci/run"],
 )
 def test_a_script_is_executable_and_is_valid_bash(script):
     path = ROOT / script

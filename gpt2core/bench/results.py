@@ -1,6 +1,5 @@
 """From the lines of a run to benchmark_results.npy, its axes, and the summary of each prompt and length."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ class Summary:
     """All runs of one prompt and length; the fields from `mean_s` on are None where no run succeeded.
 
     Attributes:
-        low_s, high_s: the 95 % interval of the mean, by Student's t; None with fewer than two runs.
+        low_s, high_s: the 95 % interval of the mean, by bootstrap; None with fewer than two runs.
         tokens_per_s: new tokens divided by time, over all runs together; prompt and first token included.
         ttft_s: mean time to the first token, where it was seen.
         ended_early: runs that an end-of-text token ended before the length was reached.
@@ -55,14 +54,13 @@ def summarise(settings: Mapping[str, Any], records: Sequence[Mapping[str, Any]])
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """The 95 % confidence interval of the mean of normally distributed times; None for fewer than two."""
+    """The 95 % confidence interval of the mean, as the report has it; None for fewer than two values."""
     if len(values) < 2:
         return None
-    from scipy.special import stdtrit  # Student's t without the half second that scipy.stats takes to load
+    from gpt2core.bench.statistics import bootstrap_interval
 
-    mean, n = float(np.mean(values)), len(values)
-    half = float(stdtrit(n - 1, (1 + CONFIDENCE) / 2) * np.std(values, ddof=1)) / math.sqrt(n)
-    return max(0.0, mean - half), mean + half
+    interval = bootstrap_interval(values, statistic="mean", level=CONFIDENCE)
+    return interval.low, interval.high
 
 
 def write_results(

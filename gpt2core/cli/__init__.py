@@ -22,6 +22,7 @@ from gpt2core.cli.export import export
 from gpt2core.cli.generate import generate
 from gpt2core.cli.info import info
 from gpt2core.cli.score import score
+from gpt2core.cli.serve import serve
 from gpt2core.cli.verify import verify
 from gpt2core.errors import Gpt2CoreError, RequestError
 
@@ -34,7 +35,7 @@ def program() -> None:
     """Run GPT-2-family language models from one checkpoint on any backend."""
 
 
-for _command in (generate, score, info, backends, verify, convert, export, bench):
+for _command in (generate, score, serve, bench, verify, info, backends, convert, export):
     program.add_command(_command)
 
 

@@ -294,7 +294,7 @@ def _write(result: "ClassicResult") -> None:
     write_table([_HEADINGS, *map(_row, result.summaries)])
     settings = result.settings
     what = settings["url"] or f"{settings['model']} on {settings['backend']}, {settings['precision']}"
-    write(f"\n{what}; mean of {settings['runs']} runs with its 95 % interval (Student's t)\n")
+    write(f"\n{what}; mean of {settings['runs']} runs with its 95 % bootstrap interval\n")
     if early := sum(summary.ended_early for summary in result.summaries):
         write(f"{early} generations ended before their length was reached\n")
     if result.resumed:

@@ -1,0 +1,93 @@
+"""`create_app`: the parts put together."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import Depends, FastAPI
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+
+from gpt2core import GPT2, Gpt2CoreError
+from gpt2core.serve import apidocs, completions, generate, logs
+from gpt2core.serve.auth import key_required
+from gpt2core.serve.driver import Driver
+from gpt2core.serve.errors import Disconnected, Refusal, answer_error
+from gpt2core.serve.guard import Guard
+from gpt2core.serve.health import health_router, metrics_router
+from gpt2core.serve.metrics import Metrics
+from gpt2core.serve.openapi import describe
+from gpt2core.serve.service import Service
+from gpt2core.serve.settings import Settings
+
+
+def create_app(settings: Settings | None = None, *, load: Callable[[], GPT2] | None = None) -> FastAPI:
+    """The server as an ASGI app; the model is loaded in the background when the app starts.
+
+    Args:
+        settings: None takes them from the environment, and lets the logs go to stderr.
+        load: loads the model, which belongs to the app then; None loads what the settings name.
+
+    Raises:
+        RequestError: the API keys cannot be read.
+    """
+    if settings is None:
+        settings = Settings()
+        logs.configure(settings.log_level)
+    metrics = Metrics()
+    driver = Driver(load or (lambda: load_model(settings)), settings, metrics)
+    service = Service(driver, settings)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        driver.start()
+        try:
+            yield
+        finally:
+            await driver.close()
+            service.close()
+
+    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    app.state.driver = driver
+    description: dict[str, Any] = {}
+
+    def described() -> dict[str, Any]:
+        if not description:
+            description.update(describe(app, settings))
+        return description
+
+    app.openapi = described  # type: ignore[method-assign]
+    keyed = [Depends(key_required(settings))]
+    app.include_router(health_router(driver))
+    app.include_router(metrics_router(metrics), dependencies=keyed)
+    app.include_router(generate.router(service), dependencies=keyed)
+    app.include_router(completions.router(service), dependencies=keyed)
+    app.include_router(apidocs.router(described), dependencies=keyed)
+
+    for kind in (Refusal, Disconnected, Gpt2CoreError, HTTPException):
+        app.add_exception_handler(kind, answer_error)
+    if settings.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.allowed_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type", "X-Request-ID"],
+        )
+    app.add_middleware(Guard, settings=settings, metrics=metrics)
+    metrics.gauge("gpt2core_requests_running", "Requests that hold a place.", lambda: driver.requests)
+    metrics.gauge("gpt2core_queue_depth", "Texts that wait for a slot.", lambda: driver.waiting)
+    metrics.gauge("gpt2core_cache_use", "Part of the KV cache that holds tokens.", lambda: driver.cache_use)
+    return app
+
+
+def load_model(settings: Settings) -> GPT2:
+    """The model that the settings name."""
+    return GPT2.from_pretrained(
+        settings.model,
+        backend=settings.backend,
+        precision=settings.precision,
+        device=settings.device,
+        threads=settings.threads,
+        revision=settings.revision,
+        local_files_only=settings.offline,
+    )

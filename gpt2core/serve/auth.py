@@ -1,0 +1,49 @@
+"""The API key, as a dependency of routes: whatever a path looks like, the route that answers asks for it."""
+
+import base64
+import hmac
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from fastapi import Request
+
+from gpt2core.serve.errors import Refusal
+from gpt2core.serve.settings import Settings
+
+
+def key_required(settings: Settings) -> Callable[[Request], Coroutine[Any, Any, None]]:
+    """The dependency. `Bearer KEY`, or `Basic` with the key as password, which is what browsers can send."""
+    keys = settings.api_keys
+
+    async def authorize(request: Request) -> None:
+        if not keys:
+            return
+        given = _given(request.headers.get("authorization", ""))
+        matches = [hmac.compare_digest(given, key) for key in keys]  # all of them: the time tells nothing
+        if any(matches):
+            return
+        schemes = 'Bearer realm="gpt2core"'
+        if request.method == "GET":  # a page: lets a browser ask for the key
+            schemes += ', Basic realm="gpt2core", charset="UTF-8"'
+        raise Refusal(
+            401,
+            "authentication_error",
+            "invalid_api_key",
+            "the API key is missing or wrong; send Authorization: Bearer KEY",
+            headers={"WWW-Authenticate": schemes},
+        )
+
+    return authorize
+
+
+def _given(header: str) -> bytes:
+    scheme, _, value = header.partition(" ")
+    value = value.strip()
+    if scheme.lower() == "bearer":
+        return value.encode()
+    if scheme.lower() == "basic":
+        try:
+            return base64.b64decode(value, validate=True).partition(b":")[2]
+        except ValueError:
+            return b""
+    return b""

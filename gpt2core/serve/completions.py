@@ -1,0 +1,205 @@
+"""`POST /v1/completions` and `GET /v1/models`, as OpenAI's API has them."""
+
+import codecs
+import time
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from gpt2core import Sequence, Tokenizer, TokenLogprob, Update, __version__
+from gpt2core.serve.body import read_body
+from gpt2core.serve.errors import Refusal, invalid, json_response, json_text, refusal_of
+from gpt2core.serve.events import EventStream, event
+from gpt2core.serve.openapi import answers, takes
+from gpt2core.serve.schemas import Completion, CompletionRequest, ModelCard, ModelList
+from gpt2core.serve.service import Job, Service
+
+EXAMPLES = {
+    "text": {
+        "summary": "One prompt",
+        "value": {"model": "demo", "prompt": "Once upon a time", "max_tokens": 20, "seed": 7},
+    },
+    "score": {
+        "summary": "The log probabilities of a given text",
+        "value": {
+            "model": "demo",
+            "prompt": "Once upon a time",
+            "max_tokens": 0,
+            "echo": True,
+            "logprobs": 1,
+        },
+    },
+}
+
+
+def router(service: Service) -> APIRouter:
+    """The routes."""
+    routes = APIRouter(prefix="/v1", tags=["OpenAI"])
+    name, created = service.settings.name, int(time.time())
+
+    def card() -> dict[str, Any]:
+        engine = service.driver.engine
+        context = None if engine is None else engine.config.n_positions
+        one = {"id": name, "object": "model", "created": created, "owned_by": "gpt2core"}
+        return one | {"context": context}
+
+    @routes.post(
+        "/completions",
+        summary="Continue prompts, as OpenAI's API does",
+        openapi_extra=takes(CompletionRequest, EXAMPLES),
+        responses=answers(Completion, stream=True, bad_parameter=400),
+        response_model=None,
+    )
+    async def completions(request: Request) -> Response:
+        """Continue prompts, given as texts or as token ids; `echo` with `logprobs` scores them."""
+        asked = await read_body(request, CompletionRequest, service.settings)
+        if asked.model != name:
+            raise _unknown_model(name)
+        try:
+            job = await service.accept(request, asked.prompts, asked.params(), stream=bool(asked.stream))
+        except Exception as error:
+            refusal = refusal_of(error)
+            if refusal.status != 422:
+                raise
+            message = refusal.message.replace("max_new_tokens", "max_tokens")  # as it is called here
+            raise invalid(message, param=refusal.param, code=refusal.code) from None
+        form = _Form(service, job, asked, created=int(time.time()))
+        if asked.stream:
+            return EventStream(job, form.chunk, form.closing)
+        try:
+            await job.ticket.done()
+            body = await service.in_thread(form.whole) if asked.logprobs is not None else form.whole()
+        finally:
+            job.close()
+        return Response(body, media_type="application/json")
+
+    @routes.get(
+        "/models", summary="The model of this server", responses=answers(ModelList), response_model=None
+    )
+    async def models() -> Response:
+        """List the one model of this server."""
+        return json_response({"object": "list", "data": [card()]})
+
+    @routes.get(
+        "/models/{model:path}",
+        summary="One model",
+        responses=answers(ModelCard, unknown_model=True),
+        response_model=None,
+    )
+    async def model(model: str) -> Response:
+        """Say what a model of this server is."""
+        if model != name:
+            raise _unknown_model(name)
+        return json_response(card())
+
+    return routes
+
+
+class _Form:
+    """The shapes of the answer."""
+
+    def __init__(self, service: Service, job: Job, asked: CompletionRequest, *, created: int) -> None:
+        engine = service.driver.engine
+        assert engine is not None
+        assert engine.tokenizer is not None
+        self._job = job
+        self._n = asked.n or 1
+        self._tokenizer = engine.tokenizer
+        self._with_logprobs = asked.logprobs is not None
+        self._with_usage = asked.stream_options is not None and asked.stream_options.include_usage
+        self._lists: dict[Sequence, LogprobLists] = {}
+        self._head: dict[str, Any] = {
+            "id": f"cmpl-{job.request.scope['state']['request_id']}",
+            "object": "text_completion",
+            "created": created,
+            "model": service.settings.name,
+            "system_fingerprint": f"gpt2core-{__version__}-{engine.backend.name}",
+        }
+
+    def chunk(self, update: Update) -> bytes:
+        """One event per token that says something."""
+        if not (update.text or update.finish_reason or update.logprobs):
+            return b""
+        one = update.sequence
+        logprobs = None
+        if self._with_logprobs:
+            lists = self._lists.setdefault(one, LogprobLists(self._tokenizer))
+            logprobs = lists.take(update.logprobs)
+        choice = _choice(update.text, one.prompt * self._n + one.choice, logprobs, update.finish_reason)
+        usage: dict[str, Any] = {"usage": None} if self._with_usage else {}
+        return event(self._head | {"choices": [choice]} | usage)
+
+    def closing(self) -> list[bytes]:
+        """The tokens are counted at the end, where that was asked for."""
+        if not self._with_usage:
+            return []
+        usage = self._job.usage(self._job.generated_tokens())
+        return [event(self._head | {"choices": [], "usage": usage})]
+
+    def whole(self) -> bytes:
+        """The answer without a stream; of `best_of` texts the likeliest per token."""
+        choices = []
+        for prompt in range(len(self._job.prompt_lengths)):
+            texts = [one for one in self._job.sequences if one.prompt == prompt]
+            if len(texts) > self._n:
+                texts = sorted(texts, key=_mean_logprob, reverse=True)[: self._n]
+            for i, one in enumerate(texts):
+                lists = LogprobLists(self._tokenizer).take(one.logprobs) if self._with_logprobs else None
+                choices.append(json_text(_choice(one.text, prompt * self._n + i, lists, one.finish_reason)))
+        tail = json_text({"usage": self._job.usage(self._job.generated_tokens())})
+        return json_text(self._head)[:-1] + b',"choices":[' + b",".join(choices) + b"]," + tail[1:]
+
+
+class LogprobLists:
+    r"""OpenAI's lists side by side, of one text.
+
+    A token that is not UTF-8 by itself is spelled `bytes:\xe2\x82`, so that different tokens differ.
+    `text_offset` counts the characters before the token's first, from the beginning of the text returned.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._offset = 0
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def take(self, entries: "tuple[TokenLogprob, ...] | list[TokenLogprob]") -> dict[str, Any]:
+        """The lists of the next tokens."""
+        tokens, logprobs, offsets = [], [], []
+        tops: list[dict[str, float] | None] = []
+        for entry in entries:
+            token = self.spelled(entry.token_id)
+            tokens.append(token)
+            logprobs.append(entry.logprob)
+            offsets.append(self._offset)
+            self._offset += len(self._utf8.decode(self._tokenizer.token_bytes(entry.token_id)))
+            if entry.logprob is None:
+                tops.append(None)
+                continue
+            top = {self.spelled(token_id): logprob for token_id, logprob in entry.top}
+            tops.append(top | {token: entry.logprob})  # the token itself too, likely or not
+        return {"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets}
+
+    def spelled(self, token_id: int) -> str:
+        """A token as the lists have it."""
+        data = self._tokenizer.token_bytes(token_id)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+def _choice(text: str, index: int, logprobs: object, reason: str | None) -> dict[str, Any]:
+    return {"text": text, "index": index, "logprobs": logprobs, "finish_reason": reason}
+
+
+def _mean_logprob(one: Sequence) -> float:
+    """Of the generated tokens only: the prompt's are the same for all."""
+    count = len(one.token_ids) - one.prompt_tokens
+    own = [entry.logprob or 0.0 for entry in one.logprobs[len(one.logprobs) - count :]]
+    return sum(own) / max(1, count)
+
+
+def _unknown_model(name: str) -> Refusal:
+    message = f"this server has no such model; it has {name!r}"
+    return Refusal(404, "not_found_error", "model_not_found", message, param="model")

@@ -1,0 +1,258 @@
+"""One thread loads the model and drives its engine; the event loop hands it tickets and gets updates back.
+
+Each step wakes the event loop once, with everything that the step did. Whatever ends the thread, every
+ticket fails at once and readiness says so.
+"""
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Final, Literal
+
+from gpt2core import GPT2, BackendError, Engine, NumericalError, SamplingParams, Sequence, Update
+from gpt2core.serve import logs
+from gpt2core.serve.errors import Refusal, engine_failed, unavailable
+from gpt2core.serve.metrics import Metrics
+from gpt2core.serve.settings import Settings
+from gpt2core.serve.ticket import Ticket
+
+State = Literal["loading", "ready", "draining", "failed", "closed"]
+JOIN_S: Final = 5.0
+LOOK_S: Final = 0.1
+
+
+class Driver:
+    """Runs one model's engine. All methods belong to the event loop, except where they say otherwise."""
+
+    def __init__(self, load: Callable[[], GPT2], settings: Settings, metrics: Metrics) -> None:
+        self._load = load
+        self._settings = settings
+        self._metrics = metrics
+        self._tickets: set[Ticket] = set()
+        self._ticket_of: dict[Sequence, Ticket] = {}
+        self._inbox: deque[tuple[Ticket, list[list[int]], SamplingParams]] = deque()
+        self._bell = threading.Event()
+        self._stopping = False
+        self._places = 0  # sequences of all tickets
+        self._watch: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop
+        self._thread: threading.Thread
+        self.state: State = "loading"
+        self.failure: BaseException | None = None
+        self.model: GPT2 | None = None
+        self.engine: Engine | None = None
+
+    # On the event loop
+
+    def start(self) -> None:
+        """Begin to load."""
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._run, name="gpt2core-engine", daemon=True)
+        self._thread.start()
+        self._watch = asyncio.create_task(self._look())
+
+    def reserve(self, count: int, begun_s: float) -> Ticket:
+        """A place for `count` sequences.
+
+        Raises:
+            Refusal: 503 while nothing can run, 429 when the queue is full.
+        """
+        self.check_ready()
+        assert self.engine is not None
+        if self._places and self._places + count > self.engine.slots + self._settings.max_queue:
+            raise Refusal(
+                429,
+                "rate_limit_error",
+                "queue_full",
+                f"the queue of {self._settings.max_queue} texts is full; try again a little later",
+                headers={"Retry-After": "1"},
+            )
+        deadline_s = self._settings.deadline_s
+        ticket = Ticket(count, begun_s=begun_s, deadline_s=deadline_s, release=self._release)
+        self._tickets.add(ticket)
+        self._places += count
+        return ticket
+
+    def submit(
+        self, ticket: Ticket, prompts: list[list[int]], params: SamplingParams, *, stream: bool
+    ) -> None:
+        """Let prompts run that `engine.check` has passed; the ticket tells how they fare."""
+        ticket.stream = stream
+        if ticket.error is None:
+            self._inbox.append((ticket, prompts, params))
+            self._bell.set()
+
+    def check_ready(self) -> None:
+        """Refuse what cannot run now.
+
+        Raises:
+            Refusal: 503, saying why.
+        """
+        if self.state == "loading":
+            raise unavailable("loading", "the model is being loaded; try again a little later")
+        if self.state == "failed":
+            raise engine_failed()
+        if self.state != "ready":
+            raise unavailable("draining", "the server is stopping; ask another one")
+
+    def drain(self) -> None:
+        """Accept nothing more; what runs has `drain_s` to end."""
+        if self.state in ("loading", "ready"):
+            self.state = "draining"
+            logs.event("info", "draining", requests=len(self._tickets), drain_s=self._settings.drain_s)
+            self._loop.call_later(
+                self._settings.drain_s, self._end_all, "its time for running requests is over"
+            )
+
+    async def close(self) -> None:
+        """End everything and free the model."""
+        if self.state != "failed":
+            self.state = "closed"
+        self._end_all("it does not wait for running requests")
+        self._stopping = True
+        self._bell.set()
+        if self._watch is not None:
+            self._watch.cancel()
+        end = self._loop.time() + JOIN_S  # a step, or loading, cannot be interrupted
+        while self._thread.is_alive() and self._loop.time() < end:
+            await asyncio.sleep(0.005)
+
+    @property
+    def requests(self) -> int:
+        """How many requests hold a place."""
+        return len(self._tickets)
+
+    @property
+    def waiting(self) -> int:
+        """How many texts wait for a slot."""
+        running = 0 if self.engine is None else self.engine.running
+        return max(0, self._places - running)
+
+    @property
+    def cache_use(self) -> float:
+        """The part of the KV cache that holds tokens."""
+        if self.engine is None:
+            return 0.0
+        cached = sum(sequence.cached for sequence in list(self._ticket_of) if sequence.slot is not None)
+        return cached / (self.engine.slots * self.engine.config.n_positions)
+
+    def _release(self, ticket: Ticket) -> None:
+        """Cancel what still runs of a ticket and give its place back; twice is harmless."""
+        ticket.cancelled = True  # before its sequences are read: see `_submit`
+        for sequence in list(ticket.sequences):
+            if self.engine is not None:
+                self.engine.cancel(sequence)
+            self._ticket_of.pop(sequence, None)
+        if ticket in self._tickets:
+            self._tickets.remove(ticket)
+            self._places -= ticket.count
+
+    def _end_all(self, why: str) -> None:
+        for ticket in list(self._tickets):
+            ticket.fail(unavailable("draining", f"the server is stopping, and {why}"))
+
+    def _deliver(self, updates: list[Update]) -> None:
+        self._metrics.step(len(updates), sum(update.token_id is not None for update in updates))
+        for update in updates:
+            ticket = self._ticket_of.get(update.sequence)
+            if ticket is None:  # cancelled meanwhile
+                continue
+            if ticket.waits_for_token and update.token_id is not None:
+                ticket.waits_for_token = False
+                self._metrics.ttft_s.observe(time.perf_counter() - ticket.begun_s)
+            if update.finish_reason is not None:
+                self._metrics.ended(update.sequence)
+            ticket.take(update)
+
+    def _become_ready(self) -> None:
+        if self.state == "loading":
+            self.state = "ready"
+            assert self.engine is not None
+            logs.event("info", "ready", model=self._settings.name, backend=self.engine.backend.name)
+
+    def _fail(self, error: BaseException) -> None:
+        if self.state in ("failed", "closed"):
+            return
+        self.state = "failed"
+        self.failure = error
+        logs.event("error", "engine_failed", error=logs.described(error))
+        for ticket in list(self._tickets):
+            ticket.fail(engine_failed())
+
+    async def _look(self) -> None:
+        """Measure how late the event loop wakes up, and see whether the engine thread still lives."""
+        while True:
+            due_s = time.perf_counter() + LOOK_S
+            await asyncio.sleep(LOOK_S)
+            self._metrics.lag(max(0.0, time.perf_counter() - due_s))
+            if not self._thread.is_alive():
+                self._fail(BackendError("the engine thread has ended"))
+
+    # On the engine thread
+
+    def _run(self) -> None:
+        error: BaseException | None = None
+        try:
+            self.model = self._load()
+            limits = {"max_slots": self._settings.max_batch, "cache_nbytes": self._settings.cache_nbytes}
+            engine = Engine(self.model.backend, self.model.tokenizer, **limits)
+            _warm_up(engine)
+            self.engine = engine
+            self._call(self._become_ready)
+            self._drive(engine)
+        except BaseException as caught:  # whatever it is, nobody may wait for this thread any longer
+            error = caught
+        if error is not None:
+            self._call(self._fail, error)
+        if self.engine is not None:
+            self.engine.close()
+        if self.model is not None:
+            self.model.close()
+
+    def _drive(self, engine: Engine) -> None:
+        while not self._stopping:
+            self._bell.clear()
+            while self._inbox:
+                self._submit(engine, *self._inbox.popleft())
+            if not engine.running and not engine.waiting:
+                if not self._inbox and not self._stopping:
+                    self._bell.wait()
+                continue
+            updates = engine.step()
+            if updates:
+                self._call(self._deliver, updates)
+            for update in updates:
+                if isinstance(update.error, BackendError) and not isinstance(update.error, NumericalError):
+                    raise update.error  # what made one pass fail may make each fail: let it be restarted
+
+    def _submit(
+        self, engine: Engine, ticket: Ticket, prompts: list[list[int]], params: SamplingParams
+    ) -> None:
+        for i, ids in enumerate(prompts):
+            if ticket.cancelled:
+                break
+            sequences = engine.submit(ids, params, prompt=i)
+            ticket.sequences += sequences
+            for sequence in sequences:
+                self._ticket_of[sequence] = ticket
+        if ticket.cancelled:  # since it was looked at; `_release` may have missed the last of them
+            for sequence in ticket.sequences:
+                engine.cancel(sequence)
+                self._ticket_of.pop(sequence, None)
+
+    def _call(self, function: Callable[..., None], *args: object) -> None:
+        try:
+            self._loop.call_soon_threadsafe(function, *args)
+        except RuntimeError:  # the event loop is closed: nobody waits
+            self._stopping = True
+
+
+def _warm_up(engine: Engine) -> None:
+    """Generate one token: the cache is made and the first request finds an engine that works."""
+    [sequence] = engine.submit([0], SamplingParams(max_new_tokens=1))
+    while not sequence.finished:
+        engine.step()
+    if sequence.error is not None:
+        raise sequence.error

@@ -1,0 +1,139 @@
+"""`POST /generate`: this library's own way of asking, with the names of `SamplingParams`."""
+
+import time
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from gpt2core import Sequence, Tokenizer, TokenLogprob, Update
+from gpt2core.serve.body import read_body
+from gpt2core.serve.errors import json_text
+from gpt2core.serve.events import EventStream, event
+from gpt2core.serve.openapi import answers, takes
+from gpt2core.serve.schemas import GenerateRequest, GenerateResponse
+from gpt2core.serve.service import Job, Service
+
+EXAMPLES = {
+    "one": {
+        "summary": "One prompt",
+        "value": {"prompt": "Once upon a time", "max_length": 50, "temperature": 0.8, "seed": 7},
+    },
+    "batch": {
+        "summary": "Two prompts as one batch",
+        "value": {"prompt": ["Once upon a time", "One day"], "max_new_tokens": 20},
+    },
+    "stream": {
+        "summary": "Streamed, with probabilities",
+        "value": {"prompt": "Once", "max_new_tokens": 20, "logprobs": 5, "stream": True},
+    },
+}
+
+
+def router(service: Service) -> APIRouter:
+    """The route."""
+    routes = APIRouter(tags=["generate"])
+
+    @routes.post(
+        "/generate",
+        summary="Continue one prompt or several",
+        openapi_extra=takes(GenerateRequest, EXAMPLES),
+        responses=answers(GenerateResponse, stream=True),
+        response_model=None,
+    )
+    async def generate(request: Request) -> Response:
+        """Continue a prompt, or several as one batch. With `"stream": true` as server-sent events."""
+        asked = await read_body(request, GenerateRequest, service.settings)
+        job = await service.accept(
+            request,
+            list(asked.prompts),
+            asked.params(),
+            stream=asked.stream,
+            allow_special=asked.allow_special,
+        )
+        form = _Form(service, job)
+        if asked.stream:
+            return EventStream(job, form.piece, form.closing)
+        try:
+            await job.ticket.done()
+            body = await service.in_thread(form.whole) if asked.logprobs is not None else form.whole()
+        finally:
+            job.close()
+        return Response(body, media_type="application/json")
+
+    return routes
+
+
+class _Form:
+    """The shapes of the answer."""
+
+    def __init__(self, service: Service, job: Job) -> None:
+        engine = service.driver.engine
+        assert engine is not None
+        assert engine.tokenizer is not None
+        self._job = job
+        self._tokenizer = engine.tokenizer
+        self._names = {"model": service.settings.name, "backend": engine.backend.name}
+        self._logprobs = job.params.logprobs is not None
+
+    def piece(self, update: Update) -> bytes:
+        """One event per token."""
+        one: dict[str, Any] = {
+            "index": update.sequence.prompt,
+            "choice": update.sequence.choice,
+            "text": update.text,
+            "token_id": update.token_id,
+        }
+        if self._logprobs:
+            shown = [token_info(self._tokenizer, entry) for entry in update.logprobs]
+            if update.token_id is None:  # the echoed prompt
+                one |= {"token": None, "logprob": None, "top_logprobs": [], "prompt_logprobs": shown}
+            else:
+                one |= shown[0]
+        return event(one | {"finish_reason": update.finish_reason})
+
+    def closing(self) -> tuple[bytes]:
+        """The last event: the same as the answer without a stream."""
+        return (b"data: " + self.whole() + b"\n\n",)
+
+    def whole(self) -> bytes:
+        """The answer without a stream."""
+        job, sequences = self._job, self._job.sequences
+        head = json_text({"generated_text": sequences[0].text})[:-1]
+        tail = json_text(
+            {
+                **self._names,
+                "seed": sequences[0].seed,
+                "elapsed_s": round(time.perf_counter() - job.ticket.begun_s, 6),
+                "usage": job.usage(job.generated_tokens()),
+            }
+        )
+        texts = b",".join(json_text(self._text(one)) for one in sequences)
+        return head + b',"generations":[' + texts + b"]," + tail[1:]
+
+    def _text(self, one: Sequence) -> dict[str, Any]:
+        result: dict[str, Any] = {
+            "text": one.text,
+            "finish_reason": one.finish_reason,
+            "prompt_tokens": one.prompt_tokens,
+            "completion_tokens": len(one.token_ids) - one.prompt_tokens,
+            "index": one.prompt,
+            "choice": one.choice,
+            "seed": one.seed,
+        }
+        if self._logprobs:
+            result["logprobs"] = [token_info(self._tokenizer, entry) for entry in one.logprobs]
+        return result
+
+
+def token_info(tokenizer: Tokenizer, entry: TokenLogprob) -> dict[str, Any]:
+    """One token with its probability and the likeliest others."""
+    return {
+        "token": tokenizer.token_text(entry.token_id),
+        "token_id": entry.token_id,
+        "logprob": entry.logprob,
+        "top_logprobs": [
+            {"token": tokenizer.token_text(token_id), "token_id": token_id, "logprob": logprob}
+            for token_id, logprob in entry.top
+        ],
+    }

@@ -1,0 +1,199 @@
+"""Pure ASGI around the whole app: who may ask, how much and how slowly, and which headers every answer has.
+
+Pure ASGI, because a middleware that wraps requests and responses (Starlette's `BaseHTTPMiddleware`) hides
+that a client has gone.
+"""
+
+import asyncio
+import contextlib
+import re
+import time
+import uuid
+from typing import Any, Final
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from gpt2core.serve import logs
+from gpt2core.serve.errors import CLIENT_GONE, Refusal, refusal_of
+from gpt2core.serve.metrics import Metrics
+from gpt2core.serve.settings import Settings
+
+SECURITY_HEADERS: Final = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
+DISCARD_NBYTES: Final = 8 * 2**20
+DISCARD_S: Final = 1.0
+METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_HOST: Final = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(?::\d{1,5})?")
+
+
+class Guard:
+    """The outermost middleware."""
+
+    def __init__(self, app: ASGIApp, *, settings: Settings, metrics: Metrics) -> None:
+        self._app = app
+        self._settings = settings
+        self._metrics = metrics
+        self._host_names = settings.host_names
+        self._origins = frozenset(settings.allowed_origins)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request, or let the app answer it."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        if scope["type"] != "http":  # a websocket: none is served here
+            await receive()
+            await send({"type": "websocket.close", "code": 1000})
+            return
+        await Exchange(self, scope, receive, send).run()
+
+    def refuse(self, headers: Headers) -> Refusal | None:
+        """Why a request of these headers is not let in."""
+        host = headers.getlist("host")
+        name = _HOST.fullmatch(host[0]) if len(host) == 1 else None
+        if name is None or not self._host_names & {name[1].lower(), "*"}:
+            return Refusal(
+                400,
+                "invalid_request_error",
+                "unknown_host",
+                "the Host header names no host of this server; add its name to GPT2CORE_ALLOWED_HOSTS",
+            )
+        origin = headers.get("origin")
+        if origin is not None and origin not in self._origins:
+            scheme, _, authority = origin.partition("://")
+            if scheme not in ("http", "https") or authority.lower() != host[0].lower():
+                return Refusal(
+                    403,
+                    "permission_error",
+                    "foreign_origin",
+                    "pages of other origins may not call this server; see GPT2CORE_ALLOWED_ORIGINS",
+                )
+        return None
+
+
+class Exchange:
+    """One request and its answer."""
+
+    def __init__(self, guard: Guard, scope: Scope, receive: Receive, send: Send) -> None:
+        self._guard = guard
+        self._scope = scope
+        self._receive = receive
+        self._send = send
+        self._headers = Headers(scope=scope)
+        self._begun_s = time.perf_counter()
+        self._received_nbytes = 0
+        self._complete = False
+        self._status: int | None = None
+        given = self._headers.get("x-request-id", "")
+        self._id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = self._id
+        scope["state"]["begun_s"] = self._begun_s
+
+    async def run(self) -> None:
+        """Answer, count and log."""
+        try:
+            refusal = self._guard.refuse(self._headers)
+            if refusal is None:
+                await self._guard._app(self._scope, self.receive, self.send)
+            else:
+                await refusal.response()(self._scope, self._receive, self.send)
+        except Exception as error:
+            if self._status is not None:
+                raise  # uvicorn then cuts the connection: nobody may take it for the answer's end
+            logs.event("error", "request_failed", error=logs.described(error), request_id=self._id)
+            await refusal_of(error).response()(self._scope, self._receive, self.send)
+        finally:
+            self._record()
+
+    async def receive(self) -> Message:
+        """The next message from the client; of a body no more and no slower than is allowed."""
+        if self._complete:
+            return await self._receive()
+        settings = self._guard._settings
+        length = self._headers.get("content-length", "")
+        if length.isdecimal() and (len(length) > 18 or int(length) > settings.max_body_nbytes):
+            raise _too_large(settings.max_body_nbytes)
+        left_s = self._begun_s + settings.receipt_s - time.perf_counter()
+        try:
+            async with asyncio.timeout(left_s):
+                message = await self._receive()
+        except TimeoutError:
+            message_text = f"the request's body did not arrive within {settings.receipt_s:g} s"
+            raise Refusal(
+                408, "timeout_error", "slow_body", message_text, headers={"Connection": "close"}
+            ) from None
+        self._received_nbytes += len(message.get("body", b""))
+        if self._received_nbytes > settings.max_body_nbytes:
+            raise _too_large(settings.max_body_nbytes)
+        self._complete = not message.get("more_body", False)
+        return message
+
+    async def send(self, message: Message) -> None:
+        """Pass a message of the answer on, with the headers that every answer has."""
+        if message["type"] == "http.response.start":
+            self._status = message["status"]
+            headers = MutableHeaders(scope=message)
+            for name, value in SECURITY_HEADERS.items():
+                headers.setdefault(name, value)
+            headers["X-Request-ID"] = self._id
+        elif not message.get("more_body", False) and self._unread():
+            await self._send({**message, "more_body": True})
+            await self._discard()
+            message = {"type": "http.response.body"}
+        await self._send(message)
+
+    def _unread(self) -> bool:
+        """Whether an answer goes out before its request is in; not after 408, when enough was waited for."""
+        announced = self._headers.get("content-length", "0") != "0" or "transfer-encoding" in self._headers
+        return announced and not self._complete and self._status != 408
+
+    async def _discard(self) -> None:
+        """Read on a little: closing with data unread resets the connection, and the answer with it."""
+        left_nbytes = DISCARD_NBYTES
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DISCARD_S):
+                while left_nbytes > 0:
+                    message = await self._receive()
+                    left_nbytes -= len(message.get("body", b""))
+                    if message["type"] != "http.request" or not message.get("more_body", False):
+                        return
+
+    def _record(self) -> None:
+        elapsed_s = time.perf_counter() - self._begun_s
+        route = getattr(
+            self._scope.get("route"), "path", "none"
+        )  # never the path itself: that is the client's
+        method = self._scope["method"] if self._scope["method"] in METHODS else "other"
+        status = self._status or CLIENT_GONE
+        self._guard._metrics.request(method, route, status, elapsed_s)
+        fields: dict[str, Any] = self._scope["state"].get("log", {})
+        logs.event(
+            "info" if route not in ("/livez", "/readyz", "/metrics") else "debug",
+            "request",
+            request_id=self._id,
+            method=method,
+            route=route,
+            status=status,
+            elapsed_ms=round(1000 * elapsed_s, 3),
+            **fields,
+        )
+
+
+def _too_large(most_nbytes: int) -> Refusal:
+    return Refusal(
+        413,
+        "invalid_request_error",
+        "body_too_large",
+        f"the request's body has more than {most_nbytes} bytes; send less",
+        headers={"Connection": "close"},
+    )

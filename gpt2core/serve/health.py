@@ -1,0 +1,52 @@
+"""`/livez`, `/readyz` and `/metrics`."""
+
+from fastapi import APIRouter
+from fastapi.responses import PlainTextResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from gpt2core.serve.driver import Driver
+from gpt2core.serve.errors import engine_failed, json_response
+from gpt2core.serve.metrics import Metrics
+from gpt2core.serve.openapi import answers
+from gpt2core.serve.schemas import Health
+
+
+def health_router(driver: Driver) -> APIRouter:
+    """The two routes that need no key."""
+    routes = APIRouter(tags=["health"])
+    described = {**answers(Health, open_to_all=True), 503: answers(Health, stream=True)[503]}
+
+    @routes.get("/livez", summary="Is the process worth keeping?", responses=described, response_model=None)
+    async def livez() -> Response:
+        """Say 503 when only a restart helps, else 200: also while the model is being loaded."""
+        if driver.state == "failed":
+            raise engine_failed()
+        return json_response({"status": "live"})
+
+    @routes.get("/readyz", summary="Can it take requests?", responses=described, response_model=None)
+    async def readyz() -> Response:
+        """Say 503 while the model is being loaded, while the server stops, and when the engine has failed."""
+        driver.check_ready()
+        return json_response({"status": "ready"})
+
+    return routes
+
+
+def metrics_router(metrics: Metrics) -> APIRouter:
+    """What Prometheus reads."""
+    routes = APIRouter(tags=["health"])
+
+    refusals = {status: answer for status, answer in answers(Health).items() if status != 200}
+
+    @routes.get(
+        "/metrics",
+        summary="Metrics for Prometheus",
+        response_class=PlainTextResponse,
+        responses=refusals,
+        response_model=None,
+    )
+    async def read() -> Response:
+        """In Prometheus' text format."""
+        return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    return routes

@@ -1,0 +1,71 @@
+"""Prometheus metrics, in a registry of each app's own; labels are route templates and statuses only."""
+
+from collections.abc import Callable, Iterable
+from typing import Final
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from gpt2core import Sequence
+
+SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+TOKEN_SECONDS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+LAG_SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.5, 1)
+ROWS: Final = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
+
+
+class Metrics:
+    """What the server counts."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        labels = ("method", "route", "status")
+        self._requests = Counter(
+            "gpt2core_requests", "Requests answered.", labels, registry=self.registry
+        )  # exposed as gpt2core_requests_total
+        self._request_s = self._histogram(
+            "gpt2core_request_seconds", "Time from a request's first byte to its answer's last.", SECONDS
+        )
+        self._rows = self._histogram("gpt2core_batch_rows", "Texts that advanced in one engine step.", ROWS)
+        self.ttft_s = self._histogram(
+            "gpt2core_time_to_first_token_seconds", "From a request's arrival to its first token.", SECONDS
+        )
+        self._token_s = self._histogram(
+            "gpt2core_time_per_token_seconds", "Of one text, between tokens after the first.", TOKEN_SECONDS
+        )
+        self._lag_s = self._histogram(
+            "gpt2core_event_loop_lag_seconds", "How late the event loop woke up.", LAG_SECONDS
+        )
+        self._prompt = Counter("gpt2core_prompt_tokens", "Prompt tokens.", registry=self.registry)
+        self._generated = Counter("gpt2core_generated_tokens", "Tokens generated.", registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: Iterable[float]) -> Histogram:
+        return Histogram(name, text, buckets=tuple(buckets), registry=self.registry)
+
+    def gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
+        """Add a gauge that is read when somebody asks."""
+        Gauge(name, text, registry=self.registry).set_function(read)
+
+    def request(self, method: str, route: str, status: int, elapsed_s: float) -> None:
+        """A request was answered."""
+        self._requests.labels(method, route, str(status)).inc()
+        self._request_s.observe(elapsed_s)
+
+    def step(self, rows: int, tokens: int) -> None:
+        """The engine took a step."""
+        self._rows.observe(rows)
+        self._generated.inc(tokens)
+
+    def ended(self, sequence: Sequence) -> None:
+        """A text is complete."""
+        self._prompt.inc(sequence.prompt_tokens)
+        later = len(sequence.token_ids) - sequence.prompt_tokens - 1
+        if later > 0 and sequence.first_token_s is not None and sequence.last_token_s is not None:
+            self._token_s.observe((sequence.last_token_s - sequence.first_token_s) / later)
+
+    def lag(self, lag_s: float) -> None:
+        """The event loop woke up late by so much."""
+        self._lag_s.observe(lag_s)
+
+    def text(self) -> bytes:
+        """All of them, in Prometheus' text format."""
+        return generate_latest(self.registry)

@@ -1,0 +1,334 @@
+"""What requests and answers look like; every field has bounds, and an unknown one is refused.
+
+The bounds here are the library's. A `Settings` object, given as validation context, sets lower ones; those
+are refused by a `Refusal`, which pydantic lets pass.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
+
+from gpt2core import SamplingParams
+from gpt2core.serve.errors import invalid
+from gpt2core.serve.settings import Settings
+
+Text = Annotated[str, Field(min_length=1)]
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Bias = dict[Annotated[str, Field(pattern=r"^[0-9]{1,10}$")], Annotated[float, Field(ge=-100, le=100)]]
+Stops = (
+    Annotated[str, Field(min_length=1, max_length=1024)]
+    | Annotated[list[Annotated[str, Field(min_length=1, max_length=1024)]], Field(max_length=16)]
+)
+LIMITS: dict[str, tuple[str, str]] = {
+    "n": ("maximum", "max_n"),
+    "best_of": ("maximum", "max_n"),
+    "logprobs": ("maximum", "max_logprobs"),
+    "logit_bias": ("maxProperties", "max_logit_bias"),
+}
+"""Field -> its bound's name in JSON Schema, and the setting that is this bound."""
+
+
+class Options(BaseModel):
+    """What both ways of generating share."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
+
+    @model_validator(mode="after")
+    def _within_limits(self, info: ValidationInfo) -> Self:
+        settings: Settings | None = info.context
+        if settings is None:
+            return self
+        for name, (_, setting) in LIMITS.items():
+            value, most = getattr(self, name, None), getattr(settings, setting)
+            size = value if isinstance(value, int) else len(value or ())
+            if size > most:
+                raise invalid(f"{name} is more than {most}, this server's limit", param=name)
+        stops = as_list(getattr(self, "stop", None))
+        if len(stops) > settings.max_stops:
+            message = f"stop has {len(stops)} strings; at most {settings.max_stops} are allowed"
+            raise invalid(message, param="stop")
+        if any(len(stop.encode()) > settings.max_stop_nbytes for stop in stops):
+            message = f"a stop string has more than {settings.max_stop_nbytes} bytes; shorten it"
+            raise invalid(message, param="stop")
+        prompts = as_list(getattr(self, "prompt", None))
+        if len(prompts) > settings.max_prompts and not isinstance(prompts[0], int):
+            message = f"there are {len(prompts)} prompts; at most {settings.max_prompts} are allowed"
+            raise invalid(message, param="prompt")
+        return self
+
+
+class GenerateRequest(Options):
+    """`POST /generate`."""
+
+    prompt: Text | Annotated[list[Text], Field(min_length=1)] = Field(
+        description="a text, or a list of texts that run as one batch; none may be empty"
+    )
+    max_new_tokens: Count | None = Field(default=None, description="at most so many new tokens")
+    max_length: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = Field(
+        default=None,
+        description="at most so many tokens, prompt and new ones; not together with max_new_tokens",
+    )
+    min_new_tokens: Count = Field(default=0, description="no end of text before so many new tokens")
+    temperature: Annotated[float, Field(ge=0, le=1e6)] = Field(
+        default=0.0, description="from 0, the likeliest token each time; 1 is the model's own distribution"
+    )
+    top_k: Count | None = Field(default=None, description="only the k likeliest tokens")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=1.0, description="above 0 and at most 1: only the likeliest tokens that together reach it"
+    )
+    min_p: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.0, description="from 0 to 1: only tokens this many times as likely as the likeliest"
+    )
+    repetition_penalty: Annotated[float, Field(gt=0, le=1e6)] = Field(
+        default=1.0, description="above 0; above 1 makes tokens that occurred less likely"
+    )
+    no_repeat_ngram_size: Count = Field(
+        default=0, description="no n-gram of this many tokens occurs twice; 0 is off"
+    )
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = Field(default=0.0, description="from -2 to 2")
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = Field(default=0.0, description="from -2 to 2")
+    logit_bias: Bias | None = Field(
+        default=None, description="token id -> added to its logit, from -100 to 100"
+    )
+    stop: Stops | None = Field(default=None, description="a string that ends the text, or a list of such")
+    n: Annotated[int, Field(ge=1, le=128)] = Field(default=1, description="how many texts per prompt, from 1")
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] | None = Field(
+        default=None, description="from 0 to 2**63 - 1: the same seed gives the same text"
+    )
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = Field(
+        default=None, description="report each token's log probability, and of so many alternatives, from 0"
+    )
+    echo: bool = Field(default=False, description="true or false: whether the text begins with the prompt")
+    allow_special: bool = Field(
+        default=False, description="true or false: whether <|endoftext|> in the prompt is that token"
+    )
+    stream: bool = Field(
+        default=False, description="true or false: whether the text comes as server-sent events"
+    )
+
+    @property
+    def prompts(self) -> list[str]:
+        """One or several, as a list."""
+        return as_list(self.prompt)
+
+    def params(self) -> SamplingParams:
+        """As the library has them.
+
+        Raises:
+            InvalidSamplingError: two of them contradict.
+        """
+        given = self.model_dump(exclude={"prompt", "allow_special", "stream", "logit_bias", "stop"})
+        return SamplingParams(**given, logit_bias=bias_of(self.logit_bias), stop=tuple(as_list(self.stop)))
+
+
+class StreamOptions(BaseModel):
+    """`stream_options` of OpenAI's API."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    include_usage: bool = Field(default=False, description="whether a last event counts the tokens")
+
+
+class CompletionRequest(Options):
+    """`POST /v1/completions`."""
+
+    model: Annotated[str, Field(min_length=1, max_length=256)] = Field(
+        description="a name that GET /v1/models lists"
+    )
+    prompt: (
+        Text
+        | Annotated[list[Text], Field(min_length=1)]
+        | Annotated[list[TokenId], Field(min_length=1)]
+        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)]
+    ) = Field(description="a text, a list of texts, token ids, or a list of lists of token ids; none empty")
+    max_tokens: Count | None = Field(default=16, description="at most so many new tokens, from 0")
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(default=1.0, description="from 0 to 2")
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        default=1.0, description="above 0 and at most 1"
+    )
+    n: Annotated[int, Field(ge=1, le=128)] | None = Field(
+        default=1, description="how many texts per prompt, from 1"
+    )
+    best_of: Annotated[int, Field(ge=1, le=128)] | None = Field(
+        default=None,
+        description="from n: generate so many texts and return the n likeliest per token; not streamed",
+    )
+    stop: Stops | None = Field(default=None, description="a string that ends the text, or a list of such")
+    echo: bool | None = Field(
+        default=False, description="true or false: whether the text begins with the prompt"
+    )
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = Field(
+        default=None, description="report each token's log probability, and of so many alternatives, from 0"
+    )
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] | None = Field(
+        default=None, description="from 0 to 2**63 - 1"
+    )
+    logit_bias: Bias | None = Field(
+        default=None, description="token id -> added to its logit, from -100 to 100"
+    )
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = Field(
+        default=0.0, description="from -2 to 2"
+    )
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = Field(
+        default=0.0, description="from -2 to 2"
+    )
+    stream: bool | None = Field(
+        default=False, description="true or false: whether the text comes as server-sent events"
+    )
+    stream_options: StreamOptions | None = Field(default=None, description="an object with include_usage")
+    suffix: None = Field(
+        default=None, description="these models cannot fill in before a suffix; leave it out"
+    )
+    user: Annotated[str, Field(max_length=256)] | None = Field(
+        default=None, description="a text; is not used"
+    )
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        n, best_of = self.n or 1, self.best_of or self.n or 1
+        if best_of < n:
+            raise invalid(f"best_of is {best_of}, less than n, {n}; raise it", param="best_of")
+        if self.stream and best_of > n:
+            message = "best_of above n cannot be streamed: the best are known at the end only"
+            raise invalid(message, param="best_of")
+        if self.stream_options is not None and not self.stream:
+            message = "stream_options is for streams; leave it out, or ask for stream: true"
+            raise invalid(message, param="stream_options")
+        return self
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """One or several, as a list."""
+        if isinstance(self.prompt, list) and isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return as_list(self.prompt)
+
+    def params(self) -> SamplingParams:
+        """As the library has them; of `best_of` texts the logprobs are needed in any case."""
+        ranked = self.best_of is not None and self.best_of > (self.n or 1)
+        return SamplingParams(
+            max_new_tokens=16 if self.max_tokens is None else self.max_tokens,
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=self.top_p or 1.0,
+            n=self.best_of or self.n or 1,
+            stop=tuple(as_list(self.stop)),
+            echo=bool(self.echo),
+            logprobs=0 if ranked and self.logprobs is None else self.logprobs,
+            seed=self.seed,
+            logit_bias=bias_of(self.logit_bias),
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+        )
+
+
+class TopLogprob(BaseModel):
+    """A token that could have been drawn."""
+
+    token: str
+    token_id: int
+    logprob: float
+
+
+class TokenInfo(BaseModel):
+    """A token of the text; the first of an echoed prompt has no logprob."""
+
+    token: str
+    token_id: int
+    logprob: float | None
+    top_logprobs: list[TopLogprob]
+
+
+class GeneratedText(BaseModel):
+    """One text."""
+
+    text: str
+    finish_reason: Literal["stop", "length"]
+    prompt_tokens: int
+    completion_tokens: int
+    index: int
+    choice: int
+    seed: int
+    logprobs: list[TokenInfo] | None = None
+
+
+class Usage(BaseModel):
+    """Tokens of the whole request."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class GenerateResponse(BaseModel):
+    """The answer of `POST /generate`, and the last event of its stream."""
+
+    generated_text: str
+    generations: list[GeneratedText]
+    model: str
+    backend: str
+    seed: int
+    elapsed_s: float
+    usage: Usage
+
+
+class CompletionLogprobs(BaseModel):
+    """As OpenAI's completions have them: lists side by side."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionChoice(BaseModel):
+    """One text."""
+
+    text: str
+    index: int
+    logprobs: CompletionLogprobs | None
+    finish_reason: Literal["stop", "length"] | None
+
+
+class Completion(BaseModel):
+    """The answer of `POST /v1/completions`."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+class ModelCard(BaseModel):
+    """A model of this server."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    context: int | None
+
+
+class ModelList(BaseModel):
+    """The answer of `GET /v1/models`."""
+
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+class Health(BaseModel):
+    """The answer of `/livez` and `/readyz`."""
+
+    status: str
+
+
+def as_list(value: Any) -> list[Any]:
+    """One value, or several, or None, as a list."""
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def bias_of(given: dict[str, float] | None) -> dict[int, float]:
+    """`logit_bias` with token ids as numbers, which JSON cannot have as keys."""
+    return {int(token_id): bias for token_id, bias in (given or {}).items()}

@@ -1,0 +1,141 @@
+"""What the routes share: a request becomes token ids off the event loop, then a ticket of the engine."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+from starlette.types import Message
+
+from gpt2core import ContextLengthError, RequestError, SamplingParams, Sequence
+from gpt2core.serve.driver import Driver
+from gpt2core.serve.errors import Disconnected, invalid, refusal_of
+from gpt2core.serve.settings import Settings
+from gpt2core.serve.ticket import Ticket
+
+Prompt = str | list[int]
+T = TypeVar("T")
+TOKENIZER_THREADS = 2
+
+
+class Service:
+    """The engine as the routes see it."""
+
+    def __init__(self, driver: Driver, settings: Settings) -> None:
+        self.driver = driver
+        self.settings = settings
+        self._threads = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="gpt2core-text")
+
+    async def accept(
+        self,
+        request: Request,
+        prompts: list[Prompt],
+        params: SamplingParams,
+        *,
+        stream: bool,
+        allow_special: bool = False,
+    ) -> "Job":
+        """Begin a request; the caller must close the job.
+
+        Raises:
+            Refusal: it cannot run.
+        """
+        ticket = self.driver.reserve(len(prompts) * params.n, request.scope["state"]["begun_s"])
+        try:
+            ids = await self.in_thread(lambda: self._encode(prompts, params, allow_special))
+            self.driver.submit(ticket, ids, params, stream=stream)
+        except BaseException:
+            ticket.close()
+            raise
+        job = Job(ticket, params, [len(one) for one in ids], request)
+        log = {"prompts": len(prompts), "n": params.n, "prompt_tokens": job.prompt_tokens, "stream": stream}
+        request.scope["state"]["log"] = log
+        return job
+
+    async def in_thread(self, work: Callable[[], T]) -> T:
+        """Run what takes long, and holds no lock, beside the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    def close(self) -> None:
+        """Let go of the threads."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _encode(self, prompts: list[Prompt], params: SamplingParams, special: bool) -> list[list[int]]:
+        engine = self.driver.engine
+        assert engine is not None
+        assert engine.tokenizer is not None
+        most_nbytes = engine.config.n_positions * engine.tokenizer.max_token_bytes
+        result = []
+        for i, prompt in enumerate(prompts):
+            try:
+                if isinstance(prompt, str):
+                    nbytes = len(prompt.encode())
+                    if nbytes > most_nbytes:  # before tokenizing it, which might take long
+                        raise ContextLengthError(
+                            f"the prompt has {nbytes} bytes; this model's context of "
+                            f"{engine.config.n_positions} tokens holds at most {most_nbytes}; shorten it"
+                        )
+                    prompt = engine.tokenizer.encode(prompt, allow_special=special)
+                result.append(engine.check(prompt, params)[0])
+            except RequestError as error:
+                refusal = refusal_of(error)
+                where = f"prompt {i} of the list: " if len(prompts) > 1 else ""
+                raise invalid(where + refusal.message, param=refusal.param, code=refusal.code) from None
+        return result
+
+
+@dataclass(eq=False)
+class Job:
+    """One request that runs."""
+
+    ticket: Ticket
+    params: SamplingParams
+    prompt_lengths: list[int]
+    request: Request
+
+    def __post_init__(self) -> None:
+        self._watch = asyncio.create_task(self._until_gone())
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Of all prompts."""
+        return sum(self.prompt_lengths)
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """By prompt, then by choice."""
+        return self.ticket.sequences
+
+    def usage(self, completion_tokens: int) -> dict[str, int]:
+        """As OpenAI counts."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": self.prompt_tokens + completion_tokens,
+        }
+
+    def generated_tokens(self) -> int:
+        """So far, of all choices."""
+        return sum(len(one.token_ids) - one.prompt_tokens for one in self.sequences)
+
+    def close(self) -> None:
+        """Free what it holds; what still runs is cancelled."""
+        self._watch.cancel()
+        self.ticket.close()
+        log: dict[str, Any] = self.request.scope["state"]["log"]
+        log["completion_tokens"] = self.generated_tokens()
+        if self.ticket.error is not None:
+            log["outcome"] = outcome_of(self.ticket.error)
+
+    async def _until_gone(self) -> None:
+        receive: Callable[[], Awaitable[Message]] = self.request.receive
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self.ticket.fail(Disconnected())
+
+
+def outcome_of(error: BaseException) -> str:
+    """How a request ended, for the log."""
+    return "disconnected" if isinstance(error, Disconnected) else refusal_of(error).code

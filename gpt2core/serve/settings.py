@@ -1,0 +1,147 @@
+"""Every limit and option of the server; each is also an environment variable, `GPT2CORE_` and its name."""
+
+import ipaddress
+import os
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from gpt2core.errors import RequestError
+
+LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "[::1]")
+Names = Annotated[tuple[str, ...], NoDecode]
+
+
+class Settings(BaseSettings):
+    """How the server runs. Given arguments go before the environment, and the environment before defaults."""
+
+    model_config = SettingsConfigDict(env_prefix="GPT2CORE_", env_ignore_empty=True, frozen=True)
+
+    model: str = Field(default="demo", description="`demo`, a folder, or an id on the hub.")
+    revision: str | None = Field(default=None, description="Branch, tag or commit of a model on the hub.")
+    offline: bool = Field(default=False, description="Use local files only; never ask the hub.")
+    backend: str = Field(default="auto", description="Engine; see `gpt2core backends`.")
+    precision: str = Field(default="float32", description="Of the weights.")
+    device: str = Field(default="cpu", description="Where the engine computes.")
+    threads: int | None = Field(
+        default=None, ge=1, description="CPU threads of the engine; unset: it decides."
+    )
+    served_name: str | None = Field(
+        default=None,
+        pattern=r"^[\w./:-]{1,128}$",
+        description="The model's name in the API; unset: from `model`.",
+    )
+
+    host: str = Field(default="127.0.0.1", description="Address to listen on.")
+    port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    api_key: SecretStr | None = Field(default=None, description="The key that every request must bring.")
+    api_key_file: Path | None = Field(default=None, description="A file with such keys, one a line.")
+    insecure_no_auth: bool = Field(
+        default=False, description="Listen beyond this machine although there is no key."
+    )
+    allowed_hosts: Names = Field(
+        default=LOOPBACK_HOSTS, description="Accepted `Host` names, with commas between; `*` accepts all."
+    )
+    allowed_origins: Names = Field(
+        default=(), description="Foreign origins whose pages may call (CORS), with commas between."
+    )
+
+    max_body_nbytes: int = Field(default=256 * 1024, ge=1, description="Largest request body.")
+    max_json_depth: int = Field(default=32, ge=1, le=200, description="Deepest nesting of a request's JSON.")
+    max_prompts: int = Field(default=8, ge=1, description="Most prompts of one request.")
+    max_n: int = Field(default=4, ge=1, le=128, description="Most choices per prompt, `best_of` included.")
+    max_stops: int = Field(default=4, ge=0, le=16, description="Most stop strings.")
+    max_stop_nbytes: int = Field(
+        default=64, ge=1, le=1024, description="Longest stop string, bytes of UTF-8."
+    )
+    max_logprobs: int = Field(default=5, ge=0, le=20, description="Most alternatives reported per token.")
+    max_logit_bias: int = Field(default=300, ge=0, le=1024, description="Most entries of `logit_bias`.")
+    max_batch: int = Field(default=32, ge=1, description="Most texts that are generated at once.")
+    max_queue: int = Field(default=64, ge=0, description="Most texts that wait for their turn.")
+    cache_nbytes: int = Field(
+        default=4 * 2**30, ge=1, description="Limit on the KV cache; may lower `max_batch`."
+    )
+    deadline_s: float = Field(default=120, gt=0, le=86400, description="Longest time for one request.")
+    receipt_s: float = Field(
+        default=15, gt=0, le=3600, description="Longest time in which a request must arrive."
+    )
+    drain_s: float = Field(default=30, ge=0, le=3600, description="Time for running requests after SIGTERM.")
+    playground: bool = Field(default=True, description="Serve the playground page at `/`.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="Least level logged."
+    )
+
+    @field_validator("allowed_hosts", "allowed_origins", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(name.strip() for name in value.split(",") if name.strip())
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.max_prompts * self.max_n > self.max_batch + self.max_queue:
+            raise ValueError(
+                f"max_prompts {self.max_prompts} times max_n {self.max_n} is more than max_batch "
+                f"{self.max_batch} and max_queue {self.max_queue} together, so the largest request could "
+                "never run; raise max_queue or lower max_prompts"
+            )
+        return self
+
+    @property
+    def name(self) -> str:
+        """The model's name in the API: of a folder only its last part, which says nothing of the machine."""
+        if self.served_name is not None:
+            return self.served_name
+        return os.path.basename(os.path.abspath(self.model)) if os.path.isdir(self.model) else self.model
+
+    @cached_property
+    def api_keys(self) -> tuple[bytes, ...]:
+        """The accepted keys; none of them: no key is asked for.
+
+        Raises:
+            RequestError: the file cannot be read, holds no key, or a key holds white space or is not ASCII.
+        """
+        keys = [] if self.api_key is None else [self.api_key.get_secret_value()]
+        if self.api_key_file is not None:
+            try:
+                lines = self.api_key_file.read_text("ascii").splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                raise RequestError(f"the API key file {self.api_key_file} cannot be read: {error}") from error
+            found = [line.strip() for line in lines if line.strip()]
+            if not found:
+                raise RequestError(f"the API key file {self.api_key_file} holds no key; write one a line")
+            keys += found
+        if any(not key.isascii() or not key.isprintable() or " " in key or not key for key in keys):
+            raise RequestError("an API key is empty, not ASCII or holds white space; take letters and digits")
+        return tuple(key.encode() for key in keys)
+
+    @property
+    def host_names(self) -> frozenset[str]:
+        """`allowed_hosts`, and the name that the server listens on."""
+        own = f"[{self.host}]" if ":" in self.host else self.host
+        return frozenset(name.lower() for name in (*self.allowed_hosts, own))
+
+    def check_exposure(self) -> None:
+        """Refuse to listen beyond this machine without a key.
+
+        Raises:
+            RequestError: so it is, and `insecure_no_auth` does not allow it; or the keys are broken.
+        """
+        if self.api_keys or self.insecure_no_auth or is_loopback(self.host):
+            return
+        raise RequestError(
+            f"host is {self.host!r}, which others can reach, and there is no API key; give --api-key-file "
+            "(or GPT2CORE_API_KEY), or --insecure-no-auth if something else guards the port"
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches `host`."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

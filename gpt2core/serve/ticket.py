@@ -1,0 +1,115 @@
+"""One request's way through the engine: its sequences, what they have given so far, and how it ends.
+
+Belongs to the event loop. The engine thread only appends to `sequences` and reads `cancelled`.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from types import TracebackType
+from typing import Self
+
+from gpt2core import Sequence, Update
+from gpt2core.serve.errors import deadline_exceeded
+
+
+class Ticket:
+    """A place in the engine for `count` sequences, held until `close`."""
+
+    def __init__(self, count: int, *, begun_s: float, deadline_s: float, release: Callable[["Ticket"], None]):
+        loop = asyncio.get_running_loop()
+        self.count = count
+        self.begun_s = begun_s
+        self.sequences: list[Sequence] = []
+        self.cancelled = False
+        self.stream = False
+        self.waits_for_token = True
+        self._open = count
+        self._updates: list[Update] = []
+        self._error: BaseException | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._release = release
+        left_s = begun_s + deadline_s - time.perf_counter()
+        self.deadline = loop.time() + left_s
+        self._timer = loop.call_at(self.deadline, lambda: self.fail(deadline_exceeded(deadline_s)))
+
+    @property
+    def closed(self) -> bool:
+        """Whether its place is free again."""
+        return self._timer.cancelled()
+
+    @property
+    def error(self) -> BaseException | None:
+        """Why it failed."""
+        return self._error
+
+    def take(self, update: Update) -> None:
+        """What a step did to one of its sequences."""
+        if update.error is not None:
+            self.fail(update.error)
+            return
+        if self.stream:
+            self._updates.append(update)
+        self._open -= update.finish_reason is not None
+        if self.stream or self._open == 0:
+            self._wake()
+
+    def fail(self, error: BaseException) -> None:
+        """End it with an error, wherever it stands."""
+        if self._error is None and not self.closed:
+            self._error = error
+            self._release(self)
+            self._wake()
+
+    async def done(self) -> None:
+        """Wait until all sequences have ended.
+
+        Raises:
+            Exception: what it failed with.
+        """
+        while self._open and self._error is None:
+            await self._wait()
+        if self._error is not None:
+            raise self._error
+
+    async def updates(self) -> AsyncIterator[list[Update]]:
+        """What the steps gave, as it comes; of several steps together where the reader is slow.
+
+        Raises:
+            Exception: what it failed with.
+        """
+        while True:
+            if self._updates:
+                updates, self._updates = self._updates, []
+                yield updates
+            elif self._error is not None:
+                raise self._error
+            elif not self._open:
+                return
+            else:
+                await self._wait()
+
+    def close(self) -> None:
+        """Give its place back; what still runs is cancelled."""
+        if not self.closed:
+            self._timer.cancel()
+            self._release(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    async def _wait(self) -> None:
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
