@@ -3,10 +3,12 @@
 import json
 
 import pytest
+from click.testing import CliRunner
 
-from gpt2core.bench import components
-from gpt2core.bench.breakdown import bars, table
-from gpt2core.bench.components import METHOD, measure_components
+from gpt2core.bench import ClassicSettings, components, run_classic
+from gpt2core.bench.breakdown import bars, breakdown_tables
+from gpt2core.bench.components import METHOD, measure_components, measure_folder
+from gpt2core.cli.bench import bench
 from gpt2core.errors import RequestError
 from gpt2core.testing import random_checkpoint
 
@@ -88,7 +90,7 @@ def test_the_table_shows_decoding_first_and_the_bars_hold_seconds():
     document = {"lines": [LINE, {**LINE, "phase": "decode"}], "method": "by cutting"}
     assert [bar.label for bar in bars(document)] == ["numpy, decode", "numpy, prefill"]
     assert bars(document)[0].seconds == {"attention": 0.001, "MLP": 0.002}
-    shown = table(document)
+    (shown,) = breakdown_tables(document)
     assert shown.columns == ("backend, phase", "attention", "MLP", "all")
     assert shown.rows[0] == ("numpy, decode (ms)", "1.00", "2.00", "3.00")
     assert "by cutting" in shown.text()
@@ -97,3 +99,24 @@ def test_the_table_shows_decoding_first_and_the_bars_hold_seconds():
 def test_a_broken_components_file_is_refused():
     with pytest.raises(RequestError, match=r"components.json is not what it should be"):
         bars({"lines": [{"phase": "decode"}]})
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_command_measures_the_benchmarks_own_model_and_backends_and_draws_them(tmp_path):
+    model, folder = random_checkpoint(tmp_path / "model", n_positions=128), tmp_path / "out"
+    settings = ClassicSettings(model=str(model), backend="numpy", prompts=("a b",), lengths=(6, 8), runs=1)
+    run_classic(settings, output=folder, report=False)
+    result = CliRunner().invoke(bench, ["analyse", str(folder), "--components"])
+    assert result.exit_code == 0, result.output
+    assert "Time by component" in result.output
+    assert "numpy, decode" in result.output
+    assert (folder / "gpt2_components.png").stat().st_size > 1000
+    assert "Time by component" in (folder / "report.html").read_text()
+
+
+def test_the_parts_of_a_server_cannot_be_seen(tmp_path):
+    line = {"kind": "classic", "cell": [0, 8, 0], "prompt": "a", "length": 8, "run": 0, "status": "failed"}
+    (tmp_path / "runs.jsonl").write_text(json.dumps(line) + "\n")
+    (tmp_path / "settings.json").write_text(json.dumps({"kind": "classic", "url": "http://127.0.0.1:1"}))
+    with pytest.raises(RequestError, match=r"of the server http://127\.0\.0\.1:1; its parts cannot be seen"):
+        measure_folder(tmp_path)

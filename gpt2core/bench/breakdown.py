@@ -34,8 +34,10 @@ def bars(components: dict[str, Any]) -> list[Bar]:
         raise RequestError(f"{COMPONENTS} is not what it should be ({error!r}); measure it again") from error
 
 
-def table(components: dict[str, Any]) -> Table:
-    """Time by component: a row for each backend and phase."""
+def breakdown_tables(components: dict[str, Any]) -> list[Table]:
+    """Time by component, a row for each backend and phase; no table where nothing was measured."""
+    if not components:
+        return []
     rows = bars(components)
     names = list(dict.fromkeys(name for row in rows for name in row.seconds))
     cells = []
@@ -43,9 +45,11 @@ def table(components: dict[str, Any]) -> Table:
         unit = unit_for("s", [row.total_s])
         times = [unit.number(row.seconds[name]) if name in row.seconds else "-" for name in names]
         cells.append((f"{row.label} ({unit.name})", *times, unit.number(row.total_s)))
-    return Table(
-        title="Time by component",
-        columns=("backend, phase", *names, "all"),
-        rows=tuple(cells),
-        note=str(components.get("method", "")),
-    )
+    return [
+        Table(
+            title="Time by component",
+            columns=("backend, phase", *names, "all"),
+            rows=tuple(cells),
+            note=str(components.get("method", "")),
+        )
+    ]

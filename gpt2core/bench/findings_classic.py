@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
+from gpt2core.bench.breakdown import breakdown_tables
 from gpt2core.bench.permutation import GroupEffect
 from gpt2core.bench.records import Records
 from gpt2core.bench.statistics import Curvature, Interval, LinearFit
@@ -95,8 +96,8 @@ class ClassicAnalysis:
 
     @property
     def tables(self) -> list[Table]:
-        """The means."""
-        return [_means(self)]
+        """The means, and where the time goes if that was measured."""
+        return [_means(self), *breakdown_tables(self.records.components)]
 
     def text(self) -> str:
         """For a terminal."""

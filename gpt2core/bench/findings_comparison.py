@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Final
 
+from gpt2core.bench.breakdown import breakdown_tables
 from gpt2core.bench.records import Records
 from gpt2core.bench.statistics import Interval
 from gpt2core.bench.tables import Table, plain, short
@@ -129,9 +130,10 @@ class ComparisonAnalysis:
 
     @property
     def tables(self) -> list[Table]:
-        """A table per measure, then ratios and roofline."""
+        """A table per measure, then ratios, roofline, and where the time goes if that was measured."""
         tables = [_table(self, measure) for measure in MEASURES if self.of(measure) and measure not in ONCE]
-        return [*tables, *_once(self), *_ratios(self), *_roofline(self)]
+        components = breakdown_tables(self.records.components)
+        return [*tables, *_once(self), *_ratios(self), *_roofline(self), *components]
 
     def text(self) -> str:
         """For a terminal."""

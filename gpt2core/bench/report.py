@@ -10,7 +10,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from gpt2core.bench import plots, plots_comparison
 from gpt2core.bench.analysis import Analysis, analyse_records
-from gpt2core.bench.breakdown import table as breakdown_table
 from gpt2core.bench.drawing import png
 from gpt2core.bench.files import write_atomically
 from gpt2core.bench.findings_classic import ClassicAnalysis
@@ -95,9 +94,6 @@ def _html(records: Records, analysis: Analysis, drawn: dict[str, tuple[bytes, st
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    tables = analysis.tables
-    if records.components:
-        tables = [*tables, breakdown_table(records.components)]
     what = "Generation benchmark" if records.kind == "classic" else "Comparison of engines"
     model = records.settings.get("model")
     return environment.get_template("report.html.j2").render(
@@ -108,7 +104,7 @@ def _html(records: Records, analysis: Analysis, drawn: dict[str, tuple[bytes, st
             {"name": name, "caption": caption, "base64": base64.b64encode(image).decode()}
             for name, (image, caption) in drawn.items()
         ],
-        tables=tables,
+        tables=analysis.tables,
         method=_CLASSIC_METHOD if records.kind == "classic" else _COMPARISON_METHOD,
         settings=list(_flat(records.settings)),
         environment=list(_flat(records.environment)) or [("unknown", "there is no environment.json")],

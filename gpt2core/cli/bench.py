@@ -16,6 +16,7 @@ from gpt2core.cli.bench_comparison import (
     run_recommendation,
 )
 from gpt2core.cli.console import (
+    Status,
     checkpoint_options,
     json_option,
     one_line,
@@ -205,8 +206,14 @@ def bench(
 
 @bench.command(short_help="What do the measurements in a folder say?")
 @click.argument("folder", type=click.Path(path_type=Path))
+@click.option(
+    "--components",
+    is_flag=True,
+    help="First measure where the time goes, on the same model and backends; a minute or so. The report is "
+    "written anew.",
+)
 @json_option
-def analyse(folder: Path, *, as_json: bool) -> None:
+def analyse(folder: Path, *, components: bool, as_json: bool) -> None:
     """Analyse the benchmark in FOLDER.
 
     Is time linear in length, does the prompt matter beyond its number of tokens, where does the time go?
@@ -216,6 +223,15 @@ def analyse(folder: Path, *, as_json: bool) -> None:
     check_installed(*FOR_REPORTS)
     from gpt2core.bench.analysis import analyse as run
 
+    if components:
+        from gpt2core.bench.components import measure_folder
+        from gpt2core.bench.report import write_report
+
+        with Status("measuring the components") as status:
+            measure_folder(
+                folder, on_progress=lambda name: status.update(f"measuring the components: {name}")
+            )
+        write_report(folder)
     analysis = run(folder)
     if as_json:
         write_json(analysis.to_dict())
