@@ -41,7 +41,12 @@ class Server:
         self.app = create_app(settings, load=load)
         self.driver = self.app.state.driver
         config = uvicorn.Config(
-            self.app, http=patient(settings.receipt_s), log_config=None, access_log=False, ws="none"
+            self.app,
+            http=patient(settings.receipt_s),
+            log_config=None,
+            access_log=False,
+            ws="none",
+            server_header=False,
         )
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.port = self.socket.getsockname()[1]
@@ -146,6 +151,7 @@ def process(*options: str, **environment: str) -> Iterator[tuple[subprocess.Pope
     command = [sys.executable, "-m", "gpt2core", "serve", "--port", "0", *options]
     running = subprocess.Popen(command, stderr=subprocess.PIPE, env={**os.environ, **environment})
     assert running.stderr is not None
+    reader = threading.Thread(target=running.stderr.read, daemon=True)  # or it would block on a full pipe
     try:
         port = 0
         for line in running.stderr:
@@ -154,14 +160,14 @@ def process(*options: str, **environment: str) -> Iterator[tuple[subprocess.Pope
             if event["event"] == "ready":
                 break
         assert port, running.wait(HANG_S)
-        reader = threading.Thread(target=running.stderr.read, daemon=True)  # or it would block on a full pipe
         reader.start()
         yield running, f"http://127.0.0.1:{port}"
-        reader.join(HANG_S)
     finally:
         if running.poll() is None:
             running.send_signal(signal.SIGKILL)
         running.wait(HANG_S)
+        if reader.ident is not None:
+            reader.join(HANG_S)
         running.stderr.close()
 
 

@@ -92,7 +92,7 @@ def test_stop_echo_bias_and_penalties_have_their_meaning(client, model):
         prompt="ab",
         max_tokens=30,
         seed=2,
-        stop=["e", "x"],
+        stop=["zz", "s"],
         echo=True,
         logit_bias={"101": 4},
         presence_penalty=0.5,
@@ -103,7 +103,7 @@ def test_stop_echo_bias_and_penalties_have_their_meaning(client, model):
         "ab",
         max_new_tokens=30,
         seed=2,
-        stop=["e", "x"],
+        stop=["zz", "s"],
         echo=True,
         logit_bias={101: 4},
         presence_penalty=0.5,
@@ -111,7 +111,10 @@ def test_stop_echo_bias_and_penalties_have_their_meaning(client, model):
         top_p=0.95,
         temperature=1,
     )
-    assert (answer.choices[0].text, answer.choices[0].finish_reason) == (expected.text, "stop")
+    assert (answer.choices[0].text, answer.choices[0].finish_reason) == (
+        expected.text,
+        expected.finish_reason,
+    )
 
 
 def test_token_ids_give_what_their_text_gives(server, model):

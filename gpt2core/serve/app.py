@@ -47,7 +47,7 @@ def create_app(settings: Settings | None = None, *, load: Callable[[], GPT2] | N
             await driver.close()
             service.close()
 
-    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.state.driver = driver
     description: dict[str, Any] = {}
 
@@ -66,7 +66,7 @@ def create_app(settings: Settings | None = None, *, load: Callable[[], GPT2] | N
     if settings.playground:
         app.include_router(playground.routes(), dependencies=keyed)
 
-    for kind in (Refusal, Disconnected, Gpt2CoreError, HTTPException, Exception):
+    for kind in (Refusal, Disconnected, Gpt2CoreError, HTTPException):
         app.add_exception_handler(kind, answer_error)
     if settings.allowed_origins:
         app.add_middleware(

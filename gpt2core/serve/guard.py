@@ -14,7 +14,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gpt2core.serve import logs
-from gpt2core.serve.errors import Refusal
+from gpt2core.serve.errors import Refusal, refusal_of
 from gpt2core.serve.metrics import Metrics
 from gpt2core.serve.settings import Settings
 
@@ -104,6 +104,11 @@ class Exchange:
                 await self._guard._app(self._scope, self.receive, self.send)
             else:
                 await refusal.response()(self._scope, self._receive, self.send)
+        except Exception as error:
+            if self._status is not None:
+                raise  # uvicorn then cuts the connection: nobody may take it for the answer's end
+            logs.event("error", "request_failed", error=logs.described(error), request_id=self._id)
+            await refusal_of(error).response()(self._scope, self._receive, self.send)
         finally:
             self._record()
 

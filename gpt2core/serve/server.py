@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from types import FrameType
@@ -19,6 +20,7 @@ from gpt2core.serve.settings import Settings
 
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 DRAIN_GRACE_S: Final = 2.0
+BACKLOG: Final = 2048
 
 
 def run(settings: Settings) -> None:
@@ -44,7 +46,8 @@ def run(settings: Settings) -> None:
         date_header=False,
         timeout_graceful_shutdown=int(settings.drain_s + DRAIN_GRACE_S),
     )
-    sock = config.bind_socket()
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    sock = socket.create_server((settings.host, settings.port), family=family, backlog=BACKLOG)
     host, port = sock.getsockname()[:2]
     logs.event("info", "listening", host=host, port=port, model=settings.name)
     server = Server(config, app.state.driver)
