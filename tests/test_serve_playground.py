@@ -423,7 +423,7 @@ def test_against_the_real_server_the_page_shows_the_library_s_text_and_replays_i
         serving(model="demo", backend="numpy") as server,
         GPT2.from_pretrained("demo", backend="numpy") as model,
     ):
-        page = open_page(server.url + "/")
+        page = open_page(server.url + "/", expected=["status of 422"])
         run(page, "Once upon a time")
         expect(page.locator("#status")).to_contain_text("Done")
         seed = int(page.locator("#seed-used").text_content())
@@ -452,8 +452,8 @@ def test_against_the_real_server_the_page_shows_the_library_s_text_and_replays_i
 
 def test_the_real_server_asks_for_its_key_and_takes_it_from_the_page(open_page):
     with serving(model="demo", backend="numpy", api_key="k" * 8) as server:
-        credentials = {"username": "", "password": "k" * 8}
-        page = open_page(server.url + "/", http_credentials=credentials)
+        credentials = {"username": "", "password": "k" * 8}  # what a person types when the browser asks
+        page = open_page(server.url + "/", expected=["status of 401"], http_credentials=credentials)
         page.locator("#max_new_tokens").fill("3")
         page.locator("#api_key").fill("wrong")
         run(page)
