@@ -42,6 +42,7 @@ async function run() {
   part("figures").textContent = "";
   part("replay").hidden = true;
   tokens.begin(part("prompt").value);
+  part("output").scrollIntoView({ block: "nearest" }); // on a small screen it stands below the form
   try {
     const headers = { "Content-Type": "application/json" };
     const key = part("api_key").value.trim();
