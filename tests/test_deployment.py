@@ -1,4 +1,4 @@
-"""The files for deployment: a linted Dockerfile, a compose file and a systemd unit that hold what they promise."""
+"""The files for deployment: Dockerfile, compose file and systemd unit hold what they promise."""
 
 import os
 import re

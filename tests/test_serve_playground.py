@@ -13,12 +13,13 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from playwright.sync_api import expect, sync_playwright
-from serving import serving, until
+from serving import HANG_S, serving, until
 
 from gpt2core import GPT2
 from gpt2core.serve import playground
 from gpt2core.serve.guard import SECURITY_HEADERS
 
+expect.set_options(timeout=1000 * HANG_S)
 SEED = 2**63 - 25  # is no number of JavaScript
 BINS = ((0.01, "0"), (0.05, "1"), (0.2, "2"), (0.5, "3"), (0.9, "4"))
 HOSTILE = "<img src=x onerror=alert(1)>"
@@ -107,7 +108,7 @@ def planted():
     app.url = f"http://127.0.0.1:{sock.getsockname()[1]}/"
     yield app
     server.should_exit = True
-    thread.join(20)
+    thread.join(HANG_S)
     sock.close()
 
 
@@ -131,7 +132,7 @@ def open_page(browser):
         allowed.extend(expected)
         contexts.append(browser.new_context(**options))
         page = contexts[-1].new_page()
-        page.set_default_timeout(20_000)
+        page.set_default_timeout(1000 * HANG_S)
         page.on("console", lambda line: complaints.append(line.text) if line.type != "log" else None)
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("request", lambda request: complaints.append(request.url) if foreign(request, url) else None)
@@ -270,7 +271,7 @@ def test_stop_ends_the_request_and_keeps_the_text(planted, page, way):
     else:
         page.locator("#stop-button").click()
     expect(page.locator("#status")).to_have_text("Stopped after 2 tokens.")
-    assert planted.gone.wait(20), "the server was not told"
+    assert planted.gone.wait(HANG_S), "the server was not told"
     planted.hold = False
     expect(page.locator("#output")).to_have_attribute("aria-busy", "false")
     expect(page.locator("#run")).to_be_enabled()
