@@ -427,11 +427,11 @@ def test_against_the_real_server_the_page_shows_the_library_s_text_and_replays_i
         GPT2.from_pretrained("demo", backend="numpy") as model,
     ):
         page = open_page(server.url + "/", expected=["status of 422"])
-        page.locator("#max_new_tokens").fill("40")
+        page.locator("#max_new_tokens").fill("12")
         run(page, "Once upon a time")
         expect(page.locator("#status")).to_contain_text("Done")
         seed = int(page.locator("#seed-used").text_content())
-        want = model.generate("Once upon a time", max_new_tokens=40, temperature=0.8, top_p=0.95, seed=seed)
+        want = model.generate("Once upon a time", max_new_tokens=12, temperature=0.8, top_p=0.95, seed=seed)
         first = page.locator("#output").evaluate("e => e.textContent")
         assert first == "Once upon a time" + want.text
         page.locator(".token").nth(3).hover()

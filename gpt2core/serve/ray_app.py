@@ -2,8 +2,9 @@
 
     serve run gpt2core.serve.ray_app:build model=demo max_replicas=4 cpus=2
 
-Each replica is the whole app of `create_app` with an engine of its own. On one host they share one checkpoint:
-its file is memory-mapped, and the system keeps one copy of its pages for all of them. Needs the extra `ray`.
+Each replica is the whole app of `create_app` with an engine of its own. On one host they share one
+checkpoint: its file is memory-mapped, and the system keeps one copy of its pages for all of them. Needs the
+extra `ray`.
 """
 
 import asyncio
@@ -35,8 +36,9 @@ _OF_THE_PROXY: Final = ("host", "port")
 class Arguments(BaseModel):
     """What `serve run` and a config file may give: these, and every field of `Settings` beside them.
 
-    `max_replicas` above `min_replicas` lets Ray add replicas while more requests than `target_ongoing_requests`
-    are with each of them (by default `max_batch`: while texts would wait for a slot), and remove them later.
+    `max_replicas` above `min_replicas` lets Ray add replicas while more requests than
+    `target_ongoing_requests` are with each of them (by default `max_batch`: while texts would wait for a
+    slot), and remove them later.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -77,9 +79,9 @@ class Arguments(BaseModel):
         beyond = set(settings.allowed_hosts) - set(LOOPBACK_HOSTS)
         if beyond and not settings.api_keys and not settings.insecure_no_auth:
             raise RequestError(
-                f"allowed_hosts names {', '.join(sorted(beyond))}, so others may reach the server, and there is no "
-                "API key; set api_key_file or GPT2CORE_API_KEY, or insecure_no_auth=true if something else "
-                "guards it"
+                f"allowed_hosts names {', '.join(sorted(beyond))}, so others may reach the server, and there "
+                "is no API key; set api_key_file or GPT2CORE_API_KEY, or insecure_no_auth=true if something "
+                "else guards it"
             )
         return settings
 
@@ -141,8 +143,7 @@ def build(args: Arguments) -> Any:
         return ReadyApp(settings)
 
     most_texts = settings.max_batch + settings.max_queue
-    deployment = serve.deployment(
-        serve.ingress(app)(type(Replica.__name__, (Replica,), {})),  # `ingress` writes to the class
+    deployed: Any = serve.deployment(
         name=args.name,
         ray_actor_options={"num_cpus": args.cpus, "num_gpus": args.gpus},
         max_ongoing_requests=most_texts + SPARE,
@@ -157,4 +158,4 @@ def build(args: Arguments) -> Any:
             "downscale_delay_s": args.downscale_delay_s,
         },
     )
-    return deployment.bind()
+    return deployed(serve.ingress(app)(Replica)).bind()
