@@ -56,7 +56,8 @@ def test_python_m_gpt2core_prints_the_version():
 
 
 @pytest.mark.parametrize(
-    "script", ["scripts/try", "scripts/test", "scripts/test-extras", "scripts/check", ".ci/run"]
+    "script",
+    ["scripts/try", "scripts/test", "scripts/test-extras", "scripts/check", "scripts/robustness", ".ci/run"],
 )
 def test_a_script_is_executable_and_is_valid_bash(script):
     path = ROOT / script
@@ -201,7 +202,10 @@ def part_of(path: Path) -> str:
 def test_a_module_imports_only_what_stands_before_it(path):
     own = part_of(path)
     assert own in RANK, f"say in LAYERS (and in docs/architecture.md) where {own} stands"
-    used = {name.split(".")[1] for name in imports(path) if name.startswith("gpt2core.")} - {"__version__"}
+    names = {name.split(".")[1] for name in imports(path) if name.startswith("gpt2core.")} - {"__version__"}
+    used = {
+        gpt2core._MODULE_OF.get(name, name).split(".")[0] for name in names
+    }  # of a public name: its module
     assert {part for part in used if RANK[part] > RANK[own]} == set()
 
 

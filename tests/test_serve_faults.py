@@ -73,6 +73,20 @@ def test_a_client_that_leaves_frees_its_slot_and_its_place(where, abrupt):
             server.check_works()
 
 
+def test_a_client_that_left_before_its_answer_is_counted_and_is_no_error(caplog):
+    fake = Fake()
+    with serving(fake.load) as server:
+        fake.delay_s = 0.01
+        connection = connect(server, stream=False)
+        until(lambda: server.driver.requests == 1)
+        connection.close()
+        until(server.idle)
+        fake.delay_s = 0.0
+        name = 'gpt2core_requests_total{method="POST",route="/generate",status="499"}'
+        until(lambda: name in server.client.get("/metrics").text)
+    assert "request_failed" not in [record.msg for record in caplog.records]
+
+
 def test_a_client_that_closes_only_its_sending_side_still_gets_its_answer_or_is_let_go():
     with serving(Fake().load) as server:
         connection = connect(server, stream=False, tokens=5)

@@ -210,6 +210,11 @@ def test_a_megabyte_is_refused_by_its_announced_length_before_it_is_sent(server)
     assert status_of(raw(server.port, post_bytes(b"", length=10**30))) in (400, 413)
 
 
+def test_a_client_that_sends_a_megabyte_in_one_go_can_read_the_refusal(server):
+    for _ in range(5):
+        assert status_of(raw(server.port, post_bytes(b"x" * 2**21))) == 413
+
+
 def test_a_slow_body_is_408(server):
     answer = raw(server.port, post_bytes(b'{"prompt":', length=100))
     assert (status_of(answer), error_of(answer)["code"]) == (408, "slow_body")

@@ -5,7 +5,7 @@ A message never repeats what the client sent, except numbers that have passed th
 
 import json
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from fastapi import Request
 from fastapi.responses import Response
@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from gpt2core import BackendError, ContextLengthError, NumericalError, RequestError
 from gpt2core.serve import logs
 
+CLIENT_GONE: Final = 499
 ErrorType = Literal[
     "invalid_request_error",
     "authentication_error",
@@ -146,6 +147,8 @@ def engine_failed() -> Refusal:
 
 async def answer_error(request: Request, error: Exception) -> Response:
     """The exception handler of every route."""
+    if isinstance(error, Disconnected):
+        return Response(status_code=CLIENT_GONE)  # nobody reads it; the metrics count it
     refusal = refusal_of(error)
     if refusal.status >= 500 and not isinstance(error, Refusal):
         logs.event("error", "request_failed", error=logs.described(error), **logs.request_id(request.scope))

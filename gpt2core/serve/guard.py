@@ -5,6 +5,7 @@ that a client has gone.
 """
 
 import asyncio
+import contextlib
 import re
 import time
 import uuid
@@ -14,7 +15,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gpt2core.serve import logs
-from gpt2core.serve.errors import Refusal, refusal_of
+from gpt2core.serve.errors import CLIENT_GONE, Refusal, refusal_of
 from gpt2core.serve.metrics import Metrics
 from gpt2core.serve.settings import Settings
 
@@ -28,6 +29,8 @@ SECURITY_HEADERS: Final = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
+DISCARD_NBYTES: Final = 8 * 2**20
+DISCARD_S: Final = 1.0
 METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _HOST: Final = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(?::\d{1,5})?")
@@ -143,7 +146,27 @@ class Exchange:
             for name, value in SECURITY_HEADERS.items():
                 headers.setdefault(name, value)
             headers["X-Request-ID"] = self._id
+        elif not message.get("more_body", False) and self._unread():
+            await self._send({**message, "more_body": True})
+            await self._discard()
+            message = {"type": "http.response.body"}
         await self._send(message)
+
+    def _unread(self) -> bool:
+        """Whether an answer goes out before its request is in; not after 408, when enough was waited for."""
+        announced = self._headers.get("content-length", "0") != "0" or "transfer-encoding" in self._headers
+        return announced and not self._complete and self._status != 408
+
+    async def _discard(self) -> None:
+        """Read on a little: closing with data unread resets the connection, and the answer with it."""
+        left_nbytes = DISCARD_NBYTES
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DISCARD_S):
+                while left_nbytes > 0:
+                    message = await self._receive()
+                    left_nbytes -= len(message.get("body", b""))
+                    if message["type"] != "http.request" or not message.get("more_body", False):
+                        return
 
     def _record(self) -> None:
         elapsed_s = time.perf_counter() - self._begun_s
@@ -151,7 +174,7 @@ class Exchange:
             self._scope.get("route"), "path", "none"
         )  # never the path itself: that is the client's
         method = self._scope["method"] if self._scope["method"] in METHODS else "other"
-        status = self._status or 499  # nobody was there any more to be answered
+        status = self._status or CLIENT_GONE
         self._guard._metrics.request(method, route, status, elapsed_s)
         fields: dict[str, Any] = self._scope["state"].get("log", {})
         logs.event(

@@ -1,7 +1,7 @@
 """`/livez`, `/readyz` and `/metrics`."""
 
 from fastapi import APIRouter
-from fastapi.responses import Response
+from fastapi.responses import PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from gpt2core.serve.driver import Driver
@@ -36,7 +36,15 @@ def metrics_router(metrics: Metrics) -> APIRouter:
     """What Prometheus reads."""
     routes = APIRouter(tags=["health"])
 
-    @routes.get("/metrics", summary="Metrics for Prometheus", response_model=None)
+    refusals = {status: answer for status, answer in answers(Health).items() if status != 200}
+
+    @routes.get(
+        "/metrics",
+        summary="Metrics for Prometheus",
+        response_class=PlainTextResponse,
+        responses=refusals,
+        response_model=None,
+    )
     async def read() -> Response:
         """In Prometheus' text format."""
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)

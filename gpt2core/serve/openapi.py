@@ -29,7 +29,11 @@ _MEANING = {
     504: "The request took too long",
 }
 _EVENT_STREAM = {
-    "schema": {"type": "string"},
+    "schema": {
+        "type": "object",
+        "properties": {"data": {"type": "string"}},
+        "required": ["data"],
+    },  # an event
     "example": 'data: {"index":0,"choice":0,"text":" there","token_id":612,"finish_reason":null}\n\n'
     "data: [DONE]\n\n",
 }

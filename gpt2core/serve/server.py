@@ -112,7 +112,12 @@ def patient(receipt_s: float) -> type[asyncio.Protocol]:
     class Patient(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
         def connection_made(self, transport: asyncio.Transport) -> None:
             super().connection_made(transport)
-            asyncio.get_running_loop().call_later(receipt_s, self._begun_or_closed)
+            loop = asyncio.get_running_loop()
+            self._patience = loop.call_later(receipt_s, self._begun_or_closed)
+
+        def connection_lost(self, error: Exception | None) -> None:
+            self._patience.cancel()  # it would keep the whole connection in memory until then
+            super().connection_lost(error)
 
         def _begun_or_closed(self) -> None:
             if self.cycle is None and not self.transport.is_closing():

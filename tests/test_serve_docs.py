@@ -1,0 +1,51 @@
+"""The server's documents and imports say what is so."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import gpt2core
+from gpt2core.serve import Settings
+
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs/serving.md").read_text()
+MODULES = sorted((ROOT / "gpt2core/serve").rglob("*.py"))
+PUBLIC_MODULES = ("gpt2core.serve", "gpt2core.backends", "gpt2core.errors", "gpt2core.testing")
+
+
+def shown(default: object) -> str:
+    if default is None or default in ((), ""):
+        return ""
+    if isinstance(default, bool):
+        return f"`{str(default).lower()}`"
+    return f"`{','.join(default)}`" if isinstance(default, tuple) else f"`{default}`"
+
+
+def test_the_table_of_settings_is_that_of_the_settings():
+    rows = re.findall(r"^\| `GPT2CORE_(\w+)` \| (.*?) ?\| (.*) \|$", PAGE, re.MULTILINE)
+    expected = [
+        (name.upper(), shown(field.default), field.description)
+        for name, field in Settings.model_fields.items()
+    ]
+    assert rows == expected
+
+
+def test_every_metric_and_every_route_is_in_the_documents():
+    from gpt2core.serve import create_app
+    from gpt2core.serve.metrics import Metrics
+
+    for metric in Metrics().registry.collect():
+        assert metric.name in PAGE
+    for path in create_app(Settings()).openapi()["paths"]:
+        assert path.partition("{")[0].rstrip("/") in PAGE
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.name)
+def test_the_server_uses_public_names_of_the_library_only(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "gpt2core":
+            assert {alias.name for alias in node.names} <= {*gpt2core.__all__, "__version__"}
+        elif isinstance(node, ast.ImportFrom) and node.module.startswith("gpt2core."):
+            assert node.module.startswith(PUBLIC_MODULES), node.module
