@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import contextlib
 import importlib.util
 import json
 import os
@@ -37,6 +38,7 @@ with warnings.catch_warnings():
 EXAMPLE = Path(__file__).parent.parent / "examples/batch_inference_ray.py"
 ASKED = {"max_new_tokens": 30, "temperature": 0.9}
 START_S = 120
+pytestmark = pytest.mark.filterwarnings("ignore:.use_push_based_shuffle. is deprecated")  # Ray Data's own
 
 
 @pytest.fixture(scope="module")
@@ -54,14 +56,20 @@ def local_ray():
 
 
 @pytest.fixture(scope="module")
-def url(local_ray):
-    """One replica of the demo model, two when it has more to do than its batch holds."""
+def folder(tmp_path_factory):
+    """A checkpoint of 14 MB in float32, so that it can be mapped as it is."""
+    return random_checkpoint(tmp_path_factory.mktemp("mapped"), n_embd=256, n_layer=4, n_positions=1024)
+
+
+@pytest.fixture(scope="module")
+def url(local_ray, folder):
+    """One replica, two when it has more to do than its batch holds."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     app = build(
         Arguments(
-            model="demo",
+            model=str(folder),
             backend="numpy",
             log_level="warning",
             **{"max_replicas": 2, "cpus": 0.25, "target_ongoing_requests": 4, "upscale_delay_s": 0.5},
@@ -82,8 +90,8 @@ def running_replicas():
     return serve.status().applications["app"].deployments["gpt2core"].replica_states.get("RUNNING", 0)
 
 
-def mappings_of_the_checkpoint():
-    """(pid, sizes of the mapped file's pages) of each process below this one that maps the demo's weights."""
+def mappings_of(file):
+    """pid -> the sizes of a mapped file's pages, of each process below this one that maps it."""
     found = {}
     for process in psutil.Process().children(recursive=True):
         try:
@@ -91,20 +99,23 @@ def mappings_of_the_checkpoint():
         except psutil.Error:  # it has ended meanwhile
             continue
         for one in maps:
-            if one.path.endswith("demo/model.safetensors"):
+            if one.path == str(file):
                 found[process.pid] = one
     return found
 
 
 def test_every_port_of_this_ray_is_on_the_loopback_address(url):
     processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
-    listening = [c.laddr.ip for p in processes for c in p.net_connections() if c.status == "LISTEN"]
+    listening = []
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+            listening += [c.laddr.ip for c in process.net_connections() if c.status == "LISTEN"]
     assert len(listening) >= 5
     assert {ip.removeprefix("::ffff:") for ip in listening} <= {"127.0.0.1", "::1"}
 
 
-def test_a_text_through_ray_is_the_library_s_text(client):
-    with GPT2.from_pretrained("demo", backend="numpy") as model:
+def test_a_text_through_ray_is_the_library_s_text(client, folder):
+    with GPT2.from_pretrained(folder, backend="numpy") as model:
         wanted = model.generate("Once upon a time", **ASKED, seed=7).text
     answer = client.post("/generate", json={"prompt": "Once upon a time", **ASKED, "seed": 7})
     assert (answer.status_code, answer.json()["generated_text"]) == (200, wanted)
@@ -131,14 +142,14 @@ def test_a_stream_comes_piece_by_piece_and_ends_its_work_when_the_client_leaves(
     assert value("gpt2core_generated_tokens_total") - before < 900
 
 
-def test_more_requests_than_a_batch_holds_bring_a_second_replica_that_shares_the_checkpoint(client):
+def test_more_requests_than_a_batch_holds_bring_a_second_replica_that_shares_the_checkpoint(client, folder):
     assert running_replicas() == 1
     stop = time.monotonic() + START_S
 
     def ask(i):
         texts = []
         while running_replicas() < 2 and time.monotonic() < stop:
-            body = {"prompt": "One day", "max_new_tokens": 200, "temperature": 0.9, "seed": i}
+            body = {"prompt": "One day", "max_new_tokens": 100, "temperature": 0.9, "seed": i}
             answer = client.post("/generate", json=body)
             assert answer.status_code == 200, answer.text
             texts.append(answer.json()["generated_text"])
@@ -149,7 +160,7 @@ def test_more_requests_than_a_batch_holds_bring_a_second_replica_that_shares_the
     assert running_replicas() == 2
     assert all(len(set(mine)) == 1 for mine in texts if mine)  # one seed, one text, whoever else runs
 
-    maps = mappings_of_the_checkpoint()
+    maps = mappings_of(folder / "model.safetensors")
     assert len(maps) == 2
     for one in maps.values():
         assert one.rss > 2**20
