@@ -9,7 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from gpt2core import GPT2, Gpt2CoreError
-from gpt2core.serve import apidocs, completions, generate, logs
+from gpt2core.serve import apidocs, completions, generate, logs, playground
 from gpt2core.serve.auth import key_required
 from gpt2core.serve.driver import Driver
 from gpt2core.serve.errors import Disconnected, Refusal, answer_error
@@ -63,6 +63,8 @@ def create_app(settings: Settings | None = None, *, load: Callable[[], GPT2] | N
     app.include_router(generate.router(service), dependencies=keyed)
     app.include_router(completions.router(service), dependencies=keyed)
     app.include_router(apidocs.router(described), dependencies=keyed)
+    if settings.playground:
+        app.include_router(playground.routes(), dependencies=keyed)
 
     for kind in (Refusal, Disconnected, Gpt2CoreError, HTTPException):
         app.add_exception_handler(kind, answer_error)

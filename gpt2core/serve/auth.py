@@ -23,8 +23,10 @@ def key_required(settings: Settings) -> Callable[[Request], Coroutine[Any, Any, 
         if any(matches):
             return
         schemes = 'Bearer realm="gpt2core"'
-        if request.method == "GET":  # a page: lets a browser ask for the key
-            schemes += ', Basic realm="gpt2core", charset="UTF-8"'
+        if (
+            request.method == "GET"
+        ):  # a page: lets a browser ask for the key; it looks at the first scheme only
+            schemes = f'Basic realm="gpt2core", charset="UTF-8", {schemes}'
         raise Refusal(
             401,
             "authentication_error",
