@@ -6,8 +6,9 @@ import pytest
 from click.testing import CliRunner
 
 from gpt2core.bench import ClassicSettings, components, run_classic
+from gpt2core.bench.analysis import measure_folder
 from gpt2core.bench.breakdown import bars, breakdown_tables
-from gpt2core.bench.components import METHOD, measure_components, measure_folder
+from gpt2core.bench.components import METHOD, measure_components
 from gpt2core.cli.bench import bench
 from gpt2core.errors import RequestError
 from gpt2core.testing import random_checkpoint

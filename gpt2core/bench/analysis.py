@@ -1,12 +1,15 @@
 """`gpt2core bench analyse FOLDER`: read what was measured and say what it shows."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from gpt2core.bench.analysis_classic import analyse_classic
 from gpt2core.bench.analysis_comparison import analyse_comparison
+from gpt2core.bench.components import Components, measure_components
 from gpt2core.bench.findings_classic import ClassicAnalysis
 from gpt2core.bench.findings_comparison import ComparisonAnalysis
 from gpt2core.bench.records import Records, read_records
+from gpt2core.errors import RequestError
 
 Analysis = ClassicAnalysis | ComparisonAnalysis
 """Both have `findings` and `tables`, `text()` for a terminal and `to_dict()` for strict JSON."""
@@ -24,3 +27,26 @@ def analyse(folder: str | Path) -> Analysis:
 def analyse_records(records: Records) -> Analysis:
     """The same for what was read already."""
     return analyse_classic(records) if records.kind == "classic" else analyse_comparison(records)
+
+
+def measure_folder(folder: str | Path, *, on_progress: Callable[[str], object] | None = None) -> Components:
+    """`measure_components` for the model, backends, precision and threads of a benchmark; kept in its folder.
+
+    Raises:
+        RequestError: the folder holds no benchmark, or one of a server, whose parts cannot be seen.
+        CheckpointError: the benchmark's model is gone.
+    """
+    settings = read_records(folder).settings
+    if settings.get("url") is not None:
+        raise RequestError(
+            f"{folder} is a benchmark of the server {settings['url']}; its parts cannot be seen"
+        )
+    measured = measure_components(
+        settings["model"],
+        backends=settings.get("backends") or [settings["backend"]],
+        precision=settings.get("precision") or settings["precisions"][0],
+        threads=settings["threads"],
+        on_progress=on_progress,
+    )
+    measured.save(folder)
+    return measured

@@ -28,7 +28,7 @@ from gpt2core import (
     open_checkpoint,
 )
 from gpt2core.bench.files import write_atomically
-from gpt2core.bench.records import COMPONENTS, read_records
+from gpt2core.bench.records import COMPONENTS
 from gpt2core.bench.statistics import Interval, bootstrap_interval
 from gpt2core.errors import RequestError
 
@@ -93,29 +93,6 @@ class Components:
         path = Path(folder) / COMPONENTS
         write_atomically(path, json.dumps(self.to_dict(), indent=1, allow_nan=False).encode())
         return path
-
-
-def measure_folder(folder: str | Path, *, on_progress: Callable[[str], object] | None = None) -> Components:
-    """`measure_components` for the model, backends, precision and threads of a benchmark; kept in its folder.
-
-    Raises:
-        RequestError: the folder holds no benchmark, or one of a server, whose parts cannot be seen.
-        CheckpointError: the benchmark's model is gone.
-    """
-    settings = read_records(folder).settings
-    if settings.get("url") is not None:
-        raise RequestError(
-            f"{folder} is a benchmark of the server {settings['url']}; its parts cannot be seen"
-        )
-    measured = measure_components(
-        settings["model"],
-        backends=settings.get("backends") or [settings["backend"]],
-        precision=settings.get("precision") or settings["precisions"][0],
-        threads=settings["threads"],
-        on_progress=on_progress,
-    )
-    measured.save(folder)
-    return measured
 
 
 def measure_components(
