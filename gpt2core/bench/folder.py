@@ -28,7 +28,6 @@ _LEFT_OVER: Final = re.compile(
 """What a kill leaves of a file that was being written."""
 
 
-
 def check_folder(path: Path, environment: Mapping[str, Any], *, resume: bool, force: bool) -> None:
     """Refuse a folder that may not be written to, before anything expensive is done. Writes nothing.
 
@@ -49,7 +48,9 @@ def check_folder(path: Path, environment: Mapping[str, Any], *, resume: bool, fo
         )
     if SETTINGS in names:
         found = differences(read_json(path / ENVIRONMENT), environment)
-        _refuse(path, [one for one in found if not one.startswith("id:")], "another machine or other versions")
+        _refuse(
+            path, [one for one in found if not one.startswith("id:")], "another machine or other versions"
+        )
     elif not all(name == ENVIRONMENT or _LEFT_OVER.fullmatch(name) for name in names):
         raise BenchmarkError(f"output folder {path} holds no benchmark to resume; give another --output")
 
@@ -136,7 +137,9 @@ class ResultsFolder:
 def _refuse(path: Path, found: Sequence[str], what: str) -> None:
     if found:
         shown = "; ".join([*found[:5], *([f"and {len(found) - 5} more"] if len(found) > 5 else [])])
-        raise BenchmarkError(f"the benchmark in {path} is of {what} ({shown}); give another --output, or --force")
+        raise BenchmarkError(
+            f"the benchmark in {path} is of {what} ({shown}); give another --output, or --force"
+        )
 
 
 def _lock(path: Path) -> Callable[[], None]:
@@ -150,7 +153,9 @@ def _lock(path: Path) -> Callable[[], None]:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(descriptor)
-        raise BenchmarkError(f"another process writes to {path}; wait for it or give another --output") from error
+        raise BenchmarkError(
+            f"another process writes to {path}; wait for it or give another --output"
+        ) from error
     except OSError:  # a file system without locks
         os.close(descriptor)
         return lambda: None
