@@ -9,15 +9,15 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from gpt2core.backends.base import Backend, Cache
+from gpt2core.backends.base import Backend, Cache, PricesTokens
 from gpt2core.batch import Batch
 from gpt2core.config import ModelConfig
 from gpt2core.errors import Gpt2CoreError, RequestError
 from gpt2core.sampling import sample_token
 from gpt2core.sequence import Sequence
-from gpt2core.speculation import TOKEN_COST, Mode, PromptLookup, Speculation, check_mode
+from gpt2core.speculation import Mode, PromptLookup, Speculation, check_mode, further_cost
 
-_MOST_COST: Final = 0.95  # below 1, so that also a draft as large as the model is tried
+_MOST_COST: Final = 0.5  # so that a draft as large as the model is used too: somebody asked for it
 
 
 def check_draft(config: ModelConfig, draft: ModelConfig) -> None:
@@ -41,17 +41,18 @@ def draft_nbytes(draft: Backend | None, config: ModelConfig) -> int:
 
 
 def speculation_of(
-    mode: Mode, draft: Backend | None, config: ModelConfig, slots: int, step_tokens: int
+    mode: Mode, draft: Backend | None, backend: Backend, slots: int, step_tokens: int
 ) -> Speculation | None:
-    """What an engine's options ask for.
+    """What the options of an engine on `backend` ask for.
 
     Raises:
         RequestError: they are unknown, contradict each other or do not fit the model.
     """
     check_mode(mode, with_draft=draft is not None)
+    price = backend.further_cost if isinstance(backend, PricesTokens) else further_cost
     if draft is not None:
-        return Speculation(DraftModel(draft, config, slots, step_tokens), step_tokens)
-    return None if mode == "off" else Speculation(PromptLookup(), step_tokens)
+        return Speculation(DraftModel(draft, backend.config, slots, step_tokens), price, step_tokens)
+    return None if mode == "off" else Speculation(PromptLookup(), price, step_tokens)
 
 
 @dataclass(slots=True)
@@ -88,8 +89,7 @@ class DraftModel:
         self._cache: Cache | None = None
         self._read: WeakKeyDictionary[Sequence, _Read] = WeakKeyDictionary()
         # Both models decode at the speed at which their weights come from memory.
-        ratio = backend.config.parameters / config.parameters
-        self.token_cost = min(TOKEN_COST + ratio, _MOST_COST)
+        self.token_cost = min(backend.config.parameters / config.parameters, _MOST_COST)
 
     def propose(self, wants: abc.Sequence[tuple[Sequence, int]]) -> list[list[int]]:
         """See `gpt2core.speculation.Source.propose`."""

@@ -86,7 +86,7 @@ class Engine:
         self.slots = min(max_slots, cache_nbytes // one_nbytes)
         self.steps = 0
         self._scheduler = Scheduler(slots=self.slots, step_tokens=step_tokens)
-        self._speculation = speculation_of(speculation, draft, self.config, self.slots, step_tokens)
+        self._speculation = speculation_of(speculation, draft, backend, self.slots, step_tokens)
         self._cache: Cache | None = None
         self._closed = False
         self._eos = frozenset(self.config.eos_token_ids)

@@ -37,10 +37,6 @@ LENGTHS: Final = (3, 7, 15)
 MOST_TOKENS: Final = 32
 """Tokens of one step, proposals included, beyond which nothing is proposed."""
 
-TOKEN_COST: Final = 0.2
-"""What one further token in a pass costs, in passes of one token: the most that the CPU backends take between
-batch 1 and batch 8 (README, "Speed and memory"). At `1 / TOKEN_COST` rows nothing could be gained."""
-
 ALLOWANCE: Final = 0.04
 """The share of a text's passes that refused proposals may cost, beyond one first attempt."""
 
@@ -62,12 +58,17 @@ def check_mode(mode: object, *, with_draft: bool) -> None:
         )
 
 
+def further_cost(tokens: int, rows: int) -> float:
+    """What `PricesTokens.further_cost` is taken for where a backend does not say."""
+    return 0.2 * tokens
+
+
 class Source(Protocol):
     """Who proposes."""
 
     @property
     def token_cost(self) -> float:
-        """What one proposed token costs until it is accepted or refused, in passes of one token."""
+        """What guessing one token costs, in the model's passes of one token."""
         ...
 
     def propose(self, wants: abc.Sequence[tuple[Sequence, int]]) -> list[list[int]]:
@@ -83,7 +84,7 @@ class PromptLookup:
     text it goes on with itself, as a copy in LZ77 does, so that a short period gives a long proposal.
     """
 
-    token_cost = TOKEN_COST
+    token_cost = 0.0
 
     def __init__(self) -> None:
         self._indices: WeakKeyDictionary[Sequence, _Index] = WeakKeyDictionary()
@@ -124,15 +125,16 @@ class _Index:
 class _Account:
     """What one sequence may still spend on proposals, in passes of one token.
 
-    Each pass earns `ALLOWANCE`, each accepted token 1, and each proposed token costs; so refused proposals
-    can never cost more than that share, whatever the text does. A text that accepts lives off what it earns.
+    Each pass earns `ALLOWANCE`, each accepted token 1, and each proposal costs; so refused proposals can
+    never cost more than that share, whatever the text does. A text that accepts lives off what it earns.
     """
 
     credit: float
-    level: int = 0  # index into LENGTHS: how much is proposed next, if the credit reaches
+    level: int = 0  # how many of the lengths beyond the least may be proposed, if the credit reaches
 
-    def length(self, cost: float) -> int:
-        return next((n for n in reversed(LENGTHS[: self.level + 1]) if n * cost <= self.credit + 1e-9), 0)
+    def length(self, costs: dict[int, float]) -> int:
+        affordable = [n for n in list(costs)[: self.level + 1] if costs[n] <= self.credit + 1e-9]
+        return max(affordable, default=0)
 
     def settle(self, proposed: int, accepted: int) -> None:
         self.credit += accepted
@@ -145,16 +147,22 @@ class _Account:
 class Speculation:
     """Decides in each step who is proposed to, and keeps count.
 
-    Proposals are a choice between rows and tokens: a refused one delays every row of the batch, and one row's
-    gain is one row's only. So a proposal is charged to its sequence once per row, and nothing is proposed
-    beside so many rows that it could not pay even if all were accepted, nor beyond `MOST_TOKENS`, nor beyond
-    the step's budget, of which prompts come first.
+    A refused proposal delays every row of the step, and what one row gains is its own. So a proposal is
+    charged to its sequence once per row, and none is made that could not pay even if all of it were accepted,
+    nor beyond `MOST_TOKENS`, nor beyond the step's budget, of which prompts come first.
+
+    Args:
+        source: who proposes.
+        price: `PricesTokens.further_cost` of the model's backend.
+        step_tokens: the step's budget.
     """
 
-    def __init__(self, source: Source, step_tokens: int) -> None:
+    def __init__(self, source: Source, price: abc.Callable[[int, int], float], step_tokens: int) -> None:
         self._source: Source | None = source
+        self._price = price
         self._most_tokens = min(MOST_TOKENS, step_tokens)
         self._accounts: WeakKeyDictionary[Sequence, _Account] = WeakKeyDictionary()
+        self._costs: dict[int, dict[int, float]] = {}  # by the number of rows: what may pay, and its cost
         self.proposed = 0
         self.accepted = 0
 
@@ -164,19 +172,26 @@ class Speculation:
         A source that fails is given up with a warning: the texts do not depend on it.
         """
         source, rows = self._source, len(step.decode) + len(step.prefill)
-        if source is None or not step.decode or (cost := rows * source.token_cost) >= 1:
+        if source is None or not step.decode:
             return {}
+        costs = self._costs.get(rows)
+        if costs is None:
+            costs = {n: cost for n in LENGTHS if (cost := self._cost(source, n, rows)) < n}
+            self._costs[rows] = costs
+        if not costs:
+            return {}
+        least, most = min(costs.values()), max(costs.values())
         room = self._most_tokens - len(step.decode) - sum(count for _, count in step.prefill)
         wants: list[tuple[Sequence, int]] = []
         for sequence in step.decode:
             account = self._accounts.get(sequence)
             if account is None:
-                account = self._accounts[sequence] = _Account(LENGTHS[0] * cost)  # one attempt is free
-            account.credit = min(account.credit + ALLOWANCE, LENGTHS[-1] * cost)
+                account = self._accounts[sequence] = _Account(least)  # one attempt is free
+            account.credit = min(account.credit + ALLOWANCE, most)
             # The pass itself gives one token, which is the last one allowed at the latest.
             left = sequence.prompt_tokens + sequence.max_new_tokens - len(sequence.token_ids) - 1
-            length = min(account.length(cost), left, room)
-            if length > 0:
+            length = min(account.length(costs), left, room)
+            if length > 0 and (length in costs or self._cost(source, length, rows) < length):
                 wants.append((sequence, length))
                 room -= length
         if not wants:
@@ -195,8 +210,11 @@ class Speculation:
         for (sequence, _), proposal in zip(wants, found, strict=True):
             if proposal:
                 proposals[sequence] = proposal
-                self._accounts[sequence].credit -= cost * len(proposal)
+                self._accounts[sequence].credit -= self._cost(source, len(proposal), rows)
         return proposals
+
+    def _cost(self, source: Source, tokens: int, rows: int) -> float:
+        return rows * (self._price(tokens, rows) + source.token_cost * tokens)
 
     def close(self) -> None:
         """Propose nothing any more, and let go of the source."""

@@ -17,7 +17,7 @@ from gpt2core.errors import BackendError, RequestError
 from gpt2core.model import GPT2
 from gpt2core.params import SamplingParams
 from gpt2core.sequence import Sequence, Update
-from gpt2core.speculation import ALLOWANCE, LENGTHS, MOST_TOKENS, TOKEN_COST, PromptLookup
+from gpt2core.speculation import ALLOWANCE, LENGTHS, MOST_TOKENS, PromptLookup, further_cost
 
 TOKENIZER = fakes.byte_tokenizer()
 LETTERS = [*b"abcdef"]
@@ -213,8 +213,8 @@ def test_refused_proposals_cost_no_more_than_their_share():
         got, one = generated(fresh, prompt, params=params, context=1024, speculation="prompt_lookup")
         assert got == generated(fresh, prompt, params=params, context=1024)[0]
         assert one.accepted_tokens == 0
-        wasted = one.proposed_tokens * TOKEN_COST
-        assert 0 < wasted <= ALLOWANCE * tokens + LENGTHS[0] * TOKEN_COST + 1e-6
+        wasted = further_cost(one.proposed_tokens, 1)
+        assert 0 < wasted <= ALLOWANCE * tokens + further_cost(LENGTHS[0], 1) + 1e-6
         assert wasted <= 0.05 * tokens
 
 
@@ -240,7 +240,7 @@ def test_proposals_have_few_lengths_and_a_step_has_a_limit():
 
 def test_beside_many_rows_nothing_is_proposed():
     one = engine(speculation="prompt_lookup", max_slots=8)
-    for _ in range(round(1 / TOKEN_COST)):
+    for _ in range(5):  # times 0.2, of which each proposed token costs every row
         one.submit(PROMPT, SamplingParams(max_new_tokens=30))
     run(one)
     assert one.proposed_tokens == 0
@@ -437,7 +437,7 @@ def test_a_bad_draft_is_asked_seldom():
     got, one = generated(params=params, context=1024, draft=draft)
     assert got == generated(params=params, context=1024)[0]
     assert one.accepted_tokens < one.proposed_tokens / 4
-    assert one.proposed_tokens * TOKEN_COST < 60
+    assert further_cost(one.proposed_tokens, 1) < 60
 
 
 def test_a_draft_of_a_shorter_context_helps_as_far_as_it_reaches():
