@@ -12,6 +12,7 @@ import pytest
 
 from gpt2core import testing
 from gpt2core.backends import available, create_backend
+from gpt2core.backends.base import PricesTokens
 from gpt2core.engine import Engine
 from gpt2core.errors import BackendError, RequestError
 from gpt2core.model import GPT2
@@ -244,6 +245,21 @@ def test_beside_many_rows_nothing_is_proposed():
         one.submit(PROMPT, SamplingParams(max_new_tokens=30))
     run(one)
     assert one.proposed_tokens == 0
+
+
+@pytest.mark.parametrize(("price", "lengths"), [(0.01, {3, 7, 15}), (6.0, {7, 15}), (15.0, set())])
+def test_what_cannot_pay_by_the_backends_own_price_is_not_proposed(price, lengths):
+    class Priced(fakes.FakeBackend):
+        def further_cost(self, tokens: int, rows: int) -> float:
+            return price
+
+    script = fakes.scripted({bytes(PROMPT): b"abcdefgh" * 30})
+    backend = Priced(big(256), script)
+    one = Engine(backend, TOKENIZER, speculation="prompt_lookup")
+    [sequence] = one.submit(PROMPT, SamplingParams(max_new_tokens=240))
+    run(one)
+    assert sequence.generated == [*b"abcdefgh" * 30]
+    assert {int(batch.lengths[0]) - 1 for batch in backend.batches[1:-1]} - {0} == lengths
 
 
 def test_prompts_come_first_in_a_steps_budget():
@@ -535,6 +551,17 @@ def test_leaving_a_stream_in_the_midst_of_an_accepted_proposal_frees_its_slot():
                 break
         assert (one._engine.running, one._engine.waiting) == (0, 0)
         assert one.generate(PROMPT, max_new_tokens=50).text == "abc" * 16 + "ab"
+
+
+@pytest.mark.parametrize("backend", available())
+def test_every_backend_has_a_price_at_which_a_single_text_gains(folder, backend):
+    from gpt2core.checkpoint import open_checkpoint
+
+    made = create_backend(backend, open_checkpoint(folder).weights, threads=1)
+    assert isinstance(made, PricesTokens)
+    costs = [made.further_cost(n, 1) for n in LENGTHS]
+    assert sorted(costs) == costs
+    assert all(0 < cost < n for n, cost in zip(LENGTHS, costs, strict=True))
 
 
 @pytest.mark.parametrize("backend", available())
