@@ -16,6 +16,9 @@ The others are what the model itself writes after a prompt, greedily and at temp
 
 Each text is written `--rounds` times by either way in turn, the order changing from round to round. A ratio
 is that of the decoding speeds of one such pair (above 1: prompt lookup is faster); the tokens are compared.
+
+`--passes` times single passes instead, over one row of several tokens beside one of a single token, and shows
+what the backend says of it (`further_cost`, by which refused proposals are limited).
 """
 
 import argparse
@@ -23,11 +26,13 @@ import random
 import statistics
 import sys
 import tempfile
+import time
 from typing import Any
 
 import numpy as np
 
 from gpt2core import GPT2, Backend, Batch, Cache, Generation
+from gpt2core.backends.base import PricesTokens as Prices
 
 
 class Scripted:
@@ -90,6 +95,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--new-tokens", type=int, default=200)
+    parser.add_argument("--passes", action="store_true", help="time passes over several tokens instead")
     parser.add_argument("--prompt", default="Once upon a time there was a king")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -100,7 +106,31 @@ def main() -> None:
             model = str(random_checkpoint(scratch, args.random))
         options = {"backend": args.backend, "precision": args.precision, "threads": args.threads}
         with GPT2.from_pretrained(model, **options) as loaded:
-            run(loaded, args)
+            if args.passes:
+                time_passes(loaded.backend, args.rounds)
+            else:
+                run(loaded, args)
+
+
+def time_passes(backend: Backend, rounds: int) -> None:
+    """Print how much longer a pass over several tokens of one text takes than one over a single token."""
+    start = backend.config.n_positions // 2
+    cache = backend.new_cache(1, backend.config.n_positions)
+    backend.forward(Batch.of([(range(start), 0, 0)]), cache)
+    times_s: dict[int, list[float]] = {n: [] for n in (1, 2, 4, 8, 16)}
+    for i in range(10 * rounds + 1):
+        for n, measured in times_s.items():
+            batch = Batch.of([(range(n), start, 0)], range(n))
+            start_s = time.perf_counter()
+            backend.forward(batch, cache)
+            if i > 0:  # the first round compiles and warms up
+                measured.append(time.perf_counter() - start_s)
+    print("| tokens | ms, median | longer than one token, in such passes | said |")
+    print("|---|---|---|---|")
+    for n, measured in times_s.items():
+        ratios = [several / one - 1 for several, one in zip(measured, times_s[1], strict=True)]
+        said = f"{backend.further_cost(n - 1, 1):.2f}" if isinstance(backend, Prices) and n > 1 else ""
+        print(f"| {n} | {1e3 * statistics.median(measured):.2f} | {statistics.median(ratios):.2f} | {said} |")
 
 
 def run(loaded: GPT2, args: argparse.Namespace) -> None:

@@ -2,9 +2,12 @@
 
 import gc
 import random
+import runpy
+import sys
 import weakref
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import fakes
 import numpy as np
@@ -584,3 +587,31 @@ def test_every_backend_gives_the_same_tokens_with_and_without(folder, backend):
             assert one.proposed_tokens > 0
     assert results[1] == results[0]
     assert results[2] == results[0]
+
+
+def test_the_example_measures_five_texts_and_single_passes(folder, monkeypatch, capsys):
+    script = str(Path(__file__).parent.parent / "examples/speculation.py")
+    args = [str(folder), "--backend", "numpy", "--threads", "1", "--rounds", "1", "--new-tokens", "40"]
+    monkeypatch.setattr(sys, "argv", [script, *args])
+    runpy.run_path(script, run_name="__main__")
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+    assert [row[0] for row in rows] == [
+        "| repeating",
+        "| unrelated",
+        "| misleading",
+        "| the model's own, greedy",
+        "| the model's own, temperature 0.8",
+    ]
+    accepted = [row[-1].removesuffix(" |").split(" of ") for row in rows]
+    assert int(accepted[0][0]) == int(accepted[0][1]) > 20
+    assert accepted[1] == ["0", "0"]
+    assert int(accepted[2][0]) == 0 < int(accepted[2][1])
+    monkeypatch.setattr(sys, "argv", [script, *args, "--passes"])
+    runpy.run_path(script, run_name="__main__")
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()[2:]] == [
+        "1",
+        "2",
+        "4",
+        "8",
+        "16",
+    ]
