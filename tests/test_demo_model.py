@@ -97,7 +97,10 @@ def test_same_seed_same_tokens_streamed(model, alone):
         assert "".join(piece.text for piece in pieces) == model.generate(prompt, seed=i, **SAMPLED).text
 
 
-SEEDS, OPEN = 50, {"max_new_tokens": 100, "temperature": 0.8}  # from all of the vocabulary
+SEEDS, OPEN = (
+    10,
+    {"max_new_tokens": 100, "temperature": 0.8},
+)  # from all of the vocabulary; .ci/run verifies 50
 
 
 @functools.cache
@@ -106,7 +109,7 @@ def seeded_one_by_one():
         return [model.generate("Once upon a time", seed=s, **OPEN).token_ids for s in range(SEEDS)]
 
 
-def test_fifty_seeds_give_the_tokens_of_numpy_one_by_one_in_a_batch_on_every_backend(model):
+def test_ten_seeds_give_the_tokens_of_numpy_one_by_one_in_a_batch_on_every_backend(model):
     engine, ids = Engine(model.backend, model.tokenizer), model.tokenizer.encode("Once upon a time")
     sequences = [engine.submit(ids, SamplingParams(seed=s, **OPEN))[0] for s in range(SEEDS)]
     while engine.running or engine.waiting:

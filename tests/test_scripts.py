@@ -142,8 +142,8 @@ def test_check_runs_every_step_and_names_those_that_failed(machine):
     result, _ = machine.run("check")
     assert result.returncode == 1
     ran = [line for line in result.stdout.splitlines() if not line.startswith("==")]
-    assert ran == ["ruff check", "ruff format", "mypy", "python -m"]
-    assert result.stdout.endswith("== failed: ruff check ruff format pytest\n")
+    assert ran == ["ruff check", "ruff format", "mypy", "python -m", "python -m"]
+    assert result.stdout.endswith("== failed: ruff check ruff format pytest of Ray pytest\n")
     for name in ("ruff", "python"):
         (tools / name).write_text("#!/usr/bin/env bash\n")
     result, _ = machine.run("check")

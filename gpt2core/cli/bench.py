@@ -225,9 +225,9 @@ def analyse(folder: Path, *, components: bool, as_json: bool) -> None:
 
     check_installed(*FOR_REPORTS)
     from gpt2core.bench.analysis import analyse as run
-    from gpt2core.bench.analysis import measure_folder
 
     if components:
+        from gpt2core.bench.analysis import measure_folder
         from gpt2core.bench.report import write_report
 
         with Status("measuring the components") as status:
