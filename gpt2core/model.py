@@ -67,7 +67,7 @@ class GPT2:
         model: str | os.PathLike[str],
         *,
         backend: str = "auto",
-        precision: str = "float32",
+        precision: str = "auto",
         device: str = "cpu",
         threads: int | None = None,
         revision: str | None = None,
@@ -82,7 +82,9 @@ class GPT2:
         Args:
             model: "demo" (bundled), a folder, or a model's id on the Hugging Face hub.
             backend: a name that `gpt2core backends` lists, or "auto".
-            precision: of the weights, "float32" or what the backend offers beyond.
+            precision: of the weights: "float32", "int8", "int4", "bfloat16", or "auto" for what the
+                checkpoint holds. A float checkpoint is rounded as it is loaded; `gpt2core quantize` does
+                that once, and better.
             device: where the backend computes.
             threads: CPU threads for it; None lets it decide.
             revision: branch, tag or commit on the hub.
@@ -100,12 +102,8 @@ class GPT2:
             model, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token
         )
         tokenizer = Tokenizer.from_folder(checkpoint.folder)
-        if backend == "auto":
-            backend, _ = backends.choose(
-                checkpoint.config, device=device, threads=threads, precision=precision
-            )
         engine = backends.create_backend(
-            backend, checkpoint.weights, device=device, threads=threads, precision=precision
+            backend, checkpoint.stored, device=device, threads=threads, precision=precision
         )
         try:
             return cls(engine, tokenizer, max_batch=max_batch, cache_nbytes=cache_nbytes)
@@ -117,6 +115,11 @@ class GPT2:
     def config(self) -> ModelConfig:
         """What the model computes."""
         return self.backend.config
+
+    @property
+    def precision(self) -> str:
+        """Of the weights that the backend runs."""
+        return str(getattr(self.backend, "precision", "float32"))
 
     @overload
     def generate(

@@ -100,7 +100,7 @@ def generate(
                     {
                         "model": model,
                         "backend": loaded.backend.name,
-                        "precision": precision,
+                        "precision": loaded.precision,
                         "prompt": text,
                         "load_s": load_s,
                         "generations": [_document(one) for one in result],
