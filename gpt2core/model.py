@@ -83,8 +83,7 @@ class GPT2:
             model: "demo" (bundled), a folder, or a model's id on the Hugging Face hub.
             backend: a name that `gpt2core backends` lists, or "auto".
             precision: of the weights: "float32", "int8", "int4", "bfloat16", or "auto" for what the
-                checkpoint holds. A float checkpoint is rounded as it is loaded; `gpt2core quantize` does
-                that once, and better.
+                checkpoint holds. Float weights are rounded on loading; `gpt2core quantize` does it once.
             device: where the backend computes.
             threads: CPU threads for it; None lets it decide.
             revision: branch, tag or commit on the hub.
@@ -115,11 +114,6 @@ class GPT2:
     def config(self) -> ModelConfig:
         """What the model computes."""
         return self.backend.config
-
-    @property
-    def precision(self) -> str:
-        """Of the weights that the backend runs."""
-        return str(getattr(self.backend, "precision", "float32"))
 
     @overload
     def generate(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gpt2core._shapes import Float32
+from gpt2core._shapes import Float32, Int32
 from gpt2core.config import ModelConfig
 from gpt2core.weights import BLOCK_NAMES, LayerNorm
 
@@ -167,6 +167,17 @@ class QuantizedWeights:
 def _endings(name: str, matrix: Matrix) -> Iterator[tuple[str, np.ndarray]]:
     for ending, array in matrix.arrays():
         yield name + ending, array
+
+
+def look_up(
+    table: Float32[np.ndarray, "V D"] | Table, tokens: Int32[np.ndarray, "..."]
+) -> Float32[np.ndarray, "... D"]:
+    """The rows of tokens in float32, the caller's own."""
+    if isinstance(table, Int8):
+        return table.values[tokens] * table.scale[tokens]
+    if isinstance(table, BFloat16):
+        return widen_bfloat16(table.bits[tokens])
+    return table[tokens]
 
 
 def unpack_nibbles(packed: np.ndarray) -> np.ndarray:

@@ -56,7 +56,9 @@ _BUILT_IN: Final[Mapping[str, _BuiltIn]] = {
     "numpy": _BuiltIn("gpt2core.backends.numpy_backend:NumpyBackend", "numpy", precisions=PRECISIONS),
     "torch": _BuiltIn("gpt2core.backends.torch_backend:TorchBackend", "torch"),
     "jax": _BuiltIn("gpt2core.backends.jax_backend:JaxBackend", "jax", ("jaxlib", "flax")),
-    "onnx": _BuiltIn("gpt2core.backends.onnx_backend:OnnxBackend", "onnxruntime", ("onnx",)),
+    "onnx": _BuiltIn(
+        "gpt2core.backends.onnx_backend:OnnxBackend", "onnxruntime", ("onnx",), ("float32", "int8", "int4")
+    ),
 }
 BUILT_IN: Final = tuple(_BUILT_IN)
 """The names of the backends that come with the library."""

@@ -17,13 +17,13 @@ from gpt2core._shapes import Float, Float32
 from gpt2core.backends import numpy_kernels as kernels
 from gpt2core.backends.blas_threads import blas_threads
 from gpt2core.backends.memory import lazy_zeros
-from gpt2core.backends.numpy_products import linear, look_up, project
+from gpt2core.backends.numpy_products import linear, project
 from gpt2core.backends.ragged import AttentionPlan, note_filled, plan_attention
 from gpt2core.batch import Batch, whole_sequence
 from gpt2core.config import ModelConfig
 from gpt2core.errors import BackendUnavailableError, RequestError
 from gpt2core.quantize import PRECISIONS
-from gpt2core.quantized_weights import QuantizedBlock, QuantizedWeights
+from gpt2core.quantized_weights import QuantizedBlock, QuantizedWeights, look_up
 from gpt2core.trace import Trace
 from gpt2core.weights import Block, Weights
 

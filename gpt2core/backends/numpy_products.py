@@ -8,7 +8,7 @@ from typing import Final
 
 import numpy as np
 
-from gpt2core._shapes import Float32, Int32
+from gpt2core._shapes import Float32
 from gpt2core.backends import numpy_kernels as kernels
 from gpt2core.quantized_weights import BFloat16, Int4, Int8, Matrix, QuantizedLinear, Table, widen_bfloat16
 from gpt2core.weights import Linear
@@ -42,17 +42,6 @@ def project(
     else:
         _multiply(x, y, lambda start, stop: widen_bfloat16(rows[start:stop]).T)
     return y
-
-
-def look_up(
-    table: Float32[np.ndarray, "V D"] | Table, tokens: Int32[np.ndarray, "N"]
-) -> Float32[np.ndarray, "N D"]:
-    """The rows of tokens, the caller's own."""
-    if isinstance(table, np.ndarray):
-        return table[tokens]
-    if isinstance(table, Int8):
-        return table.values[tokens] * table.scale[tokens]
-    return widen_bfloat16(table.bits[tokens])
 
 
 def _outputs_of(weight: Matrix) -> Callable[[int, int], np.ndarray]:
