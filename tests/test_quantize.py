@@ -1,6 +1,7 @@
 """Quantised weights: how near they are, that files hold them bit for bit, and who runs or refuses them."""
 
 import json
+import platform
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from gpt2core import GPT2, open_checkpoint
 from gpt2core.backends import available, choose, create_backend, load_factory
 from gpt2core.backends.base import RunsPrecisions
+from gpt2core.backends.onnx_backend import products
 from gpt2core.batch import Batch
 from gpt2core.cli import main
 from gpt2core.errors import BackendUnavailableError, CheckpointError, RequestError
@@ -284,6 +286,23 @@ def test_onnx_is_near_the_dequantised_weights_on_every_shape(variant, precision)
     other /= other.sum(1, keepdims=True)
     assert (probability * np.log(probability / other)).sum(1).mean() < 0.006
     assert (got.argmax(1) == want.argmax(1)).mean() >= 0.85
+
+
+@pytest.mark.parametrize(
+    ("machine", "flags", "expected"),
+    [
+        ("x86_64", "flags : fma avx2 avx512_vnni", False),
+        ("AMD64", "flags : avx_vnni", False),
+        ("x86_64", "flags : fma avx2", True),
+        ("x86_64", None, True),
+        ("aarch64", None, False),
+    ],
+)
+def test_only_x86_with_vnni_adds_products_without_overflow(tmp_path, monkeypatch, machine, flags, expected):
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    if flags is not None:
+        (tmp_path / "cpuinfo").write_text(flags)
+    assert products.sums_overflow(tmp_path / "cpuinfo") is expected
 
 
 def test_onnx_refuses_quantised_weights_on_other_devices():

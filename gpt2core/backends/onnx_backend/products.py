@@ -2,7 +2,9 @@
 
 # O outputs, G groups, S inputs per group, V vocabulary, D width
 
+import platform
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Final, final
 
 import numpy as np
@@ -53,9 +55,10 @@ class Quantized:
 
 
 def quantized_arrays(weights: QuantizedWeights) -> Iterator[tuple[str, np.ndarray]]:
-    """The initializers that `Quantized` names, and the layer norms: the arrays as they are but for the head.
+    """The initializers that `Quantized` names, and the layer norms: views of the weights.
 
-    The head, a table of rows, is turned to (D, V), since `DynamicQuantizeMatMul` takes nothing else.
+    The head, a table of rows, is turned to (D, V), since `DynamicQuantizeMatMul` takes nothing else. Whoever
+    wants it contiguous has to copy it.
     """
     for name, array in weights.named():
         if name.partition(".")[0] not in ("wte", "wpe", "lm_head") and array.dtype != np.uint8:
@@ -68,5 +71,20 @@ def quantized_arrays(weights: QuantizedWeights) -> Iterator[tuple[str, np.ndarra
                 yield f"h.{i}.{name}.weight", packed.reshape(*scale.shape, -1)  # (O, G, S / 2)
                 yield f"h.{i}.{name}.weight_zero", zero
     assert isinstance(weights.lm_head, Int8)
-    yield "lm_head.weight", np.ascontiguousarray(weights.lm_head.values.T)
+    yield "lm_head.weight", weights.lm_head.values.T
     yield "lm_head.weight_scale", weights.lm_head.scale.reshape(-1)
+
+
+def sums_overflow(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether this processor may add two products of uint8 and int8 in 16 bits, which saturates.
+
+    x86 without VNNI does; there ONNX Runtime has to be told to take a way round it, which copies the weights
+    and is slower. Where the system does not tell, the answer is the safe one.
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    try:
+        text = cpuinfo.read_text()
+    except OSError:
+        return True
+    return not {"avx512_vnni", "avx_vnni"} & set(text.split())

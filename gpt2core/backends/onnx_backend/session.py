@@ -19,6 +19,7 @@ from gpt2core.backends.blas_threads import check_threads
 from gpt2core.backends.memory import lazy_zeros
 from gpt2core.backends.onnx_backend.graph import build_model, graph_weights
 from gpt2core.backends.onnx_backend.operators import padded_head_dim
+from gpt2core.backends.onnx_backend.products import sums_overflow
 from gpt2core.backends.onnx_backend.runs import Run, plan_runs
 from gpt2core.batch import Batch, whole_sequence
 from gpt2core.config import ModelConfig
@@ -256,8 +257,8 @@ def _session_options(threads: int | None, spinning: bool) -> Any:
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
     options.add_session_config_entry("session.force_spinning_stop", "1")  # idle between passes
-    # Without VNNI, sums of two products of uint8 and int8 can overflow; this takes a slower way round that.
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    if sums_overflow():
+        options.add_session_config_entry("session.x64quantprecision", "1")
     return options
 
 
