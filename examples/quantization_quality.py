@@ -8,7 +8,7 @@ Every row is compared with float32 on NumPy, and with the dequantised weights th
 """
 
 import argparse
-from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +33,17 @@ class Sums:
     off_square: float = 0.0
     spread_square: float = 0.0
 
+    def add(self, ids: list[int], got: np.ndarray, want: np.ndarray, should: np.ndarray) -> None:
+        """The logits of one window: a backend's, those of float32, those of the dequantised weights."""
+        p, q = log_softmax(want), log_softmax(got)
+        self.positions += len(ids)
+        self.predicted += len(ids) - 1
+        self.loss -= float(q[np.arange(len(ids) - 1), ids[1:]].sum())
+        self.kl += float((np.exp(p) * (p - q)).sum())
+        self.same_top += int((p.argmax(1) == q.argmax(1)).sum())
+        self.off_square += float(np.square(got - should).sum())
+        self.spread_square += float(np.square(want - want.mean(1, keepdims=True)).sum())
+
 
 def main() -> None:
     """Print one line per precision and backend, as soon as it is measured."""
@@ -42,7 +53,7 @@ def main() -> None:
     parser.add_argument("--backends", default="numpy,onnx")
     parser.add_argument("--precisions", default=",".join(PRECISIONS))
     parser.add_argument("--group-size", type=int, default=128, help="of int4")
-    parser.add_argument("--tokens", type=int, default=20_000, help="of the text, at most")
+    parser.add_argument("--tokens", type=int, default=16_384, help="of the text, at most")
     args = parser.parse_args()
     checkpoint = open_checkpoint(args.model)
     windows = windows_of(checkpoint, args.text.read_text(), args.tokens)
@@ -52,23 +63,19 @@ def main() -> None:
     float_loss = None
     for precision in ("float32", *args.precisions.split(",")):
         weights: Weights | QuantizedWeights = baseline
-        reference = baseline
         if precision != "float32":
             weights = quantize(baseline, precision, group_size=args.group_size)
-            reference = dequantize(weights)
-        for backend in args.backends.split(","):
-            try:
-                sums = measure(checkpoint, backend, weights, reference, windows)
-            except RequestError as error:
-                print(f"| {precision} | {backend} | {error} | | | | |", flush=True)
+        for backend, result in measure(checkpoint, args.backends.split(","), weights, windows):
+            if isinstance(result, RequestError):
+                print(f"| {precision} | {backend} | {result} | | | | |", flush=True)
                 continue
-            loss = sums.loss / sums.predicted
+            loss = result.loss / result.predicted
             float_loss = loss if float_loss is None else float_loss
             change = 100 * np.expm1(loss - float_loss)
             print(
                 f"| {precision} | {backend} | {np.exp(loss):.4f} | {change:+.3f} % "
-                f"| {sums.kl / sums.positions:.2e} | {100 * sums.same_top / sums.positions:.2f} % "
-                f"| {np.sqrt(sums.off_square / sums.spread_square):.2e} |",
+                f"| {result.kl / result.positions:.2e} | {100 * result.same_top / result.positions:.2f} % "
+                f"| {np.sqrt(result.off_square / result.spread_square):.2e} |",
                 flush=True,
             )
 
@@ -81,37 +88,30 @@ def windows_of(checkpoint: Checkpoint, text: str, most: int) -> list[list[int]]:
 
 
 def measure(
-    checkpoint: Checkpoint,
-    backend: str,
-    weights: Weights | QuantizedWeights,
-    reference: Weights,
-    windows: list[list[int]],
-) -> Sums:
-    """Read every window on the backend, on its reference and in float32, and compare."""
-    sums = Sums()
+    checkpoint: Checkpoint, names: list[str], weights: Weights | QuantizedWeights, windows: list[list[int]]
+) -> list[tuple[str, Sums | RequestError]]:
+    """Read every window on every backend, on the dequantised reference and in float32, and compare."""
+    results: list[tuple[str, Sums | RequestError]] = []
     tokenizer = Tokenizer.from_folder(checkpoint.folder)
-    with (
-        GPT2(create_backend(backend, weights), tokenizer) as model,
-        GPT2(create_backend("numpy", reference), tokenizer) as dequantized,
-        GPT2(create_backend("numpy", checkpoint.weights), tokenizer) as exact,
-    ):
-        for ids, got in logits_of(model, windows):
-            want, off = exact.logits(ids), got - dequantized.logits(ids)
-            p, q = log_softmax(want), log_softmax(got)
-            sums.positions += len(ids)
-            sums.predicted += len(ids) - 1
-            sums.loss -= float(q[np.arange(len(ids) - 1), ids[1:]].sum())
-            sums.kl += float((np.exp(p) * (p - q)).sum())
-            sums.same_top += int((p.argmax(1) == q.argmax(1)).sum())
-            sums.off_square += float(np.square(off).sum())
-            sums.spread_square += float(np.square(want - want.mean(1, keepdims=True)).sum())
-    return sums
+    reference = dequantize(weights) if isinstance(weights, QuantizedWeights) else weights
+    with ExitStack() as stack:
 
+        def model(name: str, weights: Weights | QuantizedWeights) -> GPT2:
+            return stack.enter_context(GPT2(create_backend(name, weights), tokenizer))
 
-def logits_of(model: GPT2, windows: list[list[int]]) -> Iterator[tuple[list[int], np.ndarray]]:
-    """Each window with its logits."""
-    for ids in windows:
-        yield ids, model.logits(ids)
+        running: list[tuple[GPT2, Sums]] = []
+        for name in names:
+            try:
+                running.append((model(name, weights), Sums()))
+                results.append((name, running[-1][1]))
+            except RequestError as error:
+                results.append((name, error))
+        exact, dequantized = model("numpy", checkpoint.weights), model("numpy", reference)
+        for ids in windows:
+            want, should = exact.logits(ids), dequantized.logits(ids)
+            for one, sums in running:
+                sums.add(ids, one.logits(ids), want, should)
+    return results
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
