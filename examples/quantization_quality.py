@@ -108,7 +108,8 @@ def measure(
                 results.append((name, error))
         exact, dequantized = model("numpy", checkpoint.weights), model("numpy", reference)
         for ids in windows:
-            want, should = exact.logits(ids), dequantized.logits(ids)
+            want = exact.logits(ids)
+            should = want if reference is weights else dequantized.logits(ids)
             for one, sums in running:
                 sums.add(ids, one.logits(ids), want, should)
     return results
