@@ -19,12 +19,14 @@ import numpy as np
 from gpt2core._shapes import Float32
 from gpt2core.backends.base import Backend, Cache
 from gpt2core.batch import Batch
-from gpt2core.errors import BackendError, Gpt2CoreError, NumericalError, RequestError
+from gpt2core.draft import draft_nbytes, speculation_of
+from gpt2core.errors import BackendError, Gpt2CoreError, RequestError
 from gpt2core.params import SamplingParams
 from gpt2core.prompts import check_token_ids
-from gpt2core.rows import Drawn, Row, decode_batch, mixed_batch, read_row
-from gpt2core.scheduler import Scheduler
+from gpt2core.rows import Drawn, Row, count_accepted, decode_batch, draw_row, failure, mixed_batch
+from gpt2core.scheduler import Scheduler, Step
 from gpt2core.sequence import LogitsReader, PromptLogprobs, Sequence, TextStream, Update
+from gpt2core.speculation import Mode
 from gpt2core.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -48,10 +50,13 @@ class Engine:
             must.
         step_tokens: about how many tokens one step takes; what decoding rows leave of it is shared by
             prompts.
+        speculation: "prompt_lookup" reads what followed the last tokens before, several tokens in one pass;
+            the tokens stay the same (`gpt2core.speculation`).
+        draft: a smaller model of the same vocabulary, whose tokens are read so; the engine does not close it.
 
     Raises:
-        RequestError: a limit is not a whole number of 1 or more, or not even one sequence fits
-            `cache_nbytes`.
+        RequestError: a limit is not a whole number of 1 or more, not even one sequence fits `cache_nbytes`,
+            or `speculation` and `draft` are unknown, contradict each other or do not fit the model.
     """
 
     def __init__(
@@ -62,13 +67,15 @@ class Engine:
         max_slots: int = 32,
         cache_nbytes: int = CACHE_NBYTES,
         step_tokens: int = 512,
+        speculation: Mode = "off",
+        draft: Backend | None = None,
     ) -> None:
         limits = {"max_slots": max_slots, "cache_nbytes": cache_nbytes, "step_tokens": step_tokens}
         for name, value in limits.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise RequestError(f"{name} is {value!r}; it must be a whole number of 1 or more")
         self.config = backend.config
-        one_nbytes = self.config.cache_nbytes(1, self.config.n_positions)
+        one_nbytes = self.config.cache_nbytes(1, self.config.n_positions) + draft_nbytes(draft, self.config)
         if cache_nbytes < one_nbytes:
             raise RequestError(
                 f"cache_nbytes is {cache_nbytes!r}; one sequence of this model's context of "
@@ -79,6 +86,7 @@ class Engine:
         self.slots = min(max_slots, cache_nbytes // one_nbytes)
         self.steps = 0
         self._scheduler = Scheduler(slots=self.slots, step_tokens=step_tokens)
+        self._speculation = speculation_of(speculation, draft, backend, self.slots, step_tokens)
         self._cache: Cache | None = None
         self._closed = False
         self._eos = frozenset(self.config.eos_token_ids)
@@ -105,6 +113,16 @@ class Engine:
     def running(self) -> int:
         """How many sequences hold a slot."""
         return self._scheduler.running
+
+    @property
+    def proposed_tokens(self) -> int:
+        """How many tokens speculation has proposed so far."""
+        return self._speculation.proposed if self._speculation else 0
+
+    @property
+    def accepted_tokens(self) -> int:
+        """How many of the proposed tokens were drawn, so that no pass of their own was needed."""
+        return self._speculation.accepted if self._speculation else 0
 
     def check(self, prompt_ids: abc.Iterable[int], params: SamplingParams) -> tuple[list[int], int]:
         """Refuse what cannot run; return the token ids as a new list, and how many tokens may be generated.
@@ -193,16 +211,18 @@ class Engine:
         (`KeyboardInterrupt`) during the pass propagates and changes nothing: the next step repeats it.
         """
         with self._stepping:
-            planned = self._change(self._plan)
+            planned = self._next_batch()
             if planned is None:
                 return []
             rows, batch = planned
             logits = self._forward(batch)
             if isinstance(logits, Exception):
-                return self._change(self._commit, rows, [self._failure(logits) for _ in rows])
+                failures = [failure(logits, self.backend.name, self.steps) for _ in rows]
+                return self._change(self._commit, rows, failures)
             with np.errstate(invalid="ignore", over="ignore"):
                 finite = math.isfinite(logits.sum())  # else a look at each row decides: a sum may overflow
-            return self._change(self._commit, rows, [self._draw(row, logits, finite) for row in rows])
+            drawn = [draw_row(row, logits, finite, self.backend, self.steps) for row in rows]
+            return self._change(self._commit, rows, drawn)
 
     def close(self) -> None:
         """Cancel whatever waits or runs, once a step under way has ended, and let go of the cache."""
@@ -251,13 +271,23 @@ class Engine:
         self._end_cancelled()
         self._closed = True
         self._cache = None
+        if self._speculation is not None:
+            self._speculation.close()
 
-    def _plan(self) -> tuple[list[Row], Batch] | None:
-        step = self._scheduler.plan()
+    def _next_batch(self) -> tuple[list[Row], Batch] | None:
+        if self._speculation is None:
+            return self._change(lambda: self._batch(self._scheduler.plan(), {}))
+        step = self._change(self._scheduler.plan)
+        proposals = self._speculation.propose(step)  # without the lock: a draft model takes its time
+        return self._change(lambda: self._batch(step.without_ended(), proposals))
+
+    def _batch(self, step: Step, proposals: dict[Sequence, list[int]]) -> tuple[list[Row], Batch] | None:
         if not step.prefill and not step.decode:
             return None
         self.steps += 1
-        return mixed_batch(step) if step.prefill else decode_batch(step.decode, self._ones, self._indices)
+        if step.prefill or proposals:
+            return mixed_batch(step, proposals)
+        return decode_batch(step.decode, self._ones, self._indices)
 
     def _forward(self, batch: Batch) -> Float32[np.ndarray, "M V"] | Exception:
         try:
@@ -270,37 +300,7 @@ class Engine:
         except Exception as error:
             return error
 
-    def _failure(self, error: Exception) -> BackendError:
-        """A new error for each sequence, since each is raised in its own caller's thread."""
-        kind = NumericalError if isinstance(error, NumericalError) else BackendError
-        failure = kind(
-            f"backend {self.backend.name!r} failed in step {self.steps}: {type(error).__name__}: {error}; "
-            "the requests in that step ended, others go on"
-        )
-        failure.__cause__ = error
-        return failure
-
-    def _draw(
-        self, row: Row, logits: Float32[np.ndarray, "M V"], finite: bool
-    ) -> Drawn | Gpt2CoreError | None:
-        """The row's token, or an error that is its sequence's alone, or None in the middle of a prompt."""
-        if row.sequence.finished:  # cancelled while the backend computed
-            return None
-        try:
-            mine = logits[row.first : row.end]  # (n, V)
-            if not finite and not np.isfinite(mine).all():
-                return NumericalError(
-                    f"backend {self.backend.name!r} returned logits that are not finite in step {self.steps} "
-                    f"at token {row.sequence.cached + row.tokens} of a sequence; check the checkpoint with "
-                    "`gpt2core verify`, or take another backend"
-                )
-            return read_row(row, mine, self.config.eos_token_ids)
-        except Gpt2CoreError as error:
-            return error
-        except Exception as error:
-            return self._failure(error)
-
-    def _commit(self, rows: list[Row], drawn: list[Drawn | Gpt2CoreError | None]) -> list[Update]:
+    def _commit(self, rows: list[Row], drawn: list[list[Drawn] | Gpt2CoreError]) -> list[Update]:
         now_s = time.perf_counter()
         try:
             return self._record(rows, drawn, now_s)
@@ -312,10 +312,7 @@ class Engine:
             raise  # to `_change`, which repairs the scheduler
 
     def _record(
-        self,
-        rows: list[Row],
-        drawn: list[Drawn | Gpt2CoreError | None],
-        now_s: float,
+        self, rows: list[Row], drawn: list[list[Drawn] | Gpt2CoreError], now_s: float
     ) -> list[Update]:
         updates: list[Update] = []
         for row, result in zip(rows, drawn, strict=True):
@@ -326,14 +323,17 @@ class Engine:
                 updates.append(sequence.fail(result, now_s))
             else:
                 prefilling = sequence.cached < sequence.prompt_tokens
-                sequence.cached += row.tokens
+                sequence.cached += row.tokens if prefilling else len(result)  # what was refused is forgotten
                 if prefilling and sequence.cached == sequence.prompt_tokens:
                     if (update := sequence.take_prompt(now_s)) is not None:
                         updates.append(update)
                     if not sequence.finished:
                         self._scheduler.begin_decoding(sequence)
-                if result is not None:
-                    updates.append(sequence.take_token(*result, now_s))
+                if row.proposed and self._speculation is not None:
+                    self._speculation.settle(sequence, len(row.proposed), count_accepted(row, result))
+                for token in result:
+                    if not sequence.finished:
+                        updates.append(sequence.take_token(*token, now_s))
             if sequence.finished:
                 self._scheduler.remove(sequence)
         return updates

@@ -16,11 +16,15 @@ class Timing:
         elapsed_s: until it ended.
         tokens_per_s: decoding speed: the tokens after the first, divided by the time from the first to the
             last; None with fewer than two tokens. In a batch each generation has its own.
+        proposed_tokens: how many tokens speculation proposed for it; 0 without speculation.
+        accepted_tokens: how many of these were drawn, so that no pass of their own was needed.
     """
 
     ttft_s: float | None
     elapsed_s: float
     tokens_per_s: float | None
+    proposed_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,5 +73,5 @@ def generation_of(done: sequence.Sequence) -> Generation:
         logprobs=None if done.params.logprobs is None else done.logprobs.copy(),
         seed=done.seed,
         choice=done.choice,
-        timing=Timing(ttft_s, done.finished_s - done.submitted_s, tokens_per_s),
+        timing=Timing(ttft_s, done.finished_s - done.submitted_s, tokens_per_s, done.proposed, done.accepted),
     )

@@ -9,27 +9,28 @@ from typing import Any, Literal, Self, Unpack, overload
 
 import numpy as np
 
-from gpt2core import backends, sequence
+from gpt2core import sequence
 from gpt2core._shapes import Float32
 from gpt2core.backends.base import Backend
-from gpt2core.checkpoint import open_checkpoint
 from gpt2core.config import ModelConfig
 from gpt2core.engine import CACHE_NBYTES, Engine
 from gpt2core.errors import RequestError
 from gpt2core.generation import Generation, Timing, generation_of
+from gpt2core.loading import load_models
 from gpt2core.prompts import (
     OneChoiceOptions,
     Prompt,
     SamplingOptions,
+    check_prompts,
     check_token_ids,
     encode_prompt,
-    split_prompts,
     with_options,
 )
 from gpt2core.sampling import SamplingParams
 from gpt2core.scoring import Score, score_of, score_windows
 from gpt2core.sequence import LogitsReader, Piece, PromptLogprobs
-from gpt2core.stepping import Stepping
+from gpt2core.speculation import Mode
+from gpt2core.stepping import Stepping, raise_error, settled
 from gpt2core.tokenizer import Tokenizer
 
 __all__ = ["GPT2", "Generation", "Piece", "Prompt", "SamplingOptions", "Score", "Timing"]
@@ -48,17 +49,26 @@ class GPT2:
         tokenizer: the checkpoint's.
         max_batch: most texts that are generated at once; further ones wait for their turn.
         cache_nbytes: limit on the KV cache, bytes, counted in float32; may lower `max_batch`.
+        speculation, draft: as of `Engine`; `close` closes the draft model too.
 
     Raises:
-        RequestError: a limit is too low.
+        RequestError: a limit is too low, or the model cannot speculate so.
     """
 
     def __init__(
-        self, backend: Backend, tokenizer: Tokenizer, *, max_batch: int = 32, cache_nbytes: int = CACHE_NBYTES
+        self,
+        backend: Backend,
+        tokenizer: Tokenizer,
+        *,
+        max_batch: int = 32,
+        cache_nbytes: int = CACHE_NBYTES,
+        speculation: Mode = "off",
+        draft: Backend | None = None,
     ) -> None:
-        self.backend = backend
+        self.backend, self.draft = backend, draft
         self.tokenizer = tokenizer
-        self._engine = Engine(backend, tokenizer, max_slots=max_batch, cache_nbytes=cache_nbytes)
+        limits = {"max_slots": max_batch, "cache_nbytes": cache_nbytes}
+        self._engine = Engine(backend, tokenizer, **limits, speculation=speculation, draft=draft)
         self._stepping = Stepping(self._engine)
 
     @classmethod
@@ -76,14 +86,15 @@ class GPT2:
         token: str | None = None,
         max_batch: int = 32,
         cache_nbytes: int = CACHE_NBYTES,
+        speculation: Mode = "off",
+        draft_model: str | os.PathLike[str] | None = None,
     ) -> Self:
         """Load a checkpoint.
 
         Args:
             model: "demo" (bundled), a folder, or a model's id on the Hugging Face hub.
             backend: a name that `gpt2core backends` lists, or "auto".
-            precision: of the weights: "float32", "int8", "int4", "bfloat16", or "auto" for what the
-                checkpoint holds. Float weights are rounded on loading; `gpt2core quantize` does it once.
+            precision: "float32", "int8", "int4", "bfloat16" (rounded on loading), or "auto" for as stored.
             device: where the backend computes.
             threads: CPU threads for it; None lets it decide.
             revision: branch, tag or commit on the hub.
@@ -91,29 +102,34 @@ class GPT2:
             local_files_only: never ask the hub.
             token: the hub's access token.
             max_batch, cache_nbytes: as of the class.
+            speculation: "prompt_lookup" is faster where a text repeats itself; the tokens stay the same.
+            draft_model: a small model of the same vocabulary that makes `model` faster; the tokens stay the
+                same. Loaded like `model`, but for the revision, which is the hub's default.
 
         Raises:
             CheckpointError: the checkpoint cannot be found, read or trusted.
             BackendUnavailableError: the backend is unknown, or its package or device is missing.
             RequestError: an option is out of its range.
         """
-        checkpoint = open_checkpoint(
-            model, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token
-        )
-        tokenizer = Tokenizer.from_folder(checkpoint.folder)
-        engine = backends.create_backend(
-            backend, checkpoint.stored, device=device, threads=threads, precision=precision
-        )
+        how = {"backend": backend, "precision": precision, "device": device, "threads": threads}
+        where = {"cache_dir": cache_dir, "local_files_only": local_files_only, "token": token}
+        limits = {"max_batch": max_batch, "cache_nbytes": cache_nbytes}
+        got = load_models(model, draft_model, revision=revision, **how, **where)
         try:
-            return cls(engine, tokenizer, max_batch=max_batch, cache_nbytes=cache_nbytes)
+            return cls(got.backend, got.tokenizer, **limits, speculation=speculation, draft=got.draft)
         except BaseException:
-            engine.close()
+            got.close()
             raise
 
     @property
     def config(self) -> ModelConfig:
         """What the model computes."""
         return self.backend.config
+
+    @property
+    def speculated(self) -> tuple[int, int]:
+        """How many tokens speculation has proposed so far, and how many of them were accepted."""
+        return self._engine.proposed_tokens, self._engine.accepted_tokens
 
     @overload
     def generate(
@@ -180,11 +196,11 @@ class GPT2:
         try:
             for i, ids in enumerate(prompts):
                 sequences += self._engine.submit(ids, params, prompt=i)
-            self._stepping.run_until(lambda: _settled(sequences))
+            self._stepping.run_until(lambda: settled(sequences))
         finally:
             for one in sequences:
                 self._engine.cancel(one)  # what has ended stays as it is
-        _raise_error(sequences)
+        raise_error(sequences)
         generations = [generation_of(one) for one in sequences]
         return generations[0] if single and params.n == 1 else generations
 
@@ -274,6 +290,8 @@ class GPT2:
         """Free the model; calling it twice is harmless. Calls in other threads end as "cancelled"."""
         self._engine.close()
         self.backend.close()
+        if self.draft is not None:
+            self.draft.close()
 
     def __enter__(self) -> Self:
         return self
@@ -296,7 +314,7 @@ class GPT2:
                         yield one.pieces.popleft()
                     if finished:
                         open_.remove(one)
-                        _raise_error([one])
+                        raise_error([one])
         finally:
             for one in sequences:
                 self._engine.cancel(one)
@@ -306,11 +324,11 @@ class GPT2:
         sequences: list[sequence.Sequence] = []
         try:
             sequences += self._engine.submit(ids, _READ_ONLY, logits_from=logits_from, on_logits=reader)
-            self._stepping.run_until(lambda: _settled(sequences))
+            self._stepping.run_until(lambda: settled(sequences))
         finally:
             for one in sequences:
                 self._engine.cancel(one)
-        _raise_error(sequences)
+        raise_error(sequences)
         if any(one.finish_reason == "cancelled" for one in sequences):
             self._check_open()
 
@@ -319,29 +337,14 @@ class GPT2:
     ) -> tuple[list[list[int]], bool]:
         """Each prompt's token ids, checked before anything is submitted, and whether it is one prompt."""
         self._check_open()
-        prompts, single = split_prompts(prompt)
-        context, checked = self.config.n_positions, []
-        for i, one in enumerate(prompts):
-            try:
-                if isinstance(one, str):
-                    one = encode_prompt(one, self.tokenizer, context, allow_special=allow_special)
-                checked.append(self._engine.check(one, params)[0])
-            except RequestError as error:
-                if single:
-                    raise
-                raise type(error)(f"prompt {i} of the list: {error}") from None
-        return checked, single
+
+        def check(one: Prompt) -> list[int]:
+            if isinstance(one, str):
+                one = encode_prompt(one, self.tokenizer, self.config.n_positions, allow_special=allow_special)
+            return self._engine.check(one, params)[0]
+
+        return check_prompts(prompt, check)
 
     def _check_open(self) -> None:
         if self._engine.closed:
             raise RequestError("this model is closed; load it again with GPT2.from_pretrained")
-
-
-def _settled(sequences: list[sequence.Sequence]) -> bool:
-    return all(one.finished for one in sequences) or any(one.error for one in sequences)
-
-
-def _raise_error(sequences: list[sequence.Sequence]) -> None:
-    for one in sequences:
-        if one.error is not None:
-            raise one.error

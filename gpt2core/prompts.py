@@ -1,6 +1,6 @@
 """What people pass as a prompt and as options, turned into token ids and SamplingParams, or refused."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, TypeAlias, TypedDict, cast
 
@@ -124,3 +124,23 @@ def check_token_ids(token_ids: Iterable[int], vocab_size: int) -> list[int]:
     if not ids:
         raise RequestError("prompt is empty; give at least one token, for example the end-of-text token")
     return ids
+
+
+def check_prompts(
+    prompt: Prompt | Sequence[Prompt], check: Callable[[Prompt], list[int]]
+) -> tuple[list[list[int]], bool]:
+    """Each prompt's token ids as `check` gives them, and whether it is one prompt.
+
+    Raises:
+        RequestError: what `check` raises, of several prompts with the number of the one at fault.
+    """
+    prompts, single = split_prompts(prompt)
+    checked = []
+    for i, one in enumerate(prompts):
+        try:
+            checked.append(check(one))
+        except RequestError as error:
+            if single:
+                raise
+            raise type(error)(f"prompt {i} of the list: {error}") from None
+    return checked, single

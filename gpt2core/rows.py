@@ -1,6 +1,6 @@
 """From the scheduler's plan to a batch, and from logits to tokens: a sequence's part of a forward pass."""
 
-# n logits rows of one sequence, V vocabulary
+# n logits rows of one sequence, M of the whole batch, V vocabulary
 
 from collections import abc
 from dataclasses import dataclass
@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from gpt2core._shapes import Float32, Int32
+from gpt2core.backends.base import Backend
 from gpt2core.batch import Batch
+from gpt2core.errors import BackendError, Gpt2CoreError, NumericalError
 from gpt2core.sampling import TokenLogprob, sample_token, token_logprobs
 from gpt2core.scheduler import Step
 from gpt2core.sequence import Sequence
@@ -24,6 +26,7 @@ class Row:
     end: int
     reads_at: int | None = None  # prompt position of the first of its logits, when somebody reads them
     draws: bool = True  # whether its last logits give a token
+    proposed: abc.Sequence[int] = ()  # the last of its tokens: guesses, kept as far as they are drawn
 
 
 Drawn = tuple[int, tuple[TokenLogprob, ...]]
@@ -45,10 +48,14 @@ def decode_batch(
     return rows, batch
 
 
-def mixed_batch(step: Step) -> tuple[list[Row], Batch]:
-    """The rows that decode, then chunks of prompts."""
-    rows = [Row(sequence, 1, i, i + 1) for i, sequence in enumerate(step.decode)]
-    tokens = [sequence.token_ids[-1] for sequence in step.decode]
+def mixed_batch(step: Step, proposals: abc.Mapping[Sequence, abc.Sequence[int]]) -> tuple[list[Row], Batch]:
+    """The rows that decode, each with what is proposed for it, then chunks of prompts."""
+    rows: list[Row] = []
+    tokens: list[int] = []
+    for sequence in step.decode:
+        proposed, first = proposals.get(sequence, ()), len(tokens)
+        tokens += (sequence.token_ids[-1], *proposed)
+        rows.append(Row(sequence, len(tokens) - first, first, len(tokens), proposed=proposed))
     logits_at = list(range(len(tokens)))
     for sequence, count in step.prefill:
         start, end, first = sequence.cached, sequence.cached + count, len(logits_at)
@@ -72,17 +79,97 @@ def mixed_batch(step: Step) -> tuple[list[Row], Batch]:
     return rows, batch
 
 
-def read_row(row: Row, logits: Float32[np.ndarray, "n V"], eos_token_ids: abc.Sequence[int]) -> Drawn | None:
-    """Hand the row's logits to who reads them, and draw its token; None in the middle of a prompt."""
-    sequence, params = row.sequence, row.sequence.params
+def draw_row(
+    row: Row, logits: Float32[np.ndarray, "M V"], finite: bool, backend: Backend, step: int
+) -> list[Drawn] | Gpt2CoreError:
+    """The row's tokens, none in the middle of a prompt, or an error that is its sequence's alone."""
+    if row.sequence.finished:  # cancelled while the backend computed
+        return []
+    try:
+        mine = logits[row.first : row.end]  # (n, V)
+        if not finite and len(mine) > 0:
+            mine = mine[: _finite_rows(row, mine)]
+            if len(mine) == 0:
+                return NumericalError(
+                    f"backend {backend.name!r} returned logits that are not finite in step {step} at token "
+                    f"{row.sequence.cached + row.tokens - len(row.proposed)} of a sequence; check the "
+                    "checkpoint with `gpt2core verify`, or take another backend"
+                )
+        return _read_row(row, mine, backend.config.eos_token_ids)
+    except Gpt2CoreError as error:
+        return error
+    except Exception as error:
+        return failure(error, backend.name, step)
+
+
+def failure(error: Exception, backend: str, step: int) -> BackendError:
+    """A new error for each sequence, since each is raised in its own caller's thread."""
+    kind = NumericalError if isinstance(error, NumericalError) else BackendError
+    result = kind(
+        f"backend {backend!r} failed in step {step}: {type(error).__name__}: {error}; "
+        "the requests in that step ended, others go on"
+    )
+    result.__cause__ = error
+    return result
+
+
+def count_accepted(row: Row, drawn: list[Drawn]) -> int:
+    """How many of the proposed tokens were drawn."""
+    return sum(token_id == proposed for (token_id, _), proposed in zip(drawn, row.proposed, strict=False))
+
+
+def _finite_rows(row: Row, logits: Float32[np.ndarray, "n V"]) -> int:
+    """How many of the row's logits, from the first on, can be used; 0: its sequence must end.
+
+    Beyond a proposed token that is refused nothing matters, so there what is not finite is only cut off: if
+    it stands where the text goes on, the next step meets it first.
+    """
+    finite = np.isfinite(logits).all(axis=1)  # (n,)
+    if finite.all():
+        return len(logits)
+    return int(finite.argmin()) if row.proposed else 0
+
+
+def _read_row(row: Row, logits: Float32[np.ndarray, "n V"], eos_token_ids: abc.Sequence[int]) -> list[Drawn]:
+    """Hand the row's logits to who reads them, and draw its token, or tokens as far as they were proposed.
+
+    None in the middle of a prompt. Each token is drawn as if it were the only one: the proposal decides only
+    whether its logits, and those after it, are of this text.
+    """
+    sequence = row.sequence
     if row.reads_at is not None and sequence.on_logits is not None:
         sequence.on_logits(row.reads_at, logits)
     if not row.draws:
-        return None
+        return []
+    if not row.proposed:
+        return [_draw(sequence, sequence.token_ids, logits[-1], eos_token_ids)]
+    drawn: list[Drawn] = []
+    token_ids = sequence.token_ids.copy()
+    for i, own in enumerate(logits):
+        try:
+            drawn.append(_draw(sequence, token_ids, own, eos_token_ids))
+        except Gpt2CoreError:
+            if not drawn:
+                raise
+            break  # the next step meets it first, unless the text has ended by then
+        token_id = drawn[-1][0]
+        if i == len(row.proposed) or token_id != row.proposed[i] or token_id in eos_token_ids:
+            break
+        token_ids.append(token_id)
+    return drawn
+
+
+def _draw(
+    sequence: Sequence,
+    token_ids: list[int],
+    logits: Float32[np.ndarray, "V"],
+    eos_token_ids: abc.Sequence[int],
+) -> Drawn:
+    params = sequence.params
     token_id = sample_token(
-        logits[-1],
+        logits,
         params,
-        token_ids=sequence.token_ids,
+        token_ids=token_ids,
         prompt_tokens=sequence.prompt_tokens,
         eos_token_ids=eos_token_ids,
         seed=sequence.seed,
@@ -90,4 +177,4 @@ def read_row(row: Row, logits: Float32[np.ndarray, "n V"], eos_token_ids: abc.Se
     )
     if params.logprobs is None:
         return token_id, ()
-    return token_id, (token_logprobs(logits[-1], token_id, params.logprobs),)
+    return token_id, (token_logprobs(logits, token_id, params.logprobs),)

@@ -28,6 +28,13 @@ class Step:
     prefill: list[tuple[Sequence, int]]  # with the number of prompt tokens to take, in order of arrival
     decode: list[Sequence]  # one token each, by slot
 
+    def without_ended(self) -> "Step":
+        """The same without those that were cancelled since it was planned."""
+        return Step(
+            [(sequence, count) for sequence, count in self.prefill if not sequence.finished],
+            [sequence for sequence in self.decode if not sequence.finished],
+        )
+
 
 class Scheduler:
     """Queues, slots and the token budget. Not thread-safe: the engine calls it under its lock."""

@@ -154,6 +154,8 @@ class Sequence:
 
     slot: int | None = None  # in the cache; None while waiting
     cached: int = 0  # tokens in the cache
+    proposed: int = 0  # tokens that speculation proposed
+    accepted: int = 0  # and how many of them were drawn
     texts: list[str] = field(default_factory=list)  # one per update
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None

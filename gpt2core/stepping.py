@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Final
 
 from gpt2core.engine import Engine
+from gpt2core.sequence import Sequence
 
 LOOK_AGAIN_S: Final = 1.0
 
@@ -54,3 +55,15 @@ class Stepping:
                 if bell.locked():
                     bell.release()
             self._bells.clear()
+
+
+def settled(sequences: list[Sequence]) -> bool:
+    """Whether there is nothing to wait for: all have ended, or one with an error."""
+    return all(one.finished for one in sequences) or any(one.error for one in sequences)
+
+
+def raise_error(sequences: list[Sequence]) -> None:
+    """Raise the first error with which one has ended."""
+    for one in sequences:
+        if one.error is not None:
+            raise one.error

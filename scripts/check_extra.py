@@ -7,13 +7,18 @@ It needs nothing but what an installation of that extra brings, so that what is 
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import sysconfig
+import tempfile
+import time
+import urllib.request
 
 PROGRAM = os.path.join(sysconfig.get_path("scripts"), "gpt2core")
 FRAMEWORKS = ("flax", "jax", "onnx", "onnxruntime", "torch", "transformers")
 TEXT = "Once upon a time"
+START_S = 60
 
 
 def gpt2core(*args: str, code: int = 0, stdin: str = "") -> subprocess.CompletedProcess[str]:
@@ -29,18 +34,67 @@ def generate(backend: str, code: int = 0) -> subprocess.CompletedProcess[str]:
     return gpt2core("generate", TEXT, *options, code=code)
 
 
+def check_bench(*, installed: bool) -> None:
+    """Without the extra `bench` the benchmark is refused with it; with it there are plots and a report."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = ("--offline", "--runs", "1", "--lengths", "8,12", "--output", folder)
+        done = gpt2core("bench", *options, code=0 if installed else 1)
+        found = set(os.listdir(folder))
+        if installed:
+            assert {"gpt2_benchmark.png", "gpt2_benchmark_line.png", "report.html"} <= found, found
+        else:
+            assert "pip install 'gpt2core[bench]'" in done.stderr, done.stderr
+            assert found == set(), found
+
+
+def check_serve(*, installed: bool) -> None:
+    """Without the extra `serve` the server is refused with it; with it a model is served until SIGTERM."""
+    if not installed:
+        refused = gpt2core("serve", "--offline", code=1)
+        assert "pip install 'gpt2core[serve]'" in refused.stderr, refused.stderr
+        return
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    server = subprocess.Popen([PROGRAM, "serve", "--offline", "--port", str(port)], stderr=subprocess.PIPE)
+    try:
+        url, end_s = f"http://127.0.0.1:{port}", time.monotonic() + START_S
+        while not ready(f"{url}/readyz"):
+            assert server.poll() is None, "the server did not start"
+            assert time.monotonic() < end_s, "the server did not become ready"
+            time.sleep(0.05)
+        body = json.dumps({"prompt": TEXT, "max_length": 20}).encode()
+        request = urllib.request.Request(f"{url}/generate", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=START_S) as response:
+            assert json.load(response)["generated_text"], "the server wrote nothing"
+    finally:
+        server.terminate()
+        server.communicate(timeout=START_S)
+    assert server.returncode == 0, f"the server ended with {server.returncode}"
+
+
+def ready(url: str) -> bool:
+    """Whether a server answers there with 200."""
+    try:
+        with urllib.request.urlopen(url, timeout=START_S) as response:
+            return response.status == 200
+    except OSError:  # nobody listens yet, or it is still loading
+        return False
+
+
 def main(extra: str, backends: list[str]) -> None:
     """Check the claims one by one."""
     script = f"import sys, gpt2core; gpt2core.GPT2; print(sorted(set({FRAMEWORKS}) & set(sys.modules)))"
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     assert loaded == "[]\n", f"importing gpt2core loaded {loaded}"
 
-    here = {"numpy"} | ({extra} - {"none"})
+    here = {"numpy"} | ({extra} & set(backends))
     listed = {one["name"]: one for one in json.loads(gpt2core("backends", "--json").stdout)["backends"]}
     available = {name for name, one in listed.items() if one["available"]}
     assert available == here, f"available are {sorted(available)}, expected {sorted(here)}"
 
     missing = set(backends) - here
+    check_bench(installed=extra == "bench")
+    check_serve(installed=extra == "serve")
     for name in missing:
         remedy = f"pip install 'gpt2core[{name}]'"
         assert remedy in listed[name]["reason"], f"{name} is listed as {listed[name]}"

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -182,6 +183,31 @@ def test_generate_stats_go_to_stderr_and_name_what_was_measured(run, folder):
         assert (stats["backend"], stats["seed"], stats["tokens"]) == ("numpy", "7", "9")
         assert stats["first"].endswith("tokens/s after it")
         assert stats["peak"].endswith(("MB", "GB"))  # of this test process, whatever else ran in it
+
+
+@pytest.mark.parametrize("how", [("--speculation", "prompt_lookup"), ("--draft-model", "FOLDER")])
+def test_generate_with_speculation_prints_the_same_text_and_its_stats(run, folder, how):
+    args = ("generate", "abcabcabcabc", "--model", folder, "--temperature", "0", "--max-new-tokens", "40")
+    how = tuple(folder if word == "FOLDER" else word for word in how)
+    plain = run(*args, "--backend", "numpy")
+    for more in ((), ("--no-stream",)):
+        result = run(*args, "--backend", "numpy", *how, "--stats", *more)
+        assert (result.code, result.out) == (0, plain.out)
+        found = re.search(
+            r"^speculation   (\d+) of (\d+) proposed tokens accepted( \(\d+%\))?$", result.err, re.M
+        )
+        assert int(found[1]) <= int(found[2])
+        assert int(found[2]) > 0
+    timing = json.loads(run(*args, *how, "--json").out)["generations"][0]["timing"]
+    assert timing["accepted_tokens"] <= timing["proposed_tokens"]
+
+
+def test_two_ways_of_speculating_at_once_are_refused(run, folder):
+    result = run(
+        "generate", "a", "--model", folder, "--speculation", "prompt_lookup", "--draft-model", folder
+    )
+    assert result.code == 2
+    assert "only one can propose" in result.err
 
 
 @pytest.mark.parametrize("how", [(), ("--no-stream",)], ids=["streamed", "whole"])

@@ -149,6 +149,8 @@ def test_the_signatures_are_those_that_callers_write():
         "token": None,
         "max_batch": 32,
         "cache_nbytes": 4 * 2**30,
+        "speculation": "off",
+        "draft_model": None,
     }
     assert all(p.kind is p.KEYWORD_ONLY for name, p in loads.items() if name != "model")
     for method in (GPT2.generate, GPT2.stream):
@@ -165,7 +167,9 @@ def test_the_results_have_these_fields():
     assert [f.name for f in dataclasses.fields(Generation)] == [
         "text", "token_ids", "finish_reason", "prompt_tokens", "logprobs", "seed", "choice", "timing",
     ]  # fmt: skip
-    assert [f.name for f in dataclasses.fields(Timing)] == ["ttft_s", "elapsed_s", "tokens_per_s"]
+    assert [f.name for f in dataclasses.fields(Timing)] == [
+        "ttft_s", "elapsed_s", "tokens_per_s", "proposed_tokens", "accepted_tokens",
+    ]  # fmt: skip
     assert [f.name for f in dataclasses.fields(gpt2core.Score)] == [
         "token_ids", "logprobs", "perplexity", "bits_per_byte",
     ]  # fmt: skip

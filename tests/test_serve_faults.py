@@ -152,18 +152,20 @@ def test_past_the_deadline_an_answer_is_504_and_a_stream_ends_with_an_error_and_
         server.check_works()
 
 
-def test_a_short_request_is_done_long_before_the_long_one_beside_it():
+def test_a_short_request_takes_part_in_each_step_beside_a_long_one():
     fake = Fake(context=512)
     with serving(fake.load) as server:
-        fake.delay_s = 0.002
+        fake.delay_s = 0.004
         before = len(fake.backend.batches)
         [long] = in_threads(1, lambda i: server.generate("ab", max_new_tokens=500))
         until(lambda: server.driver.engine.running)
-        for _ in range(5):
+        for _ in range(3):
             first = len(fake.backend.batches)
             server.generate("cd", max_new_tokens=5)
-            assert len(fake.backend.batches) - first <= 5 + 3  # its own steps, and those of the way
-        assert not long.done()
+            steps = [len(batch.lengths) for batch in fake.backend.batches[first:]]
+            begin = steps.index(2)
+            assert steps[begin : begin + 5] == [2] * 5  # its prompt and four tokens, one step after the other
+            assert steps.count(2) == 5
         assert long.result(HANG_S).status_code == 200
         assert len(fake.backend.batches) - before == 500
 

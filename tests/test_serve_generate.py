@@ -159,6 +159,23 @@ def test_special_tokens_in_a_prompt_are_text_unless_it_is_asked_otherwise(server
     assert allowed["usage"]["prompt_tokens"] == 1
 
 
+def test_with_speculation_a_stream_has_the_same_pieces_in_fewer_steps():
+    repeating = scripted({b"abab": b"ab" * 30})
+    body = {"prompt": "abab", "max_new_tokens": 40}
+    answers, steps = [], []
+    for speculation in ("off", "prompt_lookup"):
+        fake = Fake(logits_of=repeating)
+        with serving(fake.load, speculation=speculation) as server:
+            before = len(fake.backend.batches)
+            *pieces, _, _ = server.events("/generate", body)
+            steps.append(len(fake.backend.batches) - before)
+            assert server.metric("gpt2core_batch_rows_sum") == steps[-1]  # rows, not tokens
+            answers.append([piece["text"] for piece in pieces])
+    assert answers[0] == answers[1] == [*"ab" * 20]
+    assert steps[0] == 40
+    assert steps[1] < 12
+
+
 def test_a_stream_is_sent_piece_by_piece_while_the_engine_works():
     fake = Fake()
     with serving(fake.load) as server:

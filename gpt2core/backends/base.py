@@ -88,6 +88,18 @@ class RunsPrecisions(Protocol):
     ) -> Backend: ...
 
 
+@runtime_checkable
+class PricesTokens(Protocol):
+    """A capability: say what guesses cost; without it `gpt2core.speculation.further_cost` is assumed."""
+
+    def further_cost(self, tokens: int, rows: int) -> float:
+        """What a decode step of `rows` rows takes longer when one of them has `tokens` further tokens.
+
+        In passes of one token and rather too high: refused guesses may cost so much (docs/performance.md).
+        """
+        ...
+
+
 class BackendFactory(Protocol):
     """What an entry point of the group `gpt2core.backends` names."""
 

@@ -132,7 +132,7 @@ def comparison_table(lines: Iterable[Line], *, baseline: str | None = None) -> T
         mine, ratios = samples.get(who, {}), {}
         if base is not None and who != base:
             for cell, theirs in samples.get(base, {}).items():
-                if cell[0] not in (*SUMMARY, "step_s"):
+                if cell[0] not in (*SUMMARY, "step_s") or cell[0] == "compile_s":  # often 0
                     continue
                 rounds = sorted(theirs.keys() & mine.get(cell, {}).keys())
                 pair = [mine[cell][i] for i in rounds], [theirs[i] for i in rounds]

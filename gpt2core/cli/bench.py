@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from gpt2core.bench import ClassicResult, Progress, Summary
 
 PROMPT_COLUMNS = 32
+ATTEMPT_TIMEOUT_S = 300.0
+PROCESS_TIMEOUT_S = 1800.0
 
 model_options = (
     click.option(
@@ -85,9 +87,7 @@ workload_options = (
         "timeout_s",
         type=click.FloatRange(min=0, min_open=True),
         metavar="SECONDS",
-        default=300.0,
-        show_default=True,
-        help="For each attempt.",
+        help="For each attempt.  [default: 300; 1800 for each process of a comparison]",
     ),
     click.option(
         "--retries",
@@ -146,12 +146,15 @@ def bench(
     if resume and force:
         raise click.UsageError("--resume and --force contradict each other")
     compared = {name: settings.pop(name) for name in _COMPARISON}
+    compares = compared["backends"] is not None or compared["peers"] is not None
+    if settings["timeout_s"] is None:
+        settings["timeout_s"] = PROCESS_TIMEOUT_S if compares or settings["recommend"] else ATTEMPT_TIMEOUT_S
     if settings.pop("recommend"):
         _refuse(context, _CLASSIC + _COMPARISON + _OUTPUT, "--recommend measures a workload of its own")
         shared = {name: settings[name] for name in (*_SHARED, "device")}
         run_recommendation(model=settings["model"] or "demo", offline=offline, **shared)
         return
-    if compared["backends"] is not None or compared["peers"] is not None:
+    if compares:
         _refuse(context, (*_CLASSIC, "device"), "--backends and --peers measure a workload of their own")
         shared = {name: settings[name] for name in _SHARED}
         run_comparison(

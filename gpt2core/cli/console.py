@@ -48,6 +48,18 @@ model_options = (
     ),
     click.option("--threads", type=click.IntRange(min=1), help="CPU threads; by default the engine decides."),
 )
+speculation_options = (
+    click.option(
+        "--speculation",
+        type=click.Choice(["off", "prompt_lookup"]),
+        default="off",
+        show_default=True,
+        help="prompt_lookup: faster where a text repeats itself; same tokens.",
+    ),
+    click.option(
+        "--draft-model", metavar="MODEL", help="A small model of the same vocabulary: faster, same tokens."
+    ),
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
 
@@ -69,13 +81,16 @@ def find(model: str, *, revision: str | None, offline: bool) -> Path:
     return resolve(model, revision=revision, local_files_only=offline, progress=sys.stderr.isatty())
 
 
-def load(model: str, *, revision: str | None, offline: bool, **engine: Any) -> "GPT2":
+def load(
+    model: str, *, revision: str | None, offline: bool, draft_model: str | None = None, **engine: Any
+) -> "GPT2":
     """Find and load what the options name."""
     from gpt2core.model import GPT2
 
     folder = find(model, revision=revision, offline=offline)
+    draft = None if draft_model is None else find(draft_model, revision=None, offline=offline)
     with Status(f"loading {model}"):
-        return GPT2.from_pretrained(folder, **engine)
+        return GPT2.from_pretrained(folder, draft_model=draft, **engine)
 
 
 def write(text: str) -> None:

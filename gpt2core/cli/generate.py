@@ -16,6 +16,7 @@ from gpt2core.cli.console import (
     options,
     peak_memory_nbytes,
     read_stdin,
+    speculation_options,
     write,
     write_json,
 )
@@ -56,7 +57,7 @@ class Speed:
 
 @click.command(short_help="Continue a text.")
 @click.argument("prompt", required=False)
-@options(*model_options, *sampling_options)
+@options(*model_options, *speculation_options, *sampling_options)
 @click.option("--allow-special", is_flag=True, help="Read <|endoftext|> in the prompt as the special token.")
 @click.option("--no-stream", is_flag=True, help="Print the text once it is complete.")
 @click.option("--stats", is_flag=True, help="Report speed and memory on stderr.")
@@ -71,6 +72,8 @@ def generate(
     precision: str,
     device: str,
     threads: int | None,
+    speculation: str,
+    draft_model: str | None,
     allow_special: bool,
     no_stream: bool,
     stats: bool,
@@ -89,7 +92,10 @@ def generate(
     text = _prompt(prompt)
     params = SamplingParams(**sampling)  # refuses what is out of range before anything is loaded
     start_s = time.perf_counter()
-    engine = {"backend": backend, "precision": precision, "device": device, "threads": threads}
+    engine: dict[str, Any] = {
+        **{"backend": backend, "precision": precision, "device": device, "threads": threads},
+        **{"speculation": speculation, "draft_model": draft_model},
+    }
     with load(model, revision=revision, offline=offline, **engine) as loaded:
         load_s = time.perf_counter() - start_s
         if as_json or no_stream or params.n > 1:
@@ -111,7 +117,7 @@ def generate(
         else:
             speed = _write_stream(loaded, text, params, allow_special)
         if stats:
-            _report(loaded, params, speed, load_s)
+            _report(loaded, params, speed, load_s, speculates=speculation != "off" or draft_model is not None)
 
 
 def _prompt(argument: str | None) -> str:
@@ -172,11 +178,15 @@ def _document(one: "Generation") -> dict[str, Any]:
             "ttft_s": one.timing.ttft_s,
             "elapsed_s": one.timing.elapsed_s,
             "tokens_per_s": one.timing.tokens_per_s,
+            "proposed_tokens": one.timing.proposed_tokens,
+            "accepted_tokens": one.timing.accepted_tokens,
         },
     }
 
 
-def _report(loaded: "GPT2", params: "SamplingParams", speed: Speed, load_s: float) -> None:
+def _report(
+    loaded: "GPT2", params: "SamplingParams", speed: Speed, load_s: float, *, speculates: bool
+) -> None:
     later = speed.new_tokens - params.n  # what came after each text's first token
     rate = (
         f"{later / speed.decode_s:.1f} tokens/s after it"
@@ -192,4 +202,8 @@ def _report(loaded: "GPT2", params: "SamplingParams", speed: Speed, load_s: floa
         "first token   " + ("none" if speed.ttft_s is None else f"{speed.ttft_s:.3f} s, {rate}"),
         "peak memory   " + ("unknown" if peak_nbytes is None else format_nbytes(peak_nbytes)),
     ]
+    if speculates:
+        proposed, accepted = loaded.speculated
+        share = f" ({accepted / proposed:.0%})" if proposed else ""
+        lines.insert(5, f"speculation   {accepted} of {proposed} proposed tokens accepted{share}")
     print(*lines, sep="\n", file=sys.stderr)

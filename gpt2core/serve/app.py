@@ -92,4 +92,5 @@ def load_model(settings: Settings) -> GPT2:
         threads=settings.threads,
         revision=settings.revision,
         local_files_only=settings.offline,
+        draft_model=settings.draft_model,
     )

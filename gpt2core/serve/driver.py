@@ -154,7 +154,8 @@ class Driver:
             ticket.fail(unavailable("draining", f"the server is stopping, and {why}"))
 
     def _deliver(self, updates: list[Update]) -> None:
-        self._metrics.step(len(updates), sum(update.token_id is not None for update in updates))
+        rows = len({update.sequence for update in updates})  # with speculation one may have several
+        self._metrics.step(rows, sum(update.token_id is not None for update in updates))
         for update in updates:
             ticket = self._ticket_of.get(update.sequence)
             if ticket is None:  # cancelled meanwhile
@@ -196,8 +197,14 @@ class Driver:
         error: BaseException | None = None
         try:
             self.model = self._load()
-            limits = {"max_slots": self._settings.max_batch, "cache_nbytes": self._settings.cache_nbytes}
-            engine = Engine(self.model.backend, self.model.tokenizer, **limits)
+            engine = Engine(
+                self.model.backend,
+                self.model.tokenizer,
+                max_slots=self._settings.max_batch,
+                cache_nbytes=self._settings.cache_nbytes,
+                speculation=self._settings.speculation,
+                draft=self.model.draft,
+            )
             _warm_up(engine)
             self.engine = engine
             self._call(self._become_ready)

@@ -29,6 +29,12 @@ class Settings(BaseSettings):
     threads: int | None = Field(
         default=None, ge=1, description="CPU threads of the engine; unset: it decides."
     )
+    speculation: Literal["off", "prompt_lookup"] = Field(
+        default="off", description="`prompt_lookup`: faster where few texts run and repeat themselves."
+    )
+    draft_model: str | None = Field(
+        default=None, description="A small model of the same vocabulary that makes the model faster."
+    )
     served_name: str | None = Field(
         default=None,
         pattern=r"^[\w./:-]{1,128}$",

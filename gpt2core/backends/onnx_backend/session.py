@@ -180,6 +180,10 @@ class OnnxBackend:
                     binding.bind_output(f"present_{kind}_{i}", *where)
         return bindings[key]
 
+    def further_cost(self, tokens: int, rows: int) -> float:
+        """See `gpt2core.backends.base.PricesTokens.further_cost`; beside others it is a pass of its own."""
+        return (0.1 if rows == 1 else 1.0) + 0.06 * tokens
+
     def trace(self, token_ids: Sequence[int]) -> Trace:
         """See `gpt2core.backends.base.Traces.trace`.
 
