@@ -3,6 +3,7 @@
     pip install -c constraints.txt "gpt2core[all]" transformers
     python examples/speed.py CHECKPOINT_FOLDER --threads 2 --rounds 3
     python examples/speed.py --random small            # GPT-2 small's shape with random weights
+    python examples/speed.py CHECKPOINT_FOLDER --engines onnx --precision int8
 
 Each engine runs in a process of its own, one after the other, round by round, so that a drift of the
 machine's speed hits all alike. A round is greedy decoding of 128 tokens after a prompt of 8 at batch 1, 8
@@ -108,6 +109,9 @@ def main() -> None:
     parser.add_argument("--engines", default="transformers,numpy,torch,jax,onnx")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--precision", default="float32", help="of gpt2core: float32, int8, int4 or bfloat16; rounded once"
+    )
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -122,11 +126,17 @@ def main() -> None:
         if args.random:
             from gpt2core.testing import random_checkpoint
 
-            folder = str(random_checkpoint(scratch, args.random))
+            folder = str(random_checkpoint(f"{scratch}/float32", args.random))
+        own = folder  # what gpt2core loads; transformers always takes the float checkpoint
+        if args.precision != "float32":
+            own = f"{scratch}/{args.precision}"
+            quantize = ("quantize", folder, own, "--precision", args.precision)
+            subprocess.run([sys.executable, "-m", "gpt2core", *quantize], stdout=sys.stderr, check=True)
         rounds: dict[str, list[dict[str, float]]] = {name: [] for name in args.engines.split(",")}
         for i in range(args.rounds):
             for name, rows in rounds.items():
-                command = [sys.executable, __file__, folder, "--threads", str(args.threads), "--one", name]
+                which = folder if name == "transformers" else own
+                command = [sys.executable, __file__, which, "--threads", str(args.threads), "--one", name]
                 out = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
                 rows.append(json.loads(out.splitlines()[-1]))
                 print(f"round {i + 1}: {name} {rows[-1]}", file=sys.stderr, flush=True)

@@ -14,6 +14,9 @@ from gpt2core.checkpoint_folder import WEIGHTS, read_config, read_weights
 from gpt2core.config import ModelConfig
 from gpt2core.convert import convert_pickle
 from gpt2core.errors import CheckpointError, RequestError
+from gpt2core.quantize import dequantize
+from gpt2core.quantized_folder import read_quantization, read_quantized
+from gpt2core.quantized_weights import QuantizedWeights, round_to_bfloat16
 from gpt2core.safetensors_file import TensorData, replacing, write_safetensors
 from gpt2core.strict_json import listed, shown
 from gpt2core.weights import Weights
@@ -33,14 +36,20 @@ class Checkpoint:
     Attributes:
         source: what was asked for: "demo", a folder, a hub id.
         folder: the local folder that holds the files, the tokenizer's too.
-        config: the same as `weights.config`.
-        weights: float32 and read-only; memory-mapped where the file holds aligned float32.
+        config: the same as `stored.config`.
+        stored: read-only; float32 weights are memory-mapped where the file holds aligned float32, quantised
+            ones always.
     """
 
     source: str
     folder: Path
     config: ModelConfig
-    weights: Weights
+    stored: Weights | QuantizedWeights
+
+    @property
+    def weights(self) -> Weights:
+        """The float32 weights; of a quantised checkpoint what its numbers stand for, made at each access."""
+        return dequantize(self.stored) if isinstance(self.stored, QuantizedWeights) else self.stored
 
 
 def open_checkpoint(
@@ -66,8 +75,13 @@ def open_checkpoint(
         token=token,
         progress=progress,
     )
-    weights = read_weights(folder, read_config(folder))
-    return Checkpoint(source=os.fspath(model), folder=folder, config=weights.config, weights=weights)
+    config, quantization = read_config(folder), read_quantization(folder)
+    stored: Weights | QuantizedWeights
+    if quantization is None:
+        stored = read_weights(folder, config)
+    else:
+        stored = read_quantized(folder, config, quantization)
+    return Checkpoint(source=os.fspath(model), folder=folder, config=stored.config, stored=stored)
 
 
 def resolve(
@@ -178,6 +192,4 @@ def _encode(array: np.ndarray[Any, Any], dtype: str) -> np.ndarray[Any, Any]:
     """The bytes of an array in the file's type, little-endian."""
     if dtype != "bfloat16":
         return np.ascontiguousarray(array, "<f4" if dtype == "float32" else "<f2")
-    bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
-    # Round to nearest, ties to even: half a unit less one, plus the last bit that stays.
-    return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype("<u2")
+    return round_to_bfloat16(array)

@@ -67,6 +67,9 @@ _NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
     "tie_encoder_decoder": (False, None),
 }
 
+QUANTIZATION_FIELD: Final = "gpt2core_quantization"
+"""How the weights are stored; says nothing about the mathematics, and is read by `quantized_folder`."""
+
 _END_OF_TEXT: Final = 50256  # what transformers takes for bos and eos where config.json is silent
 
 
@@ -154,7 +157,7 @@ class ModelConfig:
             elif name in _NEUTRAL:
                 if not any(value is neutral or value == neutral for neutral in _NEUTRAL[name]):
                     refused.append(f"{shown_name(name)} = {shown(value)}")
-            elif name not in _IGNORED:
+            elif name not in _IGNORED and name != QUANTIZATION_FIELD:
                 refused.append(f"{shown_name(name)} = {shown(value)} (unknown field)")
         values: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(cls)} | known
         eos = values.pop("eos_token_id", _END_OF_TEXT)

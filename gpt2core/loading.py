@@ -64,9 +64,7 @@ def _load(
 ) -> tuple[Backend, Tokenizer]:
     checkpoint = open_checkpoint(name, revision=revision, **where)
     tokenizer = Tokenizer.from_folder(checkpoint.folder)
-    if backend == "auto":
-        backend, _ = backends.choose(checkpoint.config, device=device, threads=threads, precision=precision)
     made = backends.create_backend(
-        backend, checkpoint.weights, device=device, threads=threads, precision=precision
+        backend, checkpoint.stored, device=device, threads=threads, precision=precision
     )
     return made, tokenizer

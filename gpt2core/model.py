@@ -77,7 +77,7 @@ class GPT2:
         model: str | os.PathLike[str],
         *,
         backend: str = "auto",
-        precision: str = "float32",
+        precision: str = "auto",
         device: str = "cpu",
         threads: int | None = None,
         revision: str | None = None,
@@ -94,7 +94,7 @@ class GPT2:
         Args:
             model: "demo" (bundled), a folder, or a model's id on the Hugging Face hub.
             backend: a name that `gpt2core backends` lists, or "auto".
-            precision: of the weights, "float32" or what the backend offers beyond.
+            precision: "float32", "int8", "int4", "bfloat16" (rounded on loading), or "auto" for as stored.
             device: where the backend computes.
             threads: CPU threads for it; None lets it decide.
             revision: branch, tag or commit on the hub.

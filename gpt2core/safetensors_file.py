@@ -34,7 +34,7 @@ READABLE: Final = ("F32", "F16", "BF16", "F64")
 MAX_HEADER_NBYTES: Final = 2_000_000
 MAX_TENSORS: Final = 50_000
 MAX_DIMENSIONS: Final = 8
-_STORED: Final = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
+_STORED: Final = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8", "I8": "i1", "U8": "u1"}
 _BLOCK: Final = 1 << 16  # elements; a block and its mask stay in the processor's cache
 
 
@@ -105,6 +105,15 @@ class SafetensorsFile:
             self.faults.append(f"the last {nbytes - covered} bytes belong to no tensor")
         for name in self.faulty:
             self.entries.pop(name, None)
+
+    def stored(self, name: str) -> np.ndarray:
+        """A tensor as it is stored, bfloat16 as uint16: a read-only view of the mapped file where aligned."""
+        entry = self.entries[name]
+        array = np.frombuffer(self._map, _STORED[entry.dtype], math.prod(entry.shape), entry.begin)
+        if not array.flags.aligned:
+            array = array.copy()
+            array.flags.writeable = False
+        return array.reshape(entry.shape)
 
     def float32(self, name: str) -> Float32[np.ndarray, "..."]:
         """A tensor as a read-only float32 array.

@@ -101,7 +101,9 @@ def test_a_plugin_cannot_take_a_built_in_name(monkeypatch):
 
 
 def test_an_unknown_precision_is_refused_by_name():
-    with pytest.raises(RequestError, match="precision 'float8' is unknown; use 'float32'"):
+    with pytest.raises(
+        RequestError, match="precision 'float8' is unknown; use 'auto' or 'float32' or 'int8'"
+    ):
         create_backend("numpy", TINY, precision="float8")
 
 

@@ -332,7 +332,7 @@ def test_what_cannot_run_is_skipped_with_its_reason_and_the_others_go_on(folder,
     gone = type(infos["torch"])("torch", False, None, "install it with: pip install 'gpt2core[torch]'")
     monkeypatch.setattr(rounds, "available", lambda **_: {**infos, "torch": gone})
     comparison = small(
-        folder, peers=("broken",), prefill=(32, 4096), check=False, precisions=("float32", "int4")
+        folder, peers=("broken",), prefill=(32, 4096), check=False, precisions=("float32", "float16")
     )
     lines = rounds.compare(comparison, tmp_path / "out")
 
@@ -349,7 +349,8 @@ def test_what_cannot_run_is_skipped_with_its_reason_and_the_others_go_on(folder,
     assert errors("broken", length=None) == {("failed", "ValueError: no")}
     assert errors("numpy", length=4096) == {("skipped", "the model's context is 96")}
     assert errors("numpy", length=32) == {("ok", None)}
-    assert errors("numpy", "int4", length=32) == {("skipped", "gpt2core offers float32, not int4")}
+    offers = "gpt2core offers float32, int8, int4, bfloat16, not float16"
+    assert errors("numpy", "float16", length=32) == {("skipped", offers)}
 
 
 @pytest.mark.parametrize(

@@ -169,8 +169,12 @@ LAYERS = (
         "tokenizer_files",
         "reference",
         "trace",
+        "quantized_weights",
     ),
-    ("checkpoint", "checkpoint_folder", "convert", "hub", "safetensors_file", "backends"),
+    (
+        *("checkpoint", "checkpoint_folder", "convert", "hub", "safetensors_file", "backends"),
+        *("quantize", "gptq", "quantized_folder"),
+    ),
     ("sequence", "scheduler", "rows", "prompts", "speculation", "draft"),
     ("engine", "generation"),
     ("model", "stepping", "loading"),

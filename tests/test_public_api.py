@@ -140,7 +140,7 @@ def test_the_signatures_are_those_that_callers_write():
     loads = inspect.signature(GPT2.from_pretrained).parameters
     assert {name: p.default for name, p in loads.items() if name != "model"} == {
         "backend": "auto",
-        "precision": "float32",
+        "precision": "auto",
         "device": "cpu",
         "threads": None,
         "revision": None,

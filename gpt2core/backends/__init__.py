@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Final
 
+from gpt2core import quantize
 from gpt2core.backends import recommended
-from gpt2core.backends.base import Backend, BackendFactory, Cache
+from gpt2core.backends.base import Backend, BackendFactory, Cache, RunsPrecisions
 from gpt2core.config import ModelConfig
 from gpt2core.errors import BackendUnavailableError, RequestError
+from gpt2core.quantized_weights import QuantizedWeights
 from gpt2core.weights import Weights
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ __all__ = [
 ]
 
 ENTRY_POINT_GROUP: Final = "gpt2core.backends"
-PRECISIONS: Final = ("float32",)
+PRECISIONS: Final = ("float32", *quantize.PRECISIONS)
 SMALL_MODEL_PARAMETERS: Final = 30_000_000
 """Below this, starting a framework takes longer than most texts take on NumPy."""
 
@@ -43,6 +45,7 @@ class _BuiltIn:
     factory: str  # module:attribute
     package: str  # what it imports and does its arithmetic with; also the name of the distribution
     others: tuple[str, ...] = ()  # what else it imports
+    precisions: tuple[str, ...] = ("float32",)  # the factory's, known without importing it
 
     @property
     def packages(self) -> tuple[str, ...]:
@@ -50,10 +53,12 @@ class _BuiltIn:
 
 
 _BUILT_IN: Final[Mapping[str, _BuiltIn]] = {
-    "numpy": _BuiltIn("gpt2core.backends.numpy_backend:NumpyBackend", "numpy"),
+    "numpy": _BuiltIn("gpt2core.backends.numpy_backend:NumpyBackend", "numpy", precisions=PRECISIONS),
     "torch": _BuiltIn("gpt2core.backends.torch_backend:TorchBackend", "torch"),
     "jax": _BuiltIn("gpt2core.backends.jax_backend:JaxBackend", "jax", ("jaxlib", "flax")),
-    "onnx": _BuiltIn("gpt2core.backends.onnx_backend:OnnxBackend", "onnxruntime", ("onnx",)),
+    "onnx": _BuiltIn(
+        "gpt2core.backends.onnx_backend:OnnxBackend", "onnxruntime", ("onnx",), ("float32", "int8", "int4")
+    ),
 }
 BUILT_IN: Final = tuple(_BUILT_IN)
 """The names of the backends that come with the library."""
@@ -142,6 +147,8 @@ def choose(
     4. NumPy for a model of less than 30 million parameters;
     5. ONNX Runtime where it is installed, else PyTorch where it is, else NumPy (faster than JAX here).
 
+    Backends that do not run `precision` are passed over, except by the first rule.
+
     Raises:
         BackendUnavailableError: GPT2CORE_BACKEND names a backend that does not exist.
     """
@@ -154,11 +161,12 @@ def choose(
             )
         return named, "GPT2CORE_BACKEND names it"
     measured = recommended.find(config, device=device, threads=threads, precision=precision)
-    if measured is not None and measured.backend in _BUILT_IN and _installed(_BUILT_IN[measured.backend]):
+    able = [name for name, b in _BUILT_IN.items() if precision in b.precisions]
+    if measured is not None and measured.backend in able and _installed(_BUILT_IN[measured.backend]):
         return measured.backend, measured.why
     if device.partition(":")[0] == "cuda":
         for name in _ON_CUDA:
-            if _installed(_BUILT_IN[name]):
+            if name in able and _installed(_BUILT_IN[name]):
                 return name, f"the first of {', '.join(_ON_CUDA)} that is installed, for device {device!r}"
         return _ON_CUDA[0], f"NumPy does not run on device {device!r}"
     if device != "cpu":
@@ -166,30 +174,70 @@ def choose(
     if config.parameters < SMALL_MODEL_PARAMETERS:
         return "numpy", f"{config.parameters / 1e6:.1f} million parameters run before a framework has started"
     for name in _FASTEST_FIRST:
-        if _installed(_BUILT_IN[name]):
+        if name in able and _installed(_BUILT_IN[name]):
             return name, "it is the fastest of those installed"
     return "numpy", "neither ONNX Runtime nor PyTorch is installed"
 
 
 def create_backend(
     name: str,
-    weights: Weights,
+    weights: Weights | QuantizedWeights,
     *,
     device: str = "cpu",
     threads: int | None = None,
-    precision: str = "float32",
+    precision: str = "auto",
 ) -> Backend:
     """Make the backend `name` ("auto" for `choose`'s answer) over `weights`.
 
+    Args:
+        name: of `available()`, or "auto".
+        weights: float32 or quantised.
+        device, threads: as of the backend.
+        precision: what the backend is to run: "auto" takes the weights as they are; another rounds float32
+            weights to it, without calibration (see `gpt2core.quantize`).
+
     Raises:
         BackendUnavailableError: as `load_factory`, or the backend does not run on `device`.
-        RequestError: an unknown precision, or `threads` below 1.
+        RequestError: an unknown precision, one that the backend does not run or that the weights do not have,
+            or `threads` below 1.
     """
-    if precision not in PRECISIONS:
-        raise RequestError(f"precision {precision!r} is unknown; use {' or '.join(map(repr, PRECISIONS))}")
+    precision = resolve_precision(weights, precision)
     if name == "auto":
         name, _ = choose(weights.config, device=device, threads=threads, precision=precision)
-    return load_factory(name)(weights, device=device, threads=threads)
+    factory = load_factory(name)
+    offered = factory.precisions if isinstance(factory, RunsPrecisions) else ("float32",)
+    if precision not in offered:
+        able = [n for n, b in _BUILT_IN.items() if precision in b.precisions]
+        raise RequestError(
+            f"the {name} backend does not run precision {precision!r}, only {', '.join(offered)}; use "
+            f"backend={' or '.join(map(repr, able))} for it"
+        )
+    if isinstance(factory, RunsPrecisions):
+        if isinstance(weights, Weights) and precision != "float32":
+            weights = quantize.quantize(weights, precision)
+        return factory(weights, device=device, threads=threads)
+    assert isinstance(weights, Weights)
+    return factory(weights, device=device, threads=threads)
+
+
+def resolve_precision(weights: Weights | QuantizedWeights, precision: str) -> str:
+    """The precision that `precision` means for these weights.
+
+    Raises:
+        RequestError: it is unknown, or the weights were quantised to another.
+    """
+    if precision not in ("auto", *PRECISIONS):
+        known = " or ".join(map(repr, PRECISIONS))
+        raise RequestError(f"precision {precision!r} is unknown; use 'auto' or {known}")
+    stored = weights.precision if isinstance(weights, QuantizedWeights) else "float32"
+    if precision == "auto":
+        return stored
+    if stored not in ("float32", precision):
+        raise RequestError(
+            f"precision {precision!r} is asked for, but the checkpoint is quantised to {stored!r}; "
+            "ask for that, or load the float checkpoint that it was made of"
+        )
+    return precision
 
 
 def _installed(built_in: _BuiltIn) -> bool:

@@ -14,6 +14,7 @@ import numpy as np
 from gpt2core._shapes import Float32
 from gpt2core.batch import Batch
 from gpt2core.config import ModelConfig
+from gpt2core.quantized_weights import QuantizedWeights
 from gpt2core.trace import Trace
 from gpt2core.weights import Weights
 
@@ -74,6 +75,17 @@ class Traces(Protocol):
             BackendError: the engine failed.
         """
         ...
+
+
+@runtime_checkable
+class RunsPrecisions(Protocol):
+    """A factory's capability: it also takes quantised weights, of the precisions that it names."""
+
+    precisions: tuple[str, ...]
+
+    def __call__(
+        self, weights: Weights | QuantizedWeights, *, device: str = "cpu", threads: int | None = None
+    ) -> Backend: ...
 
 
 @runtime_checkable

@@ -17,12 +17,15 @@ from gpt2core._shapes import Float, Float32
 from gpt2core.backends import numpy_kernels as kernels
 from gpt2core.backends.blas_threads import blas_threads
 from gpt2core.backends.memory import lazy_zeros
+from gpt2core.backends.numpy_products import linear, project
 from gpt2core.backends.ragged import AttentionPlan, note_filled, plan_attention
 from gpt2core.batch import Batch, whole_sequence
 from gpt2core.config import ModelConfig
 from gpt2core.errors import BackendUnavailableError, RequestError
+from gpt2core.quantize import PRECISIONS
+from gpt2core.quantized_weights import QuantizedBlock, QuantizedWeights, look_up
 from gpt2core.trace import Trace
-from gpt2core.weights import Weights
+from gpt2core.weights import Block, Weights
 
 
 @final
@@ -54,7 +57,8 @@ class NumpyBackend:
     """GPT-2 in pure NumPy.
 
     Args:
-        weights: float32 weights; they are shared, not copied.
+        weights: float32 or quantised weights; they are shared, not copied. Quantised ones are multiplied by
+            blocks that become float32 in the processor's cache, so they take less memory, not less time.
         device: only "cpu".
         threads: threads of NumPy's BLAS during a forward pass; None leaves them as they are.
 
@@ -63,14 +67,18 @@ class NumpyBackend:
     """
 
     name = "numpy"
+    precisions = ("float32", *PRECISIONS)
 
-    def __init__(self, weights: Weights, *, device: str = "cpu", threads: int | None = None) -> None:
+    def __init__(
+        self, weights: Weights | QuantizedWeights, *, device: str = "cpu", threads: int | None = None
+    ) -> None:
         if device != "cpu":
             raise BackendUnavailableError(
                 f"the numpy backend runs on device 'cpu' only, not {device!r}; use backend='torch' for it"
             )
         self.config = weights.config
-        self._weights: Weights | None = weights
+        self.precision = "float32" if isinstance(weights, Weights) else weights.precision
+        self._weights: Weights | QuantizedWeights | None = weights
         self._threads = blas_threads(threads)
 
     def new_cache(self, slots: int, capacity: int) -> NumpyCache:
@@ -102,35 +110,40 @@ class NumpyBackend:
         return Trace(np.stack(notes.hidden_states), np.stack(notes.attentions), logits)
 
     def _logits(
-        self, weights: Weights, batch: Batch, cache: NumpyCache, notes: "_Notes | None"
+        self,
+        weights: Weights | QuantizedWeights,
+        batch: Batch,
+        cache: NumpyCache,
+        notes: "_Notes | None",
     ) -> Float32[np.ndarray, "M V"]:
         config, epsilon = self.config, self.config.layer_norm_epsilon
         plan = plan_attention(batch)
-        x = weights.wte[batch.tokens]  # (N, D)
+        x = look_up(weights.wte, batch.tokens)  # (N, D)
         x += weights.wpe[batch.positions]
         if notes is not None:
             notes.hidden_states.append(x.copy())
-        for i, block in enumerate(weights.blocks):
+        blocks: Sequence[Block | QuantizedBlock] = weights.blocks
+        for i, block in enumerate(blocks):
             h = kernels.layer_norm(x, block.ln_1.weight, block.ln_1.bias, epsilon)
-            qkv = kernels.linear(h, block.c_attn.weight, block.c_attn.bias)  # (N, 3 D)
+            qkv = linear(h, block.c_attn)  # (N, 3 D)
             qkv = qkv.reshape(len(x), 3, config.n_head, -1)  # (N, 3, H, K)
             y = _attention(qkv, cache.kv[i], plan, config.attention_scale(i))  # (N, D)
             if i == config.n_layer - 1:  # from here on only the wanted tokens matter
                 if len(batch.logits_at) == 0:
                     return np.empty((0, config.vocab_size), np.float32)
                 x, y = x[batch.logits_at], y[batch.logits_at]  # (M, D)
-            x += kernels.linear(y, block.attn_c_proj.weight, block.attn_c_proj.bias)
+            x += linear(y, block.attn_c_proj)
             if notes is not None:
                 notes.hidden_states.append(x.copy())
                 notes.attentions.append(_attention_map(qkv, cache.kv[i, 0, 0], config.attention_scale(i)))
             h = kernels.layer_norm(x, block.ln_2.weight, block.ln_2.bias, epsilon)
-            h = kernels.linear(h, block.c_fc.weight, block.c_fc.bias)  # (N, mlp_dim)
+            h = linear(h, block.c_fc)  # (N, mlp_dim)
             kernels.activate(h, config.activation_function)
-            x += kernels.linear(h, block.mlp_c_proj.weight, block.mlp_c_proj.bias)
+            x += linear(h, block.mlp_c_proj)
             if notes is not None:
                 notes.hidden_states.append(x.copy())
         x = kernels.layer_norm(x, weights.ln_f.weight, weights.ln_f.bias, epsilon)
-        return x @ weights.lm_head.T
+        return project(x, weights.lm_head)
 
     def close(self) -> None:
         """Let go of the weights."""

@@ -21,6 +21,7 @@ from gpt2core.cli.convert import convert
 from gpt2core.cli.export import export
 from gpt2core.cli.generate import generate
 from gpt2core.cli.info import info
+from gpt2core.cli.quantize import quantize
 from gpt2core.cli.score import score
 from gpt2core.cli.serve import serve
 from gpt2core.cli.verify import verify
@@ -35,7 +36,7 @@ def program() -> None:
     """Run GPT-2-family language models from one checkpoint on any backend."""
 
 
-for _command in (generate, score, serve, bench, verify, info, backends, convert, export):
+for _command in (generate, score, serve, bench, verify, info, backends, convert, quantize, export):
     program.add_command(_command)
 
 

@@ -36,7 +36,13 @@ model_options = (
     click.option(
         "--backend", metavar="NAME", default="auto", show_default=True, help="Engine; see `backends`."
     ),
-    click.option("--precision", metavar="NAME", default="float32", show_default=True, help="Of the weights."),
+    click.option(
+        "--precision",
+        metavar="NAME",
+        default="auto",
+        show_default=True,
+        help="float32, int8, int4 or bfloat16; auto takes the weights as the checkpoint holds them.",
+    ),
     click.option(
         "--device", metavar="NAME", default="cpu", show_default=True, help="Where the engine computes."
     ),

@@ -106,7 +106,7 @@ def generate(
                     {
                         "model": model,
                         "backend": loaded.backend.name,
-                        "precision": precision,
+                        "precision": getattr(loaded.backend, "precision", "float32"),
                         "prompt": text,
                         "load_s": load_s,
                         "generations": [_document(one) for one in result],

@@ -13,7 +13,9 @@ from onnx import TensorProto, helper
 from gpt2core._shapes import Float
 from gpt2core.backends.onnx_backend.nodes import Graph
 from gpt2core.backends.onnx_backend.operators import MICROSOFT, Fused, padded_head_dim
+from gpt2core.backends.onnx_backend.products import Quantized, quantized_arrays
 from gpt2core.config import ModelConfig
+from gpt2core.quantized_weights import QuantizedWeights
 from gpt2core.weights import Linear, Weights
 
 OPSET: Final = 21
@@ -49,8 +51,11 @@ def _widen(
     }
 
 
-def graph_weights(weights: Weights) -> Iterator[tuple[str, Float[np.ndarray, "..."]]]:
+def graph_weights(weights: Weights | QuantizedWeights) -> Iterator[tuple[str, np.ndarray]]:
     """The initializers of `build_model` by name: no embeddings, but always a head."""
+    if isinstance(weights, QuantizedWeights):
+        yield from quantized_arrays(weights)
+        return
     for name, array in named_weights(weights, padded_head_dim(weights.config)):
         if name == "wte.weight" and weights.lm_head is weights.wte:
             yield "lm_head.weight", array
@@ -58,7 +63,7 @@ def graph_weights(weights: Weights) -> Iterator[tuple[str, Float[np.ndarray, "..
             yield name, array
 
 
-def build_model(weights: Weights, *, trace: bool = False) -> onnx.ModelProto:
+def build_model(weights: Weights | QuantizedWeights, *, trace: bool = False) -> onnx.ModelProto:
     """The graph, with its weights as external initializers that say only name, type and shape.
 
     Embeddings are looked up by the caller: a table that a graph looks things up in is a copy that stays,
@@ -73,7 +78,7 @@ def build_model(weights: Weights, *, trace: bool = False) -> onnx.ModelProto:
     attention_probabilities_i (R, H, S, T).
     """
     config = weights.config
-    g = Graph(config)
+    g = Graph(config, Quantized(weights) if isinstance(weights, QuantizedWeights) else None)
     operators = Fused(config, seqlens_k="seqlens_k", total="total", probabilities=trace)
     g.body(operators, "embedded", "wanted", "lm_head.weight")
     value, ints = helper.make_tensor_value_info, TensorProto.INT32
@@ -127,8 +132,9 @@ def finished(
 
 
 def external(name: str, array: np.ndarray, **where: str | int) -> TensorProto:
-    """An initializer of float32 whose numbers are elsewhere."""
-    tensor = TensorProto(name=name, data_type=FLOAT, dims=array.shape)
+    """An initializer whose numbers are elsewhere."""
+    kind = helper.np_dtype_to_tensor_dtype(array.dtype)
+    tensor = TensorProto(name=name, data_type=kind, dims=array.shape)
     tensor.data_location = TensorProto.EXTERNAL
     for key, value in where.items():
         tensor.external_data.add(key=key, value=str(value))

@@ -2,7 +2,7 @@
 
 # R rows, S new tokens per row, N = R S, M wanted logits, D width, H heads, K head width, E = H K
 
-from typing import Any, Protocol
+from typing import Any, Protocol, final
 
 import numpy as np
 import onnx
@@ -25,11 +25,43 @@ class Operators(Protocol):
         ...
 
 
-class Graph:
-    """Nodes in the order in which they compute."""
+class Products(Protocol):
+    """The matrix products, which depend on the weights' encoding."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def linear(self, g: "Graph", x: str, name: str) -> str:
+        """A product and its bias (N, O)."""
+        ...
+
+    def head(self, g: "Graph", x: str, name: str) -> None:
+        """The node that gives "logits" (M, V)."""
+        ...
+
+
+@final
+class FloatProducts:
+    """Products of float32 weights, in the ONNX standard's words."""
+
+    def linear(self, g: "Graph", x: str, name: str) -> str:
+        """See `Products`; in ONNX Runtime no slower with the bias than without."""
+        return g.op("Gemm", x, f"{name}.weight", f"{name}.bias")
+
+    def head(self, g: "Graph", x: str, name: str) -> None:
+        """See `Products`."""
+        g.ops("Gemm", (x, name), ["logits"], transB=1)
+
+
+class Graph:
+    """Nodes in the order in which they compute.
+
+    Args:
+        config: what the model computes.
+        products: how matrices are multiplied; None for float32 ones, whose heads are widened in the weights.
+    """
+
+    def __init__(self, config: ModelConfig, products: Products | None = None) -> None:
         self.config = config
+        self.products: Products = products or FloatProducts()
+        self._narrow = products is not None  # weights of unwidened heads
         self.nodes: list[onnx.NodeProto] = []
         self.constants: list[TensorProto] = []
         self.sums: list[str] = []  # the residual stream after each attention and each MLP
@@ -60,8 +92,8 @@ class Graph:
         return self._count
 
     def linear(self, x: str, name: str) -> str:
-        """A product and its bias (N, O): in ONNX Runtime no slower than the product alone."""
-        return self.op("Gemm", x, f"{name}.weight", f"{name}.bias")
+        """A product and its bias (N, O)."""
+        return self.products.linear(self, x, name)
 
     def norm(self, x: str, name: str) -> str:
         """The layer norm of x (N, D)."""
@@ -80,8 +112,12 @@ class Graph:
             at, last = f"h.{i}.", i == config.n_layer - 1
             after = "ln_f" if last else f"h.{i + 1}.ln_1"
             qkv = self.linear(h, f"{at}attn.c_attn")  # (N, 3 E)
+            if self._narrow:
+                qkv = self._widened(qkv, operators.head_dim)
             y = operators.attention(self, i, self.op("Reshape", qkv, qkv_shape))  # (R, S, E)
             y = self.op("Reshape", y, out_shape)  # (N, E)
+            if self._narrow:
+                y = self._narrowed(y, operators.head_dim)
             if last:  # from here on only the wanted tokens matter
                 x, y = self.op("Gather", x, wanted), self.op("Gather", y, wanted)  # (M, D), (M, E)
             x = self.op("Add", x, self.linear(y, f"{at}attn.c_proj"))
@@ -91,4 +127,21 @@ class Graph:
             x = self.op("Add", x, self.linear(h, f"{at}mlp.c_proj"))
             self.sums.append(x)
             h = self.norm(x, after)
-        self.ops("Gemm", (h, head), ["logits"], transB=1)
+        self.products.head(self, h, head)
+
+    def _widened(self, qkv: str, head_dim: int) -> str:
+        """Fill every head of (N, 3 D) up with zeros to the width K of the graph."""
+        config = self.config
+        if head_dim == config.head_dim:
+            return qkv
+        heads = self.op("Reshape", qkv, self.constant([-1, 3 * config.n_head, config.head_dim]))
+        return self.op("Pad", heads, self.constant([0, 0, 0, 0, 0, head_dim - config.head_dim]))
+
+    def _narrowed(self, y: str, head_dim: int) -> str:
+        """Undo `_widened` for the result (N, E) of attention."""
+        config = self.config
+        if head_dim == config.head_dim:
+            return y
+        heads = self.op("Reshape", y, self.constant([-1, config.n_head, head_dim]))
+        axis = self.constant([0]), self.constant([config.head_dim]), self.constant([2])
+        return self.op("Reshape", self.op("Slice", heads, *axis), self.constant([-1, config.n_embd]))

@@ -19,10 +19,12 @@ from gpt2core.backends.blas_threads import check_threads
 from gpt2core.backends.memory import lazy_zeros
 from gpt2core.backends.onnx_backend.graph import build_model, graph_weights
 from gpt2core.backends.onnx_backend.operators import padded_head_dim
+from gpt2core.backends.onnx_backend.products import sums_overflow
 from gpt2core.backends.onnx_backend.runs import Run, plan_runs
 from gpt2core.batch import Batch, whole_sequence
 from gpt2core.config import ModelConfig
 from gpt2core.errors import BackendError, BackendUnavailableError, RequestError
+from gpt2core.quantized_weights import QuantizedWeights, look_up
 from gpt2core.trace import Trace
 from gpt2core.weights import Weights
 
@@ -52,7 +54,7 @@ class OnnxBackend:
     """GPT-2 as an ONNX graph, run by ONNX Runtime with the cache in place.
 
     Args:
-        weights: float32 weights. ONNX Runtime keeps its own, rearranged copy of the matrices; pages of a
+        weights: float32, int8 or int4. ONNX Runtime keeps a rearranged copy of the matrices; pages of a
             memory-mapped checkpoint are given back as they are copied, so that one copy stays.
         device: "cpu", "cuda" or "cuda:N"; on CUDA the cache stays in the host's memory.
         threads: ONNX Runtime's threads for one operator; None takes its default, one per core.
@@ -66,10 +68,11 @@ class OnnxBackend:
     """
 
     name = "onnx"
+    precisions = ("float32", "int8", "int4")
 
     def __init__(
         self,
-        weights: Weights,
+        weights: Weights | QuantizedWeights,
         *,
         device: str = "cpu",
         threads: int | None = None,
@@ -77,7 +80,12 @@ class OnnxBackend:
     ) -> None:
         check_threads(threads)
         self.config = weights.config
-        self._weights: Weights | None = weights
+        self.precision = weights.precision if isinstance(weights, QuantizedWeights) else "float32"
+        if self.precision != "float32" and device != "cpu":
+            raise BackendUnavailableError(
+                f"the onnx backend runs precision {self.precision!r} on device 'cpu' only, not {device!r}"
+            )
+        self._weights: Weights | QuantizedWeights | None = weights
         self._device = device
         providers = _providers(device)
         options = _session_options(threads, _spinning(spinning))
@@ -130,14 +138,14 @@ class OnnxBackend:
     def _run(
         self,
         session: Any,
-        weights: Weights,
+        weights: Weights | QuantizedWeights,
         run: Run,
         cache: OnnxCache,
         wanted: np.ndarray,
         logits: np.ndarray,
     ) -> None:
         binding = self._binding(session, cache, run.slots)
-        embedded = weights.wte[run.tokens]  # (R, S, D)
+        embedded = look_up(weights.wte, run.tokens)  # (R, S, D)
         embedded += weights.wpe[run.positions]
         total = np.array(run.seqlens_k.max() + 1, np.int32)
         feeds = (
@@ -187,7 +195,7 @@ class OnnxBackend:
             raise RequestError("the onnx backend is closed; load the model again")
         batch = whole_sequence(config, token_ids)
         count = len(batch.tokens)
-        embedded = weights.wte[batch.tokens] + weights.wpe[:count]  # (T, D)
+        embedded = look_up(weights.wte, batch.tokens) + weights.wpe[:count]  # (T, D)
         empty = np.zeros((1, config.n_head, count, padded_head_dim(config)), np.float32)
         feeds = {
             "embedded": embedded[None],
@@ -205,7 +213,7 @@ class OnnxBackend:
         sums, probabilities = noted[: 2 * config.n_layer], noted[2 * config.n_layer :]
         return Trace(np.stack([embedded, *sums]), np.concatenate(probabilities), logits)
 
-    def _new_tracer(self, weights: Weights) -> Any:
+    def _new_tracer(self, weights: Weights | QuantizedWeights) -> Any:
         threads, providers = self._settings
         options = _session_options(threads, spinning=False)
         options.add_session_config_entry("session.disable_prepacking", "1")  # that would copy the matrices
@@ -253,6 +261,8 @@ def _session_options(threads: int | None, spinning: bool) -> Any:
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
     options.add_session_config_entry("session.force_spinning_stop", "1")  # idle between passes
+    if sums_overflow():
+        options.add_session_config_entry("session.x64quantprecision", "1")
     return options
 
 
@@ -261,7 +271,7 @@ def _hand_over(options: Any, initializers: dict[str, Any]) -> None:
 
 
 def _contiguous(array: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(array, np.float32)
+    return np.ascontiguousarray(array, np.float32 if array.dtype.kind == "f" else None)
 
 
 @contextmanager
