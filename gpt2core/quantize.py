@@ -39,7 +39,7 @@ def quantize(weights: Weights, precision: str, *, group_size: int = GROUP_SIZE) 
 
     "int8" is symmetric with one scale per output of a layer and per row of the embedding. "int4" has a scale
     and a zero per group of `group_size` inputs of each output, and rounds by GPTQ for the inputs that random
-    tokens cause (`gpt2core.gptq`), which takes about a minute for GPT-2 small; embedding and head are int8.
+    tokens cause (`gpt2core.gptq`), which takes minutes for GPT-2 small; embedding and head are int8.
     "bfloat16" halves every matrix.
 
     Raises:
