@@ -94,7 +94,7 @@ def write_model(weights: Weights, folder: Path, *, form: str) -> None:
     g = Graph(weights.config)
     operators, embedded = _fast_start(g) if form == "fast" else _portable_start(g)
     head = "wte.weight" if weights.lm_head is weights.wte else "lm_head.weight"
-    g.body(operators, embedded, "logits_at", head)
+    g.products.head(g, g.body(operators, embedded, "logits_at"), head)
     with (folder / DATA).open("xb") as file:
         tensors = []
         for name, array in named_weights(weights, operators.head_dim):

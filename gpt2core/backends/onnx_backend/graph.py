@@ -3,8 +3,8 @@
 # R rows, S new tokens per row, N = R S, M wanted logits, D width, H heads, K head width
 # V vocabulary, C cache capacity, T positions that a row sees
 
-from collections.abc import Iterable, Iterator
-from typing import Final
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Final, Literal
 
 import numpy as np
 import onnx
@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 from gpt2core._shapes import Float
 from gpt2core.backends.onnx_backend.nodes import Graph
 from gpt2core.backends.onnx_backend.operators import MICROSOFT, Fused, padded_head_dim
-from gpt2core.backends.onnx_backend.products import Quantized, quantized_arrays
+from gpt2core.backends.onnx_backend.products import QuantizedProducts
 from gpt2core.config import ModelConfig
 from gpt2core.quantized_weights import QuantizedWeights
 from gpt2core.weights import Linear, Weights
@@ -21,6 +21,7 @@ from gpt2core.weights import Linear, Weights
 OPSET: Final = 21
 IR_VERSION: Final = 10
 FLOAT: Final = TensorProto.FLOAT
+Part = Literal["whole", "body", "head"]
 
 
 def named_weights(weights: Weights, head_dim: int) -> Iterator[tuple[str, Float[np.ndarray, "..."]]]:
@@ -51,11 +52,18 @@ def _widen(
     }
 
 
-def graph_weights(weights: Weights | QuantizedWeights) -> Iterator[tuple[str, np.ndarray]]:
-    """The initializers of `build_model` by name: no embeddings, but always a head."""
-    if isinstance(weights, QuantizedWeights):
-        yield from quantized_arrays(weights)
+def graph_weights(
+    weights: Weights | QuantizedWeights, products: QuantizedProducts | None = None, *, part: Part = "whole"
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The initializers of `build_model` by name: no embeddings, but always a head where the part has one."""
+    if products is not None:
+        if part != "head":
+            yield from products.arrays()
+            yield from ((name, array) for name, array in weights.named() if "ln_" in name)
+        if part != "body":
+            yield from products.head_arrays()
         return
+    assert isinstance(weights, Weights)
     for name, array in named_weights(weights, padded_head_dim(weights.config)):
         if name == "wte.weight" and weights.lm_head is weights.wte:
             yield "lm_head.weight", array
@@ -63,8 +71,15 @@ def graph_weights(weights: Weights | QuantizedWeights) -> Iterator[tuple[str, np
             yield name, array
 
 
-def build_model(weights: Weights | QuantizedWeights, *, trace: bool = False) -> onnx.ModelProto:
-    """The graph, with its weights as external initializers that say only name, type and shape.
+def build_model(
+    config: ModelConfig,
+    arrays: Mapping[str, np.ndarray],
+    products: QuantizedProducts | None = None,
+    *,
+    part: Part = "whole",
+    trace: bool = False,
+) -> onnx.ModelProto:
+    """The graph, with `arrays` as external initializers that say only name, type and shape.
 
     Embeddings are looked up by the caller: a table that a graph looks things up in is a copy that stays,
     while the same table as the head is rearranged and let go.
@@ -76,31 +91,38 @@ def build_model(weights: Weights | QuantizedWeights, *, trace: bool = False) -> 
     With `trace` instead of the cache: residual_0 to residual_(2L-1), the residual stream after each attention
     and each MLP (N, D), but of the wanted tokens only (M, D) in the last layer, and per layer
     attention_probabilities_i (R, H, S, T).
+    The part "body" gives hidden (M, D) instead of logits, and the part "head" makes logits of that.
     """
-    config = weights.config
-    g = Graph(config, Quantized(weights) if isinstance(weights, QuantizedWeights) else None)
-    operators = Fused(config, seqlens_k="seqlens_k", total="total", probabilities=trace)
-    g.body(operators, "embedded", "wanted", "lm_head.weight")
     value, ints = helper.make_tensor_value_info, TensorProto.INT32
+    hidden = value("hidden", FLOAT, ["wanted", config.n_embd])
+    logits = value("logits", FLOAT, ["wanted", config.vocab_size])
+    g = Graph(config, products)
+    initializers = [external(name, array, location="handed over in memory") for name, array in arrays.items()]
+    if part == "head":
+        g.products.head(g, "hidden", "lm_head.weight")
+        return finished(g, [hidden], [logits], initializers)
+    operators = Fused(config, seqlens_k="seqlens_k", total="total", probabilities=trace)
+    h = g.body(operators, "embedded", "wanted")
+    if part == "body":
+        g.ops("Identity", (h,), ["hidden"])
+    else:
+        g.products.head(g, h, "lm_head.weight")
     outputs = cache_values(config, "present", "capacity", operators.head_dim)
     if trace:
         for i, name in enumerate(g.sums):
-            g.ops("Identity", (name,), [f"residual_{i}"])
+            flat = g.op("Reshape", name, g.constant([-1, config.n_embd]))
+            g.ops("Identity", (flat,), [f"residual_{i}"])
         outputs = [value(f"residual_{i}", FLOAT, [None, config.n_embd]) for i in range(len(g.sums))]
         seen: list[str | int | None] = ["rows", config.n_head, "new", "seen"]
         outputs += [value(f"attention_probabilities_{i}", FLOAT, seen) for i in range(config.n_layer)]
-    return finished(
-        g,
-        [
-            value("embedded", FLOAT, ["rows", "new", config.n_embd]),
-            value("seqlens_k", ints, ["rows"]),
-            value("total", ints, []),
-            value("wanted", ints, ["wanted"]),
-            *cache_values(config, "past", "capacity", operators.head_dim),
-        ],
-        [value("logits", FLOAT, ["wanted", config.vocab_size]), *outputs],
-        [external(name, array, location="handed over in memory") for name, array in graph_weights(weights)],
-    )
+    inputs = [
+        value("embedded", FLOAT, ["rows", "new", config.n_embd]),
+        value("seqlens_k", ints, ["rows"]),
+        value("total", ints, []),
+        value("wanted", ints, ["wanted"]),
+        *cache_values(config, "past", "capacity", operators.head_dim),
+    ]
+    return finished(g, inputs, [hidden if part == "body" else logits, *outputs], initializers)
 
 
 def cache_values(config: ModelConfig, when: str, length: str, head_dim: int) -> list[onnx.ValueInfoProto]:

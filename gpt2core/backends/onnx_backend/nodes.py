@@ -28,8 +28,18 @@ class Operators(Protocol):
 class Products(Protocol):
     """The matrix products, which depend on the weights' encoding."""
 
+    @property
+    def flat(self) -> bool:
+        """Whether tokens have to come as (N, I); else they come by rows, (R, S, I), with no reshaping."""
+        ...
+
+    @property
+    def widened(self) -> bool:
+        """Whether the attention's matrices have heads of the width of `Operators` already."""
+        ...
+
     def linear(self, g: "Graph", x: str, name: str) -> str:
-        """A product and its bias (N, O)."""
+        """A product and its bias, (N, O) or (R, S, O)."""
         ...
 
     def head(self, g: "Graph", x: str, name: str) -> None:
@@ -40,6 +50,8 @@ class Products(Protocol):
 @final
 class FloatProducts:
     """Products of float32 weights, in the ONNX standard's words."""
+
+    flat = widened = True
 
     def linear(self, g: "Graph", x: str, name: str) -> str:
         """See `Products`; in ONNX Runtime no slower with the bias than without."""
@@ -55,13 +67,12 @@ class Graph:
 
     Args:
         config: what the model computes.
-        products: how matrices are multiplied; None for float32 ones, whose heads are widened in the weights.
+        products: how matrices are multiplied; None for float32 ones.
     """
 
     def __init__(self, config: ModelConfig, products: Products | None = None) -> None:
         self.config = config
         self.products: Products = products or FloatProducts()
-        self._narrow = products is not None  # weights of unwidened heads
         self.nodes: list[onnx.NodeProto] = []
         self.constants: list[TensorProto] = []
         self.sums: list[str] = []  # the residual stream after each attention and each MLP
@@ -91,57 +102,57 @@ class Graph:
         self._count += 1
         return self._count
 
-    def linear(self, x: str, name: str) -> str:
-        """A product and its bias (N, O)."""
-        return self.products.linear(self, x, name)
-
     def norm(self, x: str, name: str) -> str:
-        """The layer norm of x (N, D)."""
+        """The layer norm of x (..., D)."""
         epsilon = self.config.layer_norm_epsilon
         return self.op("LayerNormalization", x, f"{name}.weight", f"{name}.bias", epsilon=epsilon)
 
-    def body(self, operators: Operators, embedded: str, wanted: str, head: str) -> None:
-        """From embeddings (R, S, D) to "logits" (M, V) of the tokens `wanted` (M,), by the matrix `head`."""
-        config = self.config
+    def body(self, operators: Operators, embedded: str, wanted: str) -> str:
+        """From embeddings (R, S, D) to the head's input (M, D) of the tokens `wanted` (M,)."""
+        config, linear, flat = self.config, self.products.linear, self.products.flat
         inner = config.n_head * operators.head_dim  # E
-        qkv_shape = self.op("Concat", self.op("Shape", embedded, end=2), self.constant([3 * inner]), axis=0)
-        out_shape = self.constant([-1, inner])
-        x = self.op("Reshape", embedded, self.constant([-1, config.n_embd]))  # (N, D)
+        by_rows = ""
+        if flat:
+            by_rows = self.op("Concat", self.op("Shape", embedded, end=2), self.constant([3 * inner]), axis=0)
+        x = self.op("Reshape", embedded, self.constant([-1, config.n_embd])) if flat else embedded
         h = self.norm(x, "h.0.ln_1")
         for i in range(config.n_layer):
             at, last = f"h.{i}.", i == config.n_layer - 1
             after = "ln_f" if last else f"h.{i + 1}.ln_1"
-            qkv = self.linear(h, f"{at}attn.c_attn")  # (N, 3 E)
-            if self._narrow:
-                qkv = self._widened(qkv, operators.head_dim)
-            y = operators.attention(self, i, self.op("Reshape", qkv, qkv_shape))  # (R, S, E)
-            y = self.op("Reshape", y, out_shape)  # (N, E)
-            if self._narrow:
-                y = self._narrowed(y, operators.head_dim)
+            qkv = self._widened(linear(self, h, f"{at}attn.c_attn"), operators.head_dim)
+            if flat:
+                qkv = self.op("Reshape", qkv, by_rows)
+            y = operators.attention(self, i, qkv)  # (R, S, E)
+            y = self._narrowed(y, operators.head_dim)
+            width = inner if self.products.widened else config.n_embd
+            if flat or last:
+                y = self.op("Reshape", y, self.constant([-1, width]))
             if last:  # from here on only the wanted tokens matter
+                x = x if flat else self.op("Reshape", x, self.constant([-1, config.n_embd]))
                 x, y = self.op("Gather", x, wanted), self.op("Gather", y, wanted)  # (M, D), (M, E)
-            x = self.op("Add", x, self.linear(y, f"{at}attn.c_proj"))
+            x = self.op("Add", x, linear(self, y, f"{at}attn.c_proj"))
             self.sums.append(x)
-            h = self.linear(self.norm(x, f"{at}ln_2"), f"{at}mlp.c_fc")
-            h = activate(self, h)
-            x = self.op("Add", x, self.linear(h, f"{at}mlp.c_proj"))
+            h = activate(self, linear(self, self.norm(x, f"{at}ln_2"), f"{at}mlp.c_fc"))
+            x = self.op("Add", x, linear(self, h, f"{at}mlp.c_proj"))
             self.sums.append(x)
             h = self.norm(x, after)
-        self.products.head(self, h, head)
+        return h
 
     def _widened(self, qkv: str, head_dim: int) -> str:
-        """Fill every head of (N, 3 D) up with zeros to the width K of the graph."""
+        """Fill every head of (R, S, 3 D) up with zeros to the width K of the graph."""
         config = self.config
-        if head_dim == config.head_dim:
+        extra = head_dim - config.head_dim
+        if self.products.widened or not extra:
             return qkv
-        heads = self.op("Reshape", qkv, self.constant([-1, 3 * config.n_head, config.head_dim]))
-        return self.op("Pad", heads, self.constant([0, 0, 0, 0, 0, head_dim - config.head_dim]))
+        heads = self.op("Reshape", qkv, self.constant([0, 0, 3 * config.n_head, config.head_dim]))
+        padded = self.op("Pad", heads, self.constant([0] * 7 + [extra]))
+        return self.op("Reshape", padded, self.constant([0, 0, 3 * config.n_head * head_dim]))
 
     def _narrowed(self, y: str, head_dim: int) -> str:
-        """Undo `_widened` for the result (N, E) of attention."""
+        """Undo `_widened` for the result (R, S, E) of attention."""
         config = self.config
-        if head_dim == config.head_dim:
+        if self.products.widened or head_dim == config.head_dim:
             return y
-        heads = self.op("Reshape", y, self.constant([-1, config.n_head, head_dim]))
-        axis = self.constant([0]), self.constant([config.head_dim]), self.constant([2])
-        return self.op("Reshape", self.op("Slice", heads, *axis), self.constant([-1, config.n_embd]))
+        heads = self.op("Reshape", y, self.constant([0, 0, config.n_head, head_dim]))
+        axis = self.constant([0]), self.constant([config.head_dim]), self.constant([3])
+        return self.op("Reshape", self.op("Slice", heads, *axis), self.constant([0, 0, config.n_embd]))

@@ -1,52 +1,28 @@
-"""Running the graph in ONNX Runtime: weights handed over in memory, the cache bound by address."""
+"""The backend: batches cut into runs, embeddings looked up, errors named; `networks` does the rest."""
 
-# R rows of a run, M wanted logits, H heads, K head width, V vocabulary
-# L layers, S cache slots, C cache capacity, T tokens of a trace, D width
+# R rows of a run, S new tokens per row, M wanted logits, V vocabulary, T tokens of a trace, D width
 
-import mmap
 import os
-import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final, final
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import onnxruntime
 
 from gpt2core._shapes import Float32
 from gpt2core.backends.blas_threads import check_threads
-from gpt2core.backends.memory import lazy_zeros
-from gpt2core.backends.onnx_backend.graph import build_model, graph_weights
+from gpt2core.backends.onnx_backend.networks import Quantized, Whole, start_tracer
 from gpt2core.backends.onnx_backend.operators import padded_head_dim
-from gpt2core.backends.onnx_backend.products import sums_overflow
-from gpt2core.backends.onnx_backend.runs import Run, plan_runs
+from gpt2core.backends.onnx_backend.passes import OnnxCache, Settings
+from gpt2core.backends.onnx_backend.runs import plan_runs
 from gpt2core.batch import Batch, whole_sequence
-from gpt2core.config import ModelConfig
 from gpt2core.errors import BackendError, BackendUnavailableError, RequestError
 from gpt2core.quantized_weights import QuantizedWeights, look_up
 from gpt2core.trace import Trace
 from gpt2core.weights import Weights
 
 SPINNING_VARIABLE: Final = "GPT2CORE_ONNX_SPINNING"
-_MOST_BINDINGS: Final = 64  # per cache; one for each set of neighbouring slots that ran together
-_SLOWER_FUSIONS: Final = ["SkipLayerNormFusion"]  # 67 us instead of 30 us for 32 rows of 768 on 2 cores
-_RELEASE_EVERY_S: Final = 0.01
-
-
-@final
-class OnnxCache:
-    """Keys and values as one array (L, 2, S, H, C, K); zeroed lazily, so unused slots take no memory."""
-
-    def __init__(self, config: ModelConfig, slots: int, capacity: int) -> None:
-        shape = (config.n_layer, 2, slots, config.n_head, capacity, padded_head_dim(config))
-        self.slots, self.capacity = slots, capacity
-        self.kv = lazy_zeros(shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that a full cache takes."""
-        return self.kv.nbytes
 
 
 @final
@@ -55,7 +31,8 @@ class OnnxBackend:
 
     Args:
         weights: float32, int8 or int4. ONNX Runtime keeps a rearranged copy of the matrices; pages of a
-            memory-mapped checkpoint are given back as they are copied, so that one copy stays.
+            memory-mapped checkpoint are given back as they are copied, so that one copy stays. Of int8 and
+            int4 weights there are two, one for few and one for many tokens, each made when first needed.
         device: "cpu", "cuda" or "cuda:N"; on CUDA the cache stays in the host's memory.
         threads: ONNX Runtime's threads for one operator; None takes its default, one per core.
         spinning: whether its threads wait actively between two operators of a pass (never between passes):
@@ -87,27 +64,13 @@ class OnnxBackend:
             )
         self._weights: Weights | QuantizedWeights | None = weights
         self._device = device
-        providers = _providers(device)
-        options = _session_options(threads, _spinning(spinning))
-        arrays = dict(graph_weights(weights))
-        self._initializers = {
-            name: onnxruntime.OrtValue.ortvalue_from_numpy(_contiguous(array))
-            for name, array in arrays.items()
-        }
-        _hand_over(options, self._initializers)
-        with _giving_back(arrays.values()):
-            try:
-                self._session: Any = onnxruntime.InferenceSession(
-                    build_model(weights).SerializeToString(),
-                    options,
-                    providers,
-                    disabled_optimizers=_SLOWER_FUSIONS,
-                )
-            except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
-                raise BackendError(f"the onnx backend could not start on {device}: {error}") from error
-        self._settings = threads, providers
+        self._settings = Settings(threads, _spinning(spinning), _providers(device))
+        with self._failing("could not start"):
+            if isinstance(weights, QuantizedWeights):
+                self._network: Whole | Quantized | None = Quantized(weights, self._settings)
+            else:
+                self._network = Whole(weights, self._settings)
         self._tracer: Any = None
-        self._bindings: WeakKeyDictionary[OnnxCache, dict[tuple[int, int], Any]] = WeakKeyDictionary()
 
     def new_cache(self, slots: int, capacity: int) -> OnnxCache:
         """An empty cache for `slots` sequences of up to `capacity` tokens."""
@@ -115,8 +78,8 @@ class OnnxBackend:
 
     def forward(self, batch: Batch, cache: OnnxCache) -> Float32[np.ndarray, "M V"]:
         """See `gpt2core.backends.base.Backend.forward`."""
-        session, weights = self._session, self._weights
-        if session is None or weights is None:
+        network, weights = self._network, self._weights
+        if network is None or weights is None:
             raise RequestError("the onnx backend is closed; load the model again")
         batch.check(vocab_size=self.config.vocab_size, slots=cache.slots, capacity=cache.capacity)
         logits = np.empty((len(batch.logits_at), self.config.vocab_size), np.float32)
@@ -125,60 +88,16 @@ class OnnxBackend:
         for run in runs:
             place[run.source] = run.place
             wanted = place[batch.logits_at]
-            if len(runs) == 1:
-                self._run(session, weights, run, cache, wanted, logits)
-            else:
-                here = np.flatnonzero(wanted >= 0)
-                part = np.empty((len(here), logits.shape[1]), np.float32)
-                self._run(session, weights, run, cache, wanted[here], part)
+            here = np.flatnonzero(wanted >= 0)
+            part = logits if len(runs) == 1 else np.empty((len(here), logits.shape[1]), np.float32)
+            embedded = look_up(weights.wte, run.tokens)  # (R, S, D)
+            embedded += weights.wpe[run.positions]
+            with self._failing("failed"):
+                network.run(run, cache, embedded, wanted[here], part)
+            if part is not logits:
                 logits[here] = part
-                place[run.source] = -1
+            place[run.source] = -1
         return logits
-
-    def _run(
-        self,
-        session: Any,
-        weights: Weights | QuantizedWeights,
-        run: Run,
-        cache: OnnxCache,
-        wanted: np.ndarray,
-        logits: np.ndarray,
-    ) -> None:
-        binding = self._binding(session, cache, run.slots)
-        embedded = look_up(weights.wte, run.tokens)  # (R, S, D)
-        embedded += weights.wpe[run.positions]
-        total = np.array(run.seqlens_k.max() + 1, np.int32)
-        feeds = (
-            ("embedded", embedded),
-            ("seqlens_k", run.seqlens_k),
-            ("total", total),
-            ("wanted", wanted),
-        )
-        for name, array in feeds:
-            binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-        binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
-        kept = cache.kv[:, :, :, :, 0][:, :, run.bridged]  # (L, 2, G, H, K): a copy
-        try:
-            session.run_with_iobinding(binding)
-        except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
-            raise BackendError(f"the onnx backend failed on {self._device}: {error}") from error
-        finally:
-            cache.kv[:, :, :, :, 0][:, :, run.bridged] = kept
-
-    def _binding(self, session: Any, cache: OnnxCache, slots: slice) -> Any:
-        """Inputs and outputs with the cache's part of `slots` bound, made once."""
-        bindings = self._bindings.setdefault(cache, {})
-        key = slots.start, slots.stop
-        if key not in bindings:
-            if len(bindings) >= _MOST_BINDINGS:
-                bindings.clear()
-            bindings[key] = binding = session.io_binding()
-            for i, layer in enumerate(cache.kv):
-                for kind, array in zip(("key", "value"), layer[:, slots], strict=True):  # (R, H, C, K) each
-                    where = ("cpu", 0, np.float32, array.shape, array.ctypes.data)
-                    binding.bind_input(f"past_{kind}_{i}", *where)
-                    binding.bind_output(f"present_{kind}_{i}", *where)
-        return bindings[key]
 
     def further_cost(self, tokens: int, rows: int) -> float:
         """See `gpt2core.backends.base.PricesTokens.further_cost`; beside others it is a pass of its own."""
@@ -204,28 +123,23 @@ class OnnxBackend:
             "wanted": np.arange(count, dtype=np.int32),
             **{f"past_{kind}_{i}": empty for i in range(config.n_layer) for kind in ("key", "value")},
         }
-        try:
+        with self._failing("failed to trace"):
             if self._tracer is None:
-                self._tracer = self._new_tracer(weights)
-            logits, *noted = self._tracer.run(None, feeds)
-        except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
-            raise BackendError(f"the onnx backend failed to trace on {self._device}: {error}") from error
+                self._tracer = start_tracer(weights, self._settings)
+            logits, *noted = self._tracer[0].run(None, feeds)
         sums, probabilities = noted[: 2 * config.n_layer], noted[2 * config.n_layer :]
         return Trace(np.stack([embedded, *sums]), np.concatenate(probabilities), logits)
 
-    def _new_tracer(self, weights: Weights | QuantizedWeights) -> Any:
-        threads, providers = self._settings
-        options = _session_options(threads, spinning=False)
-        options.add_session_config_entry("session.disable_prepacking", "1")  # that would copy the matrices
-        _hand_over(options, self._initializers)
-        model = build_model(weights, trace=True).SerializeToString()
-        return onnxruntime.InferenceSession(model, options, providers)
-
     def close(self) -> None:
         """Let go of the sessions and the weights."""
-        self._bindings.clear()
-        self._session = self._tracer = self._weights = None
-        self._initializers = {}
+        self._network = self._tracer = self._weights = None
+
+    @contextmanager
+    def _failing(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
+            raise BackendError(f"the onnx backend {what} on {self._device}: {error}") from error
 
 
 def _providers(device: str) -> list[Any]:
@@ -252,64 +166,3 @@ def _spinning(wanted: bool | None) -> bool:
     if value not in ("0", "1"):
         raise RequestError(f"{SPINNING_VARIABLE} is {value!r}; use '0' or '1'")
     return value == "1"
-
-
-def _session_options(threads: int | None, spinning: bool) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or 0
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
-    options.add_session_config_entry("session.force_spinning_stop", "1")  # idle between passes
-    if sums_overflow():
-        options.add_session_config_entry("session.x64quantprecision", "1")
-    return options
-
-
-def _hand_over(options: Any, initializers: dict[str, Any]) -> None:
-    options.add_external_initializers(list(initializers), list(initializers.values()))
-
-
-def _contiguous(array: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(array, np.float32 if array.dtype.kind == "f" else None)
-
-
-@contextmanager
-def _giving_back(arrays: Iterable[np.ndarray]) -> Iterator[None]:
-    """Meanwhile, return the pages of files mapped for reading to the system, which can read them again.
-
-    While it starts, ONNX Runtime copies every matrix; without this, both copies would be resident at the end.
-    """
-    maps = {id(m): m for array in arrays if (m := _read_only_map(array)) is not None}
-    done = threading.Event()
-
-    def give_back() -> None:
-        for mapped in maps.values():
-            mapped.madvise(mmap.MADV_DONTNEED)
-
-    def work() -> None:
-        while not done.wait(_RELEASE_EVERY_S):
-            give_back()
-
-    if not maps or not hasattr(mmap, "MADV_DONTNEED"):
-        yield
-        return
-    worker = threading.Thread(target=work, name="gpt2core-onnx-release", daemon=True)
-    worker.start()
-    try:
-        yield
-    finally:
-        done.set()
-        worker.join()
-        give_back()
-
-
-def _read_only_map(array: np.ndarray) -> mmap.mmap | None:
-    base: Any = array
-    while isinstance(base, np.ndarray | memoryview):
-        base = base.base if isinstance(base, np.ndarray) else base.obj
-    if (
-        isinstance(base, mmap.mmap) and memoryview(base).readonly
-    ):  # a writable map may hold changes of its own
-        return base
-    return None
