@@ -1,6 +1,7 @@
 """What is the ONNX Runtime backend's own: its graph, its runs, its memory, its settings."""
 
 import mmap
+import weakref
 
 import numpy as np
 import onnx
@@ -9,7 +10,7 @@ import pytest
 from onnx import TensorProto
 
 from gpt2core.backends import create_backend
-from gpt2core.backends.onnx_backend import OnnxBackend, session
+from gpt2core.backends.onnx_backend import OnnxBackend, networks, passes, session
 from gpt2core.backends.onnx_backend.graph import build_model, graph_weights
 from gpt2core.backends.onnx_backend.operators import padded_head_dim
 from gpt2core.backends.onnx_backend.runs import plan_runs
@@ -32,7 +33,8 @@ def runs_of(*rows):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_graph_is_valid_onnx_on_every_variant(variant):
-    model = build_model(random_weights(random_config(**VARIANTS[variant])))
+    weights = random_weights(random_config(**VARIANTS[variant]))
+    model = build_model(weights.config, dict(graph_weights(weights)))
     for tensor in model.graph.initializer:  # the checker would look for a file
         if tensor.data_location == TensorProto.EXTERNAL:
             count = int(np.prod(tensor.dims))
@@ -43,7 +45,7 @@ def test_the_graph_is_valid_onnx_on_every_variant(variant):
 
 
 def test_the_graph_holds_no_weights():
-    model = build_model(TINY)
+    model = build_model(TINY.config, dict(graph_weights(TINY)))
     external = {t.name for t in model.graph.initializer if t.data_location == TensorProto.EXTERNAL}
     assert external == {name for name, _ in TINY.named()} - {"wte.weight", "wpe.weight"} | {"lm_head.weight"}
     assert len(model.SerializeToString()) < 0.2 * TINY.nbytes
@@ -128,18 +130,19 @@ def test_a_bridged_sleepers_cache_keeps_every_byte_when_the_pass_fails():
     cache = bridged_cache(backend)
     before = cache.kv[:, :, 1].tobytes()
 
+    real = backend._network._passes._session
+
     class Failing:
         def io_binding(self):
-            return backend._session.io_binding()
+            return real.io_binding()
 
         def run_with_iobinding(self, binding):
             cache.kv[:, :, :, :, 0] = 7
             raise RuntimeError("no more memory")
 
-    (run,) = runs_of(([10], 3, 0), ([11], 2, 2))
-    logits = np.empty((2, TINY.config.vocab_size), np.float32)
+    backend._network._passes._session = Failing()
     with pytest.raises(BackendError, match="no more memory"):
-        backend._run(Failing(), TINY, run, cache, np.array([0, 2], np.int32), logits)
+        backend.forward(Batch.of([([10], 3, 0), ([11], 2, 2)]), cache)
     assert cache.kv[:, :, 1].tobytes() == before
 
 
@@ -153,18 +156,18 @@ def test_the_cache_is_bound_once_and_written_in_place():
     assert np.abs(cache.kv[:, :, 1, :, :2]).min() > 0
     assert not cache.kv[:, :, 0].any()
     assert not cache.kv[:, :, 1, :, 2:].any()
-    bound = backend._bindings[cache][1, 2]
+    bound = backend._network._passes._bindings[cache][1, 2]
     backend.forward(Batch.of([([3], 2, 1)]), cache)
-    assert backend._bindings[cache][1, 2] is bound
+    assert backend._network._passes._bindings[cache][1, 2] is bound
 
 
 def test_bindings_do_not_grow_without_end(monkeypatch):
-    monkeypatch.setattr(session, "_MOST_BINDINGS", 2)
+    monkeypatch.setattr(passes, "_MOST_BINDINGS", 2)
     backend = OnnxBackend(TINY)
     cache = backend.new_cache(4, 16)
     for slot in range(4):
         backend.forward(Batch.of([([1], 0, slot)]), cache)
-        assert len(backend._bindings[cache]) <= 2
+        assert len(backend._network._passes._bindings[cache]) <= 2
 
 
 def test_mapped_weights_are_handed_over_where_they_lie_and_nothing_is_written_to_disk(tmp_path):
@@ -172,7 +175,8 @@ def test_mapped_weights_are_handed_over_where_they_lie_and_nothing_is_written_to
     before = sorted(path.name for path in folder.iterdir())
     weights = open_checkpoint(folder).weights
     backend = OnnxBackend(weights)
-    assert backend._initializers["lm_head.weight"].data_ptr() == weights.wte.ctypes.data
+    (kept,) = backend._network._passes._kept
+    assert kept["lm_head.weight"].data_ptr() == weights.wte.ctypes.data
     assert sorted(path.name for path in folder.iterdir()) == before
     np.testing.assert_allclose(
         backend.forward(Batch.of([([1, 2], 0, 0)]), backend.new_cache(1, 8))[0],
@@ -188,11 +192,11 @@ def test_pages_are_given_back_only_where_the_map_cannot_be_written_to(tmp_path):
     with path.open("rb") as file:
         read = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         private = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    assert session._read_only_map(np.frombuffer(read, np.float32)[5:].reshape(1, -1)) is read
-    assert session._read_only_map(np.frombuffer(private, np.float32)) is None
-    assert session._read_only_map(np.zeros(3)) is None
+    assert passes._read_only_map(np.frombuffer(read, np.float32)[5:].reshape(1, -1)) is read
+    assert passes._read_only_map(np.frombuffer(private, np.float32)) is None
+    assert passes._read_only_map(np.zeros(3)) is None
     array = np.frombuffer(read, np.float32)
-    with session._giving_back([array]):
+    with passes.giving_back([array]):
         pass
     assert array[4095] == 4095
 
@@ -257,7 +261,7 @@ def test_a_failure_inside_onnx_runtime_is_a_backend_error():
 
 
 def test_a_graph_that_is_refused_is_a_backend_error(monkeypatch):
-    monkeypatch.setattr(session, "build_model", lambda weights: onnx.ModelProto())
+    monkeypatch.setattr(networks, "build_model", lambda *_, **__: onnx.ModelProto())
     with pytest.raises(BackendError, match="onnx backend could not start on cpu"):
         OnnxBackend(TINY)
 
@@ -266,9 +270,9 @@ def test_closing_frees_the_session_though_a_cache_lives_on():
     backend = OnnxBackend(TINY)
     cache = backend.new_cache(1, 8)
     backend.forward(Batch.of([([1], 0, 0)]), cache)
+    network = weakref.ref(backend._network._passes)
     backend.close()
-    assert backend._session is None
-    assert len(backend._bindings) == 0
+    assert network() is None
     assert cache.nbytes > 0
 
 
@@ -298,6 +302,6 @@ def test_the_session_that_traces_is_made_once_and_on_demand():
 
 def test_a_trace_that_fails_is_a_backend_error(monkeypatch):
     backend = OnnxBackend(TINY)
-    monkeypatch.setattr(session, "build_model", lambda weights, trace: onnx.ModelProto())
+    monkeypatch.setattr(networks, "build_model", lambda *_, **__: onnx.ModelProto())
     with pytest.raises(BackendError, match="onnx backend failed to trace on cpu"):
         backend.trace([1])

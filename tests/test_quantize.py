@@ -258,27 +258,31 @@ def test_numpy_computes_what_the_dequantised_weights_say(check, precision):
 
 ROUNDED_INPUTS = 0.6
 """Largest difference of a logit where inputs are rounded to 8 bits too; 0.41 was the most measured."""
-NAN_IS_HIDDEN = (
-    "nan_in_one_row_stays_there"  # rounding turns NaN into numbers; weights that hold one are refused
-)
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 @pytest.mark.parametrize("check", CONFORMANCE_CHECKS, ids=lambda check: check.__name__)
 def test_onnx_computes_what_the_dequantised_weights_say_but_for_rounded_inputs(check, precision):
-    if check.__name__ != NAN_IS_HIDDEN:
-        reference = dequantize(QUANTIZED_OF[precision])
-        check_backend(quantising("onnx", precision), reference, checks=[check], tolerance=ROUNDED_INPUTS)
+    reference = dequantize(QUANTIZED_OF[precision])
+    check_backend(quantising("onnx", precision), reference, checks=[check], tolerance=ROUNDED_INPUTS)
 
 
 @pytest.mark.parametrize("variant", ["separate_head", "odd_head_size", "narrow_mlp"])
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_onnx_is_near_the_dequantised_weights_on_every_shape(variant, precision):
+@pytest.mark.parametrize("few", [True, False], ids=["few", "many"])
+def test_onnx_is_near_the_dequantised_weights_on_every_shape(variant, precision, few):
     weights = quantize(random_weights(random_config(**VARIANTS[variant])), precision, group_size=32)
     tokens = np.random.default_rng(1).integers(0, 257, 40).tolist()
     want = reference_logits(dequantize(weights), tokens)
     backend = create_backend("onnx", weights)
-    got = backend.forward(Batch.of([(tokens, 0, 0)], range(40)), backend.new_cache(1, 40))
+    if few:  # passes of few tokens have operators of their own
+        cache = backend.new_cache(1, 40)
+        parts = [
+            backend.forward(Batch.of([(tokens[i : i + 4], i, 0)], range(4)), cache) for i in range(0, 40, 4)
+        ]
+        got = np.concatenate(parts)
+    else:
+        got = backend.forward(Batch.of([(tokens, 0, 0)], range(40)), backend.new_cache(1, 40))
     assert np.sqrt(np.square(got - want).mean()) < 0.06 * want.std()
     probability = np.exp(want - want.max(1, keepdims=True))
     probability /= probability.sum(1, keepdims=True)

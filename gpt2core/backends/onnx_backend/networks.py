@@ -69,7 +69,7 @@ class Quantized:
         hidden = np.empty((len(wanted), self._weights.config.n_embd), np.float32)
         self._body(few=few).run(run, cache, embedded, wanted, hidden)
         if len(wanted):
-            self._head(few=len(wanted) <= _FEW_LOGITS).run(hidden, logits)
+            self._head(few=few or len(wanted) <= _FEW_LOGITS).run(hidden, logits)
             sick = ~np.isfinite(hidden).all(1)
             if sick.any():
                 logits[sick] = np.nan  # rounding to whole numbers has hidden it
