@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="demo", help="demo, a folder, or an id on the hub")
     parser.add_argument("--random", metavar="SIZE", help="small, medium, large or xl, with random weights")
     parser.add_argument("--backend", default="auto")
-    parser.add_argument("--precision", default="float32")
+    parser.add_argument("--precision", default="auto")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--new-tokens", type=int, default=200)

@@ -353,6 +353,26 @@ def test_what_cannot_run_is_skipped_with_its_reason_and_the_others_go_on(folder,
     assert errors("numpy", "float16", length=32) == {("skipped", offers)}
 
 
+def test_a_precision_is_rounded_to_once_and_who_does_not_run_it_says_so(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("GPT2CORE_CACHE", str(tmp_path / "cache"))
+    comparison = small(folder, backends=("numpy", "onnx", "jax"), precisions=("int8",))
+    lines = rounds.compare(comparison, tmp_path / "out")
+    (rounded,) = (tmp_path / "cache" / "bench").glob("*/gpt2core/int8")
+    assert "gpt2core_quantization" in (rounded / "config.json").read_text()
+    found = {
+        name: {
+            (line["status"], line["error"])
+            for line in lines
+            if line["engine"] == name and line["unit"] != "bytes"
+        }
+        for name in comparison.backends
+    }
+    assert found["numpy"] == found["onnx"] == {("ok", None)}
+    assert found["jax"] == {("skipped", "jax runs float32, not int8")}
+    again = rounds.compare(small(rounded, backends=("numpy",), precisions=("int8",)), tmp_path / "again")
+    assert {line["error"] for line in again if line["engine"] == "numpy"} == {None}
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

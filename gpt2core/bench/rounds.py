@@ -141,10 +141,11 @@ class _Run:
         reason = _unavailable(engine)
         if reason is not None:
             return [{"status": "skipped", "error": reason}] * len(cells)
-        parts = (self.identity, engine.name, engine.precision)
+        own = engine.family != "peer"
+        parts = (self.identity, "gpt2core" if own else engine.name, engine.precision)
         work = cache_folder("bench").joinpath(*parts)
         timeout_s, threads = self.comparison.timeout_s, self.comparison.threads
-        if engine.family == "peer":
+        if not own or engine.precision != "float32":
             if engine not in ready:  # in a process of its own: converting may need more memory than running
                 ready[engine] = worker.prepare(
                     engine, checkpoint=self.checkpoint, work=work, threads=threads, timeout_s=timeout_s

@@ -101,7 +101,8 @@ class OnnxBackend:
 
     def further_cost(self, tokens: int, rows: int) -> float:
         """See `gpt2core.backends.base.PricesTokens.further_cost`; beside others it is a pass of its own."""
-        return (0.1 if rows == 1 else 1.0) + 0.06 * tokens
+        first, each = (0.1, 0.06) if self.precision == "float32" else (0.25, 0.17)
+        return (first if rows == 1 else 1.0) + each * tokens
 
     def trace(self, token_ids: Sequence[int]) -> Trace:
         """See `gpt2core.backends.base.Traces.trace`.

@@ -1,23 +1,37 @@
 """gpt2core's own backends, through its public API: scheduling, sampling and text are timed too."""
 
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gpt2core import GPT2, Batch
+from gpt2core import GPT2, Batch, open_checkpoint
 from gpt2core.backends import load_factory
 
 
 def start(job: dict[str, Any]) -> None:
     """Import the framework, as the peers import theirs."""
-    load_factory(job["engine"])
+    runs = getattr(load_factory(job["engine"]), "precisions", ("float32",))
+    if job["precision"] not in runs:
+        raise NotImplementedError(f"{job['engine']} runs {', '.join(runs)}, not {job['precision']}")
+
+
+def prepare(job: dict[str, Any]) -> None:
+    """Round the checkpoint once, as a user would, and keep it in a folder; one that is rounded is let be."""
+    rounded = hasattr(open_checkpoint(job["checkpoint"]).stored, "precision")
+    if job["precision"] != "float32" and not rounded:
+        command = ["quantize", job["checkpoint"], job["work"], "--precision", job["precision"], "--offline"]
+        subprocess.run([sys.executable, "-m", "gpt2core", *command], check=True)
 
 
 def load(job: dict[str, Any]) -> "Engine":
-    """Load the checkpoint on the backend that the job names."""
+    """Load the checkpoint, or what it was rounded to, on the backend that the job names."""
+    rounded = Path(job["work"], "config.json").exists()
     model = GPT2.from_pretrained(
-        job["checkpoint"],
+        job["work"] if rounded else job["checkpoint"],
         backend=job["engine"],
         precision=job["precision"],
         device=job["device"],
