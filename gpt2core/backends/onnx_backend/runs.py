@@ -13,6 +13,7 @@ weights again. So bridging needs to know nothing about what a slot holds, and le
 # L layers, D width
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 import numpy as np
@@ -40,6 +41,12 @@ class Run:
 
 def plan_runs(batch: Batch) -> list[Run]:
     """Every row of a checked batch, in exactly one run."""
+    indices = _indices(len(batch.slots))
+    if len(batch.tokens) == len(indices) and (batch.slots == batch.slots[0] + indices).all():
+        first = int(batch.slots[0])  # neighbours of one token each: what decoding mostly is, so made short
+        span = slice(first, first + len(indices))
+        tokens, starts = batch.tokens[:, None], np.ascontiguousarray(batch.starts)
+        return [Run(span, tokens, starts[:, None], starts, indices, indices, _indices(0))]
     firsts = np.cumsum(batch.lengths) - batch.lengths
     order = np.argsort(batch.slots, kind="stable")
     single, fresh = batch.lengths == 1, batch.starts == 0
@@ -50,6 +57,13 @@ def plan_runs(batch: Batch) -> list[Run]:
     ]
     runs += [_prompt_run(batch, [row], firsts) for row in order[~single[order] & ~fresh[order]].tolist()]
     return runs
+
+
+@lru_cache(256)
+def _indices(count: int) -> Int32[np.ndarray, "count"]:
+    indices = np.arange(count, dtype=np.int32)
+    indices.flags.writeable = False
+    return indices
 
 
 def _bridged(batch: Batch, rows: list[int]) -> list[list[int]]:

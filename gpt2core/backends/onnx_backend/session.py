@@ -15,7 +15,7 @@ from gpt2core.backends.blas_threads import check_threads
 from gpt2core.backends.onnx_backend.networks import Quantized, Whole, start_tracer
 from gpt2core.backends.onnx_backend.operators import padded_head_dim
 from gpt2core.backends.onnx_backend.passes import OnnxCache, Settings
-from gpt2core.backends.onnx_backend.runs import plan_runs
+from gpt2core.backends.onnx_backend.runs import Run, plan_runs
 from gpt2core.batch import Batch, whole_sequence
 from gpt2core.errors import BackendError, BackendUnavailableError, RequestError
 from gpt2core.quantized_weights import QuantizedWeights, look_up
@@ -83,21 +83,34 @@ class OnnxBackend:
             raise RequestError("the onnx backend is closed; load the model again")
         batch.check(vocab_size=self.config.vocab_size, slots=cache.slots, capacity=cache.capacity)
         logits = np.empty((len(batch.logits_at), self.config.vocab_size), np.float32)
-        place = np.full(len(batch.tokens), -1, np.int32)
         runs = plan_runs(batch)
+        if len(runs) == 1 and runs[0].place is runs[0].source:  # its tokens are the batch's, in its order
+            self._run(network, weights, runs[0], cache, batch.logits_at, logits)
+            return logits
+        place = np.full(len(batch.tokens), -1, np.int32)
         for run in runs:
             place[run.source] = run.place
             wanted = place[batch.logits_at]
             here = np.flatnonzero(wanted >= 0)
-            part = logits if len(runs) == 1 else np.empty((len(here), logits.shape[1]), np.float32)
-            embedded = look_up(weights.wte, run.tokens)  # (R, S, D)
-            embedded += weights.wpe[run.positions]
-            with self._failing("failed"):
-                network.run(run, cache, embedded, wanted[here], part)
-            if part is not logits:
-                logits[here] = part
+            part = np.empty((len(here), logits.shape[1]), np.float32)
+            self._run(network, weights, run, cache, wanted[here], part)
+            logits[here] = part
             place[run.source] = -1
         return logits
+
+    def _run(
+        self,
+        network: Whole | Quantized,
+        weights: Weights | QuantizedWeights,
+        run: Run,
+        cache: OnnxCache,
+        wanted: np.ndarray,
+        logits: np.ndarray,
+    ) -> None:
+        embedded = look_up(weights.wte, run.tokens)  # (R, S, D)
+        embedded += weights.wpe[run.positions]
+        with self._failing("failed"):
+            network.run(run, cache, embedded, np.ascontiguousarray(wanted), logits)
 
     def further_cost(self, tokens: int, rows: int) -> float:
         """See `gpt2core.backends.base.PricesTokens.further_cost`; beside others it is a pass of its own."""
