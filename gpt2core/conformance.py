@@ -2,6 +2,9 @@
 
 Public through `gpt2core.testing`. Every check makes its own backend over a small random model and compares
 numbers with the float64 reference, so a backend that only agrees with itself does not pass.
+
+Some backends compile once per shape of a cache, which takes longer than all else here. So all checks share
+two shapes: 4 slots of the full context, and `SMALL`, where another shape is the point.
 """
 
 # T tokens of a sequence, M wanted logits, V vocabulary
@@ -18,6 +21,8 @@ from gpt2core.random_model import random_config, random_weights
 from gpt2core.reference import reference_logits, reference_trace
 from gpt2core.subject import TOLERANCE, Row, Subject
 from gpt2core.weights import Weights
+
+SMALL = (1, 4)  # slots, capacity
 
 
 def agrees_with_the_reference_at_every_position(subject: Subject) -> None:
@@ -151,35 +156,40 @@ def full_context_is_usable_and_no_more(subject: Subject) -> None:
     subject.forward(cache, (tokens[:-1], 0, 3), logits_at=[])
     subject.expect("last position", subject.forward(cache, ([tokens[-1]], context - 1, 3)), tokens)
     _expect_refused(subject, cache, ([1], context, 3))
-    small = subject.backend.new_cache(1, 4)
-    assert small.capacity == 4, f"cache.capacity is {small.capacity}, expected 4"
-    assert small.slots == 1, f"cache.slots is {small.slots}, expected 1"
+    slots, capacity = SMALL
+    small = subject.backend.new_cache(slots, capacity)
+    assert small.capacity == capacity, f"cache.capacity is {small.capacity}, expected {capacity}"
+    assert small.slots == slots, f"cache.slots is {small.slots}, expected {slots}"
     assert small.nbytes > 0, "cache.nbytes is not positive"
-    subject.expect("small cache", subject.forward(small, (tokens[:4], 0, 0)), tokens[:4])
-    _expect_refused(subject, small, ([1], 4, 0))
+    few = tokens[:capacity]
+    subject.expect("small cache", subject.forward(small, (few, 0, 0)), few)
+    _expect_refused(subject, small, ([1], capacity, 0))
 
 
 def nothing_is_written_outside_the_batchs_slots(subject: Subject) -> None:
     """Sleeping rows between, below and above the active ones are untouched."""
-    cache, sleepers = subject.cache(slots=5), [subject.tokens(6 + i, seed=20 + i) for i in range(3)]
-    subject.forward(cache, *[(s, 0, slot) for s, slot in zip(sleepers, (0, 2, 4), strict=True)], logits_at=[])
+    sleepers = [subject.tokens(6 + i, seed=20 + i) for i in range(2)]
     active = [subject.tokens(30, seed=23), subject.tokens(17, seed=24)]
-    subject.forward(cache, (active[0], 0, 3), (active[1], 0, 1), logits_at=[])
-    for step in range(4):
-        subject.forward(cache, ([step], 30 + step, 3), ([step], 17 + step, 1))
-    got = subject.forward(cache, *[([1], len(s), slot) for s, slot in zip(sleepers, (0, 2, 4), strict=True)])
-    subject.expect("sleeping rows", got, *[[*s, 1] for s in sleepers])
+    for asleep, awake in (((0, 2), (3, 1)), ((3, 1), (0, 2))):
+        cache = subject.cache()
+        for rows, slots in ((sleepers, asleep), (active, awake)):
+            subject.forward(cache, *[(s, 0, slot) for s, slot in zip(rows, slots, strict=True)], logits_at=[])
+        for step in range(4):
+            going = zip(active, awake, strict=True)
+            subject.forward(cache, *[([step], len(s) + step, slot) for s, slot in going])
+        got = subject.forward(cache, *[([1], len(s), slot) for s, slot in zip(sleepers, asleep, strict=True)])
+        subject.expect(f"sleeping rows in slots {asleep}", got, *[[*s, 1] for s in sleepers])
 
 
 def an_error_commits_nothing(subject: Subject) -> None:
     """A refused batch leaves every row as it was."""
-    cache, a, b = subject.cache(slots=2), subject.tokens(7, seed=25), subject.tokens(4, seed=26)
-    subject.forward(cache, (a, 0, 0), (b, 0, 1), logits_at=[])
+    cache, histories = subject.cache(), [subject.tokens(n, seed=20 + n) for n in (7, 4, 5, 6)]
+    subject.forward(cache, *[(tokens, 0, slot) for slot, tokens in enumerate(histories)], logits_at=[])
     vocab, context = subject.config.vocab_size, subject.config.n_positions
     for bad in (
         [([1], 3, 0), ([vocab], 4, 1)],  # token past the vocabulary
         [([1], 3, 0), ([-1], 4, 1)],
-        [([1], 3, 0), ([1], 4, 2)],  # no such slot
+        [([1], 3, 0), ([1], 4, 4)],  # no such slot
         [([1], 3, 0), ([1], 4, -1)],
         [([1], 3, 0), ([1], 4, 0)],  # one slot twice
         [([1], 3, 0), ([1], context, 1)],  # past the capacity
@@ -189,8 +199,8 @@ def an_error_commits_nothing(subject: Subject) -> None:
     ):
         _expect_refused(subject, cache, *bad)
     _expect_refused(subject, cache, ([1], 7, 0), logits_at=[1])
-    got = subject.forward(cache, ([5], 7, 0), ([6], 4, 1))
-    subject.expect("after refused batches", got, [*a, 5], [*b, 6])
+    got = subject.forward(cache, *[([5], len(tokens), slot) for slot, tokens in enumerate(histories)])
+    subject.expect("after refused batches", got, *[[*tokens, 5] for tokens in histories])
 
 
 def caches_are_independent(subject: Subject) -> None:
@@ -208,7 +218,7 @@ def closing_is_final_and_harmless(subject: Subject) -> None:
     backend = subject.factory(subject.weights, device="cpu", threads=1)
     assert isinstance(backend, Backend), f"{type(backend).__name__} lacks a part of the Backend protocol"
     assert backend.config == subject.config, "backend.config is not the weights' config"
-    tokens, cache = subject.tokens(5, seed=29), backend.new_cache(1, 8)
+    tokens, cache = subject.tokens(SMALL[1], seed=29), backend.new_cache(*SMALL)
     subject.expect("one thread", backend.forward(Batch.of([(tokens, 0, 0)]), cache), tokens)
     backend.close()
     backend.close()

@@ -43,9 +43,9 @@ class Subject:
         """`count` random token ids."""
         return np.random.default_rng(seed).integers(0, self.config.vocab_size, count).tolist()
 
-    def cache(self, slots: int = 4) -> Cache:
-        """A fresh cache of full context."""
-        return self.backend.new_cache(slots, self.config.n_positions)
+    def cache(self) -> Cache:
+        """A fresh cache of 4 slots and full context."""
+        return self.backend.new_cache(4, self.config.n_positions)
 
     def forward(
         self, cache: Cache, *rows: Row, logits_at: Sequence[int] | None = None

@@ -200,14 +200,15 @@ LINE = '{"kind": "classic", "cell": [0, 50, 0], "prompt": "A", "status": "ok", "
     [
         ('{"kind": "other"}\n', "holds lines of kind other; expected are all 'classic' or all 'comparison'"),
         (LINE + '\n{"kind": "comparison"}\n', "holds lines of kind classic, comparison"),
-        (LINE + "\nnonsense\n", "line 2, is not strict JSON"),
-        (LINE.replace("1.0", "NaN") + "\n", "line 1, is not strict JSON: NaN is not a JSON number"),
+        (LINE + "\nnonsense\n", "line 2 is not strict JSON"),
+        (LINE.replace("1.0", "NaN") + "\n", "line 1 is not strict JSON: NaN is not a JSON number"),
         (LINE.replace("1.0", "null") + "\n", "line 1, holds a wrong value: elapsed_s of a run that did not"),
         (LINE.replace("1.0", '"fast"') + "\n", "line 1, holds a wrong value: 'fast' is not a finite number"),
         (LINE.replace("1.0", "1e999") + "\n", "line 1, holds a wrong value: inf is not a finite number"),
         (LINE.replace("[0, 50, 0]", "[0, 50]") + "\n", "line 1, holds a wrong value: not enough values"),
         (LINE.replace('"prompt": "A", ', "") + "\n", "line 1, has no 'prompt'"),
-        ("[1]\n", "line 1, is list, expected a JSON object"),
+        ("[1]\n", "line 1 holds no JSON object; remove it or restore the file"),
+        (f"\n{LINE}\n \nnonsense\n", "line 4 is not strict JSON"),
     ],
 )
 def test_a_broken_line_is_named_by_its_number(tmp_path, text, message):

@@ -689,10 +689,32 @@ def test_backends_works_without_the_demo_model(run, tmp_path, monkeypatch):
 
 def test_an_unknown_backend_in_the_environment_is_one_line_and_exits_1(run, folder, monkeypatch):
     monkeypatch.setenv("GPT2CORE_BACKEND", "frobnicate")
-    for args in (["generate", PROMPT, "--model", folder], ["backends"]):
-        result = run(*args)
-        assert result.code == 1
-        assert "GPT2CORE_BACKEND names 'frobnicate'" in result.error()
+    result = run("generate", PROMPT, "--model", folder)
+    assert result.code == 1
+    assert "GPT2CORE_BACKEND names 'frobnicate'" in result.error()
+
+
+def test_backends_lists_engines_though_the_environment_names_none_and_says_so_in_one_line(
+    run, folder, monkeypatch
+):
+    monkeypatch.setattr(checkpoint, "DEMO", Path(folder))
+    monkeypatch.setenv("GPT2CORE_BACKEND", "frob\nnicate")
+    result = run("backends")
+    assert (result.code, result.err) == (0, "")
+    lines = result.out.splitlines()
+    assert [line.split()[0] for line in lines[:5]] == ["backend", "numpy", "torch", "jax", "onnx"]
+    [line] = [line for line in lines if "GPT2CORE_BACKEND" in line]
+    assert line == lines[-1]
+    assert line.startswith(
+        r"auto has no choice: GPT2CORE_BACKEND names 'frob\nnicate', which does not exist;"
+    )
+    assert line.endswith("unset the variable")
+    document = strict_json(run("backends", "--json").out)
+    assert {one["name"] for one in document["backends"]} >= {"numpy", "torch", "jax", "onnx"}
+    assert set(document["auto"]) == {"demo", "openai-community/gpt2"}
+    for choice in document["auto"].values():
+        assert choice["backend"] is None
+        assert "GPT2CORE_BACKEND names" in choice["why"]
 
 
 def test_convert_writes_safetensors_that_generate_the_same(run, folder, tmp_path):

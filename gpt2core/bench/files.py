@@ -105,7 +105,14 @@ def decode_json(data: bytes, name: str) -> dict[str, Any]:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log, without a last one that was not finished; none if there is no such file.
+    """The lines of a log, as `read_numbered_log` reads them, without their numbers."""
+    return [line for _, line in read_numbered_log(path)]
+
+
+def read_numbered_log(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """The lines of a log and their numbers, from 1 on; none if there is no such file.
+
+    A last line that was not finished is left out, and so are blank ones.
 
     Raises:
         BenchmarkError: it cannot be read, or a finished line is no JSON object.
@@ -117,7 +124,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     except OSError as error:
         raise BenchmarkError(f"{path} cannot be read: {error.strerror}") from error
     lines = data.split(b"\n")[:-1]  # what follows the last line break is torn, or nothing
-    return [decode_json(line, f"{path}, line {i}") for i, line in enumerate(lines, 1)]
+    return [(i, decode_json(line, f"{path}, line {i}")) for i, line in enumerate(lines, 1) if line.strip()]
 
 
 class Log:

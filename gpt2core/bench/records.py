@@ -1,16 +1,18 @@
 """What a folder of measurements holds, read strictly, as types."""
 
-import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
+from gpt2core.bench.errors import BenchmarkError
+from gpt2core.bench.files import read_json, read_numbered_log
+from gpt2core.bench.folder import ENVIRONMENT, RUNS, SETTINGS
 from gpt2core.errors import RequestError
 
 Kind = Literal["classic", "comparison"]
-RUNS: Final = "runs.jsonl"
 COMPONENTS: Final = "components.json"
 T = TypeVar("T")
 
@@ -104,7 +106,8 @@ def read_records(folder: str | Path) -> Records:
         raise RequestError(f"{folder} {found}; name the output folder of a `gpt2core bench` run")
     if not (folder / RUNS).is_file():
         raise RequestError(f"{folder} has no {RUNS}; name the output folder of a `gpt2core bench` run")
-    lines = _read_lines(folder / RUNS)
+    with _as_request_errors():
+        lines = read_numbered_log(folder / RUNS)
     kinds = {str(line.get("kind")) for _, line in lines}
     if not lines:
         raise RequestError(f"{folder / RUNS} holds no runs; run `gpt2core bench` with this folder first")
@@ -113,8 +116,11 @@ def read_records(folder: str | Path) -> Records:
             f"{folder / RUNS} holds lines of kind {', '.join(sorted(kinds))}; expected are all 'classic' or "
             "all 'comparison'"
         )
-    settings, environment = (_read_object(folder / f"{name}.json") for name in ("settings", "environment"))
-    components = _read_object(folder / COMPONENTS)
+    with _as_request_errors():
+        settings, environment, components = (
+            read_json(folder / name) if (folder / name).is_file() else {}
+            for name in (SETTINGS, ENVIRONMENT, COMPONENTS)
+        )
     runs: tuple[Run, ...] = ()
     measurements: tuple[Measurement, ...] = ()
     if kinds == {"classic"}:
@@ -133,41 +139,13 @@ def read_records(folder: str | Path) -> Records:
     )
 
 
-def _read_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """(number, object) of each line."""
+@contextmanager
+def _as_request_errors() -> Iterator[None]:
+    """The folder is the caller's choice, so what is wrong with its files is wrong with the request."""
     try:
-        texts = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise RequestError(f"{path} cannot be read: {error.strerror}") from error
-    lines = []
-    for number, text in enumerate(texts, 1):
-        if number == len(texts):  # empty, or torn: a whole line ends with a newline
-            break
-        if text.strip():
-            lines.append((number, _parse_object(text, f"{path}, line {number},")))
-    return lines
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    """The JSON object of a file; empty where there is no such file."""
-    try:
-        return _parse_object(path.read_bytes(), str(path)) if path.is_file() else {}
-    except OSError as error:
-        raise RequestError(f"{path} cannot be read: {error.strerror}") from error
-
-
-def _parse_object(text: bytes, name: str) -> dict[str, Any]:
-    try:
-        value = json.loads(str(text, "utf-8"), parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"{name} is not strict JSON: {error}; remove it or restore the file") from error
-    if not isinstance(value, dict):
-        raise RequestError(f"{name} is {type(value).__name__}, expected a JSON object")
-    return value
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON number")
+        yield
+    except BenchmarkError as error:
+        raise RequestError(f"{error}; remove it or restore the file") from error
 
 
 def _parse(

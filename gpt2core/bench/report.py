@@ -13,8 +13,9 @@ from gpt2core.bench.analysis import Analysis, analyse_records
 from gpt2core.bench.drawing import png
 from gpt2core.bench.files import write_atomically
 from gpt2core.bench.findings_classic import ClassicAnalysis
+from gpt2core.bench.folder import RUNS
 from gpt2core.bench.plots_components import component_figure
-from gpt2core.bench.records import COMPONENTS, RUNS, Records, read_records
+from gpt2core.bench.records import COMPONENTS, Records, read_records
 from gpt2core.bench.tables import short
 
 REPORT: Final = "report.html"

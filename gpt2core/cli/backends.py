@@ -4,7 +4,7 @@ from contextlib import suppress
 
 import click
 
-from gpt2core.cli.console import json_option, write, write_json, write_table
+from gpt2core.cli.console import json_option, one_line, write, write_json, write_table
 
 
 @click.command(short_help="List the engines and what `auto` would choose.")
@@ -13,26 +13,33 @@ from gpt2core.cli.console import json_option, write, write_json, write_table
 def backends(threads: int | None, as_json: bool) -> None:
     """List the engines, how to install those that are missing, and which one `auto` would choose.
 
-    `gpt2core bench --recommend` measures which one is the fastest here, and `auto` takes that.
+    `gpt2core bench --recommend` measures which one is the fastest here, and `auto` takes that. Where
+    GPT2CORE_BACKEND names no engine there is no choice to show; a line says so.
     """
     from gpt2core.backends import available, choose
     from gpt2core.checkpoint import read_config, resolve
     from gpt2core.config import ModelConfig
-    from gpt2core.errors import CheckpointError
+    from gpt2core.errors import BackendUnavailableError, CheckpointError
 
     engines = available().values()
     models = {"openai-community/gpt2": ModelConfig()}
     with suppress(CheckpointError):  # an installation without the demo model
         models = {"demo": read_config(resolve("demo")), **models}
-    auto = {model: choose(config, threads=threads) for model, config in models.items()}
+    auto: dict[str, tuple[str, str]] = {}
+    unknown = ""
+    try:
+        auto = {model: choose(config, threads=threads) for model, config in models.items()}
+    except BackendUnavailableError as error:  # the list below is what helps then
+        unknown = one_line(str(error))
     if as_json:
+        choices = {model: auto.get(model, (None, unknown)) for model in models}
         write_json(
             {
                 "backends": [
                     {"name": e.name, "available": e.available, "version": e.version, "reason": e.reason}
                     for e in engines
                 ],
-                "auto": {model: {"backend": name, "why": why} for model, (name, why) in auto.items()},
+                "auto": {model: {"backend": name, "why": why} for model, (name, why) in choices.items()},
             }
         )
         return
@@ -43,4 +50,7 @@ def backends(threads: int | None, as_json: bool) -> None:
         ]
     )
     write("\n")
+    if unknown:
+        write(f"auto has no choice: {unknown}\n")
+        return
     write_table([("model", "auto", "why"), *((model, name, why) for model, (name, why) in auto.items())])

@@ -30,6 +30,7 @@ from gpt2core.weights import Weights
 
 _KV_CUT: Final = (None, None, None, MODEL_AXIS, None, None)  # by heads
 _SMALL_MODEL_PARAMETERS: Final = 5_000_000  # padding costs less than a further compilation
+_FEWEST_TRACED: Final = 16  # likewise
 
 
 @final
@@ -159,20 +160,24 @@ class JaxBackend:
         return (2.2 if rows == 1 else 3.2) + 0.01 * tokens
 
     def trace(self, token_ids: Sequence[int]) -> Trace:
-        """See `gpt2core.backends.base.Traces.trace`; compiled per power of two of T, in this process only."""
+        """See `gpt2core.backends.base.Traces.trace`.
+
+        Compiled per power of two of T, from 16 on, in this process only.
+        """
         if self._module is None:
             raise RequestError("the jax backend is closed; load the model again")
         batch = whole_sequence(self.config, token_ids)
         count = len(batch.tokens)
         # Padded with its own last token: a later one may be NaN, and weight 0 times NaN is NaN.
-        at = np.minimum(np.arange(1 << (count - 1).bit_length(), dtype=np.int32), count - 1)
+        padded = max(_FEWEST_TRACED, 1 << (count - 1).bit_length())
+        at = np.minimum(np.arange(padded, dtype=np.int32), count - 1)
         try:
             with _own_settings():
                 hidden, attentions, logits = self._trace(self._leaves, batch.tokens[at], at)
             return Trace(
-                np.array(hidden[:, :count]),
-                np.array(attentions[:, :, :count, :count]),
-                np.array(logits[:count]),
+                np.asarray(hidden)[:, :count].copy(),
+                np.asarray(attentions)[:, :, :count, :count].copy(),
+                np.asarray(logits)[:count].copy(),
             )
         except RuntimeError as error:
             raise BackendError(f"the jax backend failed on {self._placement.devices[0]}: {error}") from error
