@@ -16,7 +16,7 @@ The others are what the model itself writes after a prompt, greedily and at temp
 
 Each text is written `--rounds` times by either way in turn, the order changing from round to round. A ratio
 is that of the decoding speeds of one such pair (above 1: prompt lookup is faster). The tokens are compared;
-where a backend rounds its inputs to 8 bits (onnx in int8 and int4) they may differ, elsewhere that is an error.
+where a backend rounds its inputs to 8 bits (onnx, int8 and int4) they may differ, elsewhere that is an error.
 
 `--passes` times single passes instead, over one row of several tokens beside one of a single token, and shows
 what the backend says of it (`further_cost`, by which refused proposals are limited).
