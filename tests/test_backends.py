@@ -191,7 +191,7 @@ def test_torch_conforms_on_cuda():
 
 
 def test_torch_without_onednn_conforms_too(monkeypatch):
-    monkeypatch.setattr("gpt2core.backends.torch_backend._ONEDNN_LINEAR", None)
+    monkeypatch.setattr("gpt2core.backends.torch_products._ONEDNN_LINEAR", None)
     check_backend(TorchBackend)
     check_backend(TorchBackend, random_weights(random_config(activation_function="silu")))
 
