@@ -1,7 +1,7 @@
 """The PyTorch backend: CPU and CUDA, float32 weights shared with NumPy on the CPU, int8 on the CPU."""
 
 # N new tokens in all, B rows, R rows of a run, M wanted logits, D width, H heads, K head width, V vocabulary
-# L layers, S cache slots, C cache capacity, T cached positions
+# L layers, S cache slots, C cache capacity
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +17,8 @@ from torch import Tensor
 from gpt2core._shapes import Float32
 from gpt2core.backends.blas_threads import check_threads
 from gpt2core.backends.memory import give_back, lazy_zeros
-from gpt2core.backends.ragged import AttentionPlan, note_filled, plan_attention
+from gpt2core.backends.ragged import note_filled, plan_attention
+from gpt2core.backends.torch_attention import attend, places_of
 from gpt2core.backends.torch_products import ACTIVATIONS, Product, int8_product, linear
 from gpt2core.backends.torch_trace import Notes
 from gpt2core.batch import Batch, whole_sequence
@@ -158,14 +159,14 @@ class TorchBackend:
         config, width, epsilon = self.config, (self.config.n_embd,), self.config.layer_norm_epsilon
         plan = plan_attention(batch)
         wanted = self._index(batch.logits_at)
-        masks = [_beyond(run.ends, run.longest, self._device) for run in plan.decode]
+        places = [places_of(run, self._device) for run in plan.decode]
         x = self._embedded(model, batch)  # (N, D)
         if notes is not None:
             notes.add_hidden_state(x)
         for i, layer in enumerate(model.layers):
             qkv = layer.c_attn(F.layer_norm(x, width, *layer.ln_1, epsilon))  # (N, 3 D)
-            y = _attention(
-                qkv.view(len(x), 3, config.n_head, -1), cache.kv[i], plan, masks, layer.scale
+            y = attend(
+                qkv.view(len(x), 3, config.n_head, -1), cache.kv[i], places, plan.prefill, layer.scale
             )  # (N, D)
             if i == config.n_layer - 1:  # from here on only the wanted tokens matter
                 if len(wanted) == 0:
@@ -173,7 +174,7 @@ class TorchBackend:
                 x, y = x[wanted], y[wanted]  # (M, D)
             x = layer.attn_c_proj(y).add_(x)
             if notes is not None:
-                notes.add_attention(qkv.view(len(qkv), 3, config.n_head, -1), layer.scale)
+                notes.add_attention(qkv, layer.scale)
                 notes.add_hidden_state(x)
             x = layer.mlp_c_proj(layer.c_fc(F.layer_norm(x, width, *layer.ln_2, epsilon))).add_(x)
             if notes is not None:
@@ -261,40 +262,3 @@ def _to_torch(weights: Weights | QuantizedWeights, device: torch.device) -> _Mod
         ln_f=norm(weights.ln_f),
         lm_head=head(weights.lm_head),
     )
-
-
-def _beyond(ends: np.ndarray, longest: int, device: torch.device) -> Tensor | None:
-    """Mask (R, 1, 1, T) of the positions that each row sees, or None where all see all."""
-    if ends.min() == longest:
-        return None
-    return torch.from_numpy(np.arange(longest) < ends[:, None, None, None]).to(device)
-
-
-def _attention(
-    qkv: Tensor, kv: Tensor, plan: AttentionPlan, masks: list[Tensor | None], scale: float
-) -> Tensor:
-    """Write keys and values (N, 3, H, K) into a layer's cache (2, S, H, C, K), then attend: (N, D)."""
-    n, _, heads, width = qkv.shape
-    y = torch.empty(n, heads, width, device=qkv.device)
-    for run, mask in zip(plan.decode, masks, strict=True):
-        q = qkv[run.tokens, 0, :, None]  # (R, H, 1, K)
-        if len(run.ends) == 1:
-            kv[:, run.slots.start, :, run.longest - 1] = qkv[run.tokens, 1:][0]
-        else:
-            rows = torch.arange(run.slots.start, run.slots.stop, device=qkv.device)
-            last = torch.from_numpy(run.ends - 1).to(qkv.device)
-            kv[:, rows, :, last] = qkv[run.tokens, 1:]
-        k, v = kv[:, run.slots, :, : run.longest]  # (R, H, T, K) each
-        y[run.tokens] = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)[:, :, 0]
-    for row in plan.prefill:
-        kv[:, row.slot, :, row.start : row.end] = qkv[row.tokens, 1:].permute(1, 2, 0, 3)
-        q = qkv[row.tokens, 0].transpose(0, 1)[None]  # (1, H, N, K)
-        k, v = kv[:, row.slot, None, :, : row.end]  # (1, H, T, K) each
-        seen = None
-        if row.start:
-            seen = torch.ones(row.end - row.start, row.end, dtype=torch.bool, device=qkv.device).tril_(
-                row.start
-            )
-        attended = F.scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None, scale=scale)
-        y[row.tokens] = attended[0].transpose(0, 1)
-    return y.view(n, heads * width)

@@ -120,7 +120,9 @@ class Int8Product:
             *(q, 1.0, _ZERO_POINT, self.packed, self.scale, self.zero, None),
             *(1.0, 0, torch.float32, "none", [], ""),
         )
-        y = y.mul_(scale) if self.bias is None else torch.addcmul(self.bias, y, scale)
+        y.mul_(scale)
+        if self.bias is not None:
+            y.add_(self.bias)
         if self.activation is None:
             return y
         if self.activation is _gelu_tanh and len(y) >= _MANY_ROWS:
