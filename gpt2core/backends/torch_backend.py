@@ -165,9 +165,8 @@ class TorchBackend:
             notes.add_hidden_state(x)
         for i, layer in enumerate(model.layers):
             qkv = layer.c_attn(F.layer_norm(x, width, *layer.ln_1, epsilon))  # (N, 3 D)
-            y = attend(
-                qkv.view(len(x), 3, config.n_head, -1), cache.kv[i], places, plan.prefill, layer.scale
-            )  # (N, D)
+            qkv = qkv.view(len(x), 3, config.n_head, -1)  # (N, 3, H, K)
+            y = attend(qkv, cache.kv[i], places, plan.prefill, layer.scale)  # (N, D)
             if i == config.n_layer - 1:  # from here on only the wanted tokens matter
                 if len(wanted) == 0:
                     return x.new_empty(0, config.vocab_size)

@@ -37,7 +37,6 @@ _INT8_PRODUCT: Final[Callable[..., Tensor] | None] = (
     and hasattr(torch.ops.onednn, "qlinear_pointwise")
     else None
 )
-_ZERO_POINT: Final = 128
 _LEAST: Final = 1e-30  # of a row's largest number: a row of zeros is not divided by 0
 _MANY_ROWS: Final = 16
 _GELU_LINEAR: Final = 2 * (2 / math.pi) ** 0.5
@@ -106,18 +105,19 @@ class Int8Product:
     multiply: Callable[..., Tensor]
     packed: Tensor  # (I, O) in oneDNN's layout
     scale: Tensor  # (O,)
-    zero: Tensor  # (O,) zeros: weights are symmetric
+    zeros: Tensor  # (O,): weights are symmetric
     bias: Tensor | None
     activation: Callable[[Tensor], Tensor] | None
     steps: int  # a row's largest number is rounded to so many
 
     def __call__(self, x: Tensor) -> Tensor:
         """See `Product`."""
+        zero = self.steps + 1
         scale = x.abs().amax(1, keepdim=True).clamp_(min=_LEAST).div_(self.steps)  # (N, 1)
         # Signed first, since only that conversion is vectorised; oneDNN is fast with unsigned inputs only.
-        q = (x / scale).round_().to(torch.int8).view(torch.uint8).bitwise_xor_(_ZERO_POINT)
+        q = (x / scale).round_().to(torch.int8).view(torch.uint8).add_(zero)
         y = self.multiply(
-            *(q, 1.0, _ZERO_POINT, self.packed, self.scale, self.zero, None),
+            *(q, 1.0, zero, self.packed, self.scale, self.zeros, None),
             *(1.0, 0, torch.float32, "none", [], ""),
         )
         y.mul_(scale)
@@ -147,8 +147,8 @@ def int8_product(
             "not run precision 'int8' here; use backend='onnx' or 'numpy'"
         )
     packed = torch.ops.onednn.qlinear_prepack(weight.contiguous(), None)
-    zero = torch.zeros(len(scale), dtype=torch.int32)
-    return Int8Product(_INT8_PRODUCT, packed, scale, zero, bias, activation, _steps(_capabilities()))
+    zeros = torch.zeros(len(scale), dtype=torch.int32)
+    return Int8Product(_INT8_PRODUCT, packed, scale, zeros, bias, activation, _steps(_capabilities()))
 
 
 def _capabilities() -> dict[str, Any]:
@@ -159,7 +159,8 @@ def _capabilities() -> dict[str, Any]:
 def _steps(capabilities: dict[str, Any]) -> int:
     """How finely inputs may be rounded: 127 steps, or 63 where the processor may add two products in 16 bits.
 
-    x86 without VNNI does, and saturates. Where PyTorch does not tell, the answer is the safe one.
+    x86 without VNNI does, and saturates; 2 x 127 x 127 just fits. Where PyTorch
+    does not tell, the answer is the safe one.
     """
     if capabilities.get("architecture", "x86_64") != "x86_64":
         return 127
