@@ -347,7 +347,7 @@ def test_an_int8_product_of_torch_is_that_of_the_rounded_rows(rows):
 
 
 def test_a_text_in_torchs_int8_does_not_depend_on_those_that_share_its_products():
-    """The neighbours' numbers are a thousand times as large, or none: a scale of the whole batch would show."""
+    """The neighbours' numbers are a thousand times as large, or none: a common scale would show."""
     weight = int8_columns(noise(64, 24))
     product = torch_products.int8_product(torch.tensor(weight.values.T), torch.tensor(weight.scale))
     x = torch.from_numpy(noise(4, 64, seed=1))

@@ -243,6 +243,7 @@ def _to_torch(weights: Weights | QuantizedWeights, device: torch.device) -> _Mod
     assert not isinstance(weights.wte, BFloat16)
     assert not isinstance(weights.lm_head, BFloat16)
     blocks: tuple[Block | QuantizedBlock, ...] = weights.blocks
+    lm_head = head(weights.lm_head)  # first, since it is the largest and packing it takes as much again
     return _Model(
         wte=weights.wte if isinstance(weights.wte, Int8) else tensor(weights.wte),
         wpe=tensor(weights.wpe),
@@ -259,5 +260,5 @@ def _to_torch(weights: Weights | QuantizedWeights, device: torch.device) -> _Mod
             for i, block in enumerate(blocks)
         ),
         ln_f=norm(weights.ln_f),
-        lm_head=head(weights.lm_head),
+        lm_head=lm_head,
     )
