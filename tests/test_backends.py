@@ -17,6 +17,7 @@ from gpt2core.backends.numpy_backend import NumpyBackend
 from gpt2core.backends.torch_backend import TorchBackend
 from gpt2core.batch import Batch
 from gpt2core.errors import BackendError, BackendUnavailableError, RequestError
+from gpt2core.reference import reference_logits
 from gpt2core.testing import check_backend, random_config, random_weights
 
 TINY = random_weights(random_config())
@@ -191,9 +192,22 @@ def test_torch_conforms_on_cuda():
 
 
 def test_torch_without_onednn_conforms_too(monkeypatch):
-    monkeypatch.setattr("gpt2core.backends.torch_backend._ONEDNN_LINEAR", None)
+    monkeypatch.setattr("gpt2core.backends.torch_products._ONEDNN_LINEAR", None)
     check_backend(TorchBackend)
     check_backend(TorchBackend, random_weights(random_config(activation_function="silu")))
+
+
+@pytest.mark.parametrize("chunks", [(200,), (64, 136), (3, 130, 67), (127, 73)])
+def test_torch_attends_to_long_chunks_by_blocks_as_the_reference_does(chunks):
+    weights = random_weights(random_config(n_positions=200))
+    tokens = np.random.default_rng(0).integers(0, 257, 200).tolist()
+    backend, start, got = TorchBackend(weights), 0, []
+    cache = backend.new_cache(3, 200)
+    for size in chunks:
+        batch = Batch.of([(tokens[start : start + size], start, 1)], range(size))
+        got.append(backend.forward(batch, cache))
+        start += size
+    np.testing.assert_allclose(np.concatenate(got), reference_logits(weights, tokens), atol=1e-4)
 
 
 def test_a_failure_inside_torch_is_a_backend_error():

@@ -2,13 +2,16 @@
 
 import json
 import platform
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from gpt2core import GPT2, open_checkpoint
-from gpt2core.backends import available, choose, create_backend, load_factory
+from gpt2core.backends import available, choose, create_backend, load_factory, torch_products
 from gpt2core.backends.base import RunsPrecisions
 from gpt2core.backends.onnx_backend import products
 from gpt2core.batch import Batch
@@ -307,6 +310,130 @@ def test_only_x86_with_vnni_adds_products_without_overflow(tmp_path, monkeypatch
     if flags is not None:
         (tmp_path / "cpuinfo").write_text(flags)
     assert products.sums_overflow(tmp_path / "cpuinfo") is expected
+
+
+ROUNDED_ROWS = 0.4
+"""Largest difference of a logit in PyTorch, whose scales are one per row; 0.25 was the most measured."""
+
+
+@pytest.mark.parametrize("check", CONFORMANCE_CHECKS, ids=lambda check: check.__name__)
+def test_torch_computes_what_the_dequantised_weights_say_but_for_rounded_inputs(check):
+    reference = dequantize(QUANTIZED_OF["int8"])
+    check_backend(quantising("torch", "int8"), reference, checks=[check], tolerance=ROUNDED_ROWS)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *(VARIANTS[name] for name in ("separate_head", "odd_head_size", "narrow_mlp")),
+        *({"activation_function": name} for name in ("gelu", "gelu_10", "relu", "silu")),
+    ],
+    ids=str,
+)
+def test_torch_is_near_the_dequantised_weights_on_every_shape_and_activation(changes):
+    weights = quantize(random_weights(random_config(**changes)), "int8")
+    tokens = np.random.default_rng(1).integers(0, 257, 40).tolist()
+    want = reference_logits(dequantize(weights), tokens)
+    backend = create_backend("torch", weights)
+    got = backend.forward(Batch.of([(tokens, 0, 0)], range(40)), backend.new_cache(1, 40))
+    assert np.sqrt(np.square(got - want).mean()) < 0.045 * want.std()
+
+
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_an_int8_product_of_torch_is_that_of_the_rounded_rows(rows):
+    weight = int8_columns(noise(64, 24))
+    x, bias = noise(rows, 64, seed=1) * np.geomspace(0.01, 100, rows, dtype=np.float32)[:, None], noise(24)
+    scale = np.abs(x).max(1, keepdims=True) / 127
+    want = np.rint(x / scale).astype(np.float64) * scale @ weight.float32() + bias
+    parts = map(torch.from_numpy, (weight.values.T.copy(), weight.scale.copy(), bias))
+    got = torch_products.int8_product(*parts)(torch.from_numpy(x)).numpy()
+    np.testing.assert_allclose(got, want, atol=2e-6 * np.abs(want).max(), rtol=2e-5)
+
+
+def test_a_text_in_torchs_int8_does_not_depend_on_those_that_share_its_products():
+    """The neighbours' numbers are a thousand times as large, or none: a common scale would show."""
+    weight = int8_columns(noise(64, 24))
+    product = torch_products.int8_product(torch.tensor(weight.values.T), torch.tensor(weight.scale))
+    x = torch.from_numpy(noise(4, 64, seed=1))
+    alone = product(x[:1])
+    x[1:] *= torch.tensor([[1000.0], [0.0], [torch.nan]])
+    together = product(x)
+    assert torch.equal(together[:1], alone)
+    assert torch.equal(together[2], torch.zeros(24))
+    assert together[3].isnan().all()
+
+
+def test_rows_with_infinity_stay_not_finite_in_torchs_int8():
+    weight = int8_columns(noise(64, 24))
+    product = torch_products.int8_product(torch.tensor(weight.values.T), torch.tensor(weight.scale))
+    x = torch.from_numpy(noise(2, 64, seed=1))
+    x[0, 7] = -torch.inf
+    assert not product(x)[0].isfinite().any()
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "steps"),
+    [
+        ({"architecture": "x86_64", "avx512_vnni": True}, 127),
+        ({"architecture": "x86_64", "avx_vnni": True}, 127),
+        ({"architecture": "x86_64", "avx2": True}, 63),
+        ({"architecture": "aarch64"}, 127),
+        ({}, 63),
+    ],
+)
+def test_torch_rounds_to_fewer_steps_where_sums_of_products_could_overflow(capabilities, steps):
+    assert torch_products._steps(capabilities) == steps
+
+
+@pytest.mark.parametrize("steps", [127, 63])
+def test_what_torch_hands_to_its_int8_product_is_as_fine_as_said(monkeypatch, steps):
+    seen = []
+    multiply = torch_products._INT8_PRODUCT
+    monkeypatch.setattr(torch_products, "_INT8_PRODUCT", lambda q, *a: seen.append(q) or multiply(q, *a))
+    monkeypatch.setattr(torch_products, "_steps", lambda _: steps)
+    weight, x = int8_columns(noise(64, 24)), noise(6, 64, seed=1)
+    product = torch_products.int8_product(torch.tensor(weight.values.T), torch.tensor(weight.scale))
+    got = product(torch.from_numpy(x)).numpy()
+    assert int(seen[0].max()) <= 2 * steps + 1
+    error = np.square(got - x @ weight.float32()).mean() ** 0.5
+    assert error < {127: 0.08, 63: 0.16}[steps]
+
+
+def test_torch_refuses_quantised_weights_on_other_devices(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(
+        BackendUnavailableError, match="the torch backend runs precision 'int8' on device 'cpu' only, not 'cu"
+    ):
+        create_backend("torch", QUANTIZED["int8"], device="cuda")
+
+
+def test_a_torch_without_the_int8_product_says_what_to_use(monkeypatch):
+    monkeypatch.setattr(torch_products, "_INT8_PRODUCT", None)
+    with pytest.raises(BackendUnavailableError, match="does not run precision 'int8' here; use"):
+        create_backend("torch", QUANTIZED["int8"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the process's memory from Linux's /proc")
+def test_torch_keeps_one_copy_of_a_quantised_folder(tmp_path):
+    """In a process of its own: 21 MB of weights, of which oneDNN's copy stays and the file's pages do not."""
+    config = random_config(n_embd=512, n_layer=6, n_head=8, vocab_size=4096)
+    save_quantized(tmp_path, quantize(random_weights(config), "int8"))
+    code = f"""
+import psutil
+from gpt2core import Batch, open_checkpoint
+from gpt2core.backends import create_backend
+from gpt2core.testing import random_config, random_weights
+def run(weights):
+    backend = create_backend("torch", weights, precision="int8")
+    backend.forward(Batch.of([([1, 2], 0, 0)]), backend.new_cache(1, 8))
+    return backend
+warm = run(random_weights(random_config()))
+weights, rss = open_checkpoint({str(tmp_path)!r}).stored, psutil.Process().memory_info().rss
+backend = run(weights)
+print((psutil.Process().memory_info().rss - rss) / weights.nbytes)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 0.8 < float(result.stdout) < 1.4
 
 
 def test_onnx_refuses_quantised_weights_on_other_devices():

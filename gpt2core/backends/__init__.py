@@ -54,7 +54,9 @@ class _BuiltIn:
 
 _BUILT_IN: Final[Mapping[str, _BuiltIn]] = {
     "numpy": _BuiltIn("gpt2core.backends.numpy_backend:NumpyBackend", "numpy", precisions=PRECISIONS),
-    "torch": _BuiltIn("gpt2core.backends.torch_backend:TorchBackend", "torch"),
+    "torch": _BuiltIn(
+        "gpt2core.backends.torch_backend:TorchBackend", "torch", precisions=("float32", "int8")
+    ),
     "jax": _BuiltIn("gpt2core.backends.jax_backend:JaxBackend", "jax", ("jaxlib", "flax")),
     "onnx": _BuiltIn(
         "gpt2core.backends.onnx_backend:OnnxBackend", "onnxruntime", ("onnx",), ("float32", "int8", "int4")

@@ -1,7 +1,8 @@
-"""Memory for key-value caches: zero, and taken from the system page by page, as it is written."""
+"""Memory for key-value caches, taken page by page as it is written, and for files, given back once copied."""
 
 import math
 import mmap
+from typing import Any
 
 import numpy as np
 
@@ -20,3 +21,16 @@ def lazy_zeros(shape: tuple[int, ...]) -> Float32[np.ndarray, "..."]:
     else:  # Windows
         memory = mmap.mmap(-1, nbytes)
     return np.frombuffer(memory, np.float32).reshape(shape)
+
+
+def give_back(array: np.ndarray) -> None:
+    """Return the pages of the file that an array is mapped from to the system, which can read them again.
+
+    For a backend that keeps a rearranged copy; without this, both would be resident. Other arrays are left
+    alone, and so are writable maps, which may hold changes of their own.
+    """
+    base: Any = array
+    while isinstance(base, np.ndarray | memoryview):
+        base = base.base if isinstance(base, np.ndarray) else base.obj
+    if hasattr(mmap, "MADV_DONTNEED") and isinstance(base, mmap.mmap) and memoryview(base).readonly:
+        base.madvise(mmap.MADV_DONTNEED)

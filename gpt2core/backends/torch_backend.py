@@ -1,18 +1,13 @@
-"""The PyTorch backend: CPU and CUDA, weights shared with NumPy on the CPU.
-
-On the CPU its linear layers call oneDNN's product directly. PyTorch itself sends float32 products to MKL,
-which on some processors reaches less than half of the memory bandwidth with one to 32 rows; oneDNN also
-reads the checkpoint's (in, out) layout in place and fuses the usual activations.
-"""
+"""The PyTorch backend: CPU and CUDA, float32 weights shared with NumPy on the CPU, int8 on the CPU."""
 
 # N new tokens in all, B rows, R rows of a run, M wanted logits, D width, H heads, K head width, V vocabulary
-# L layers, S cache slots, C cache capacity, T cached positions
+# L layers, S cache slots, C cache capacity
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final, final
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -21,83 +16,46 @@ from torch import Tensor
 
 from gpt2core._shapes import Float32
 from gpt2core.backends.blas_threads import check_threads
-from gpt2core.backends.memory import lazy_zeros
-from gpt2core.backends.ragged import AttentionPlan, note_filled, plan_attention
+from gpt2core.backends.memory import give_back, lazy_zeros
+from gpt2core.backends.ragged import note_filled, plan_attention
+from gpt2core.backends.torch_attention import attend, places_of
+from gpt2core.backends.torch_products import ACTIVATIONS, Product, int8_product, linear
 from gpt2core.backends.torch_trace import Notes
 from gpt2core.batch import Batch, whole_sequence
 from gpt2core.config import ModelConfig
 from gpt2core.errors import BackendError, BackendUnavailableError, RequestError
-from gpt2core.trace import Trace
-from gpt2core.weights import Linear, Weights
-
-_ONEDNN_LINEAR: Final[Callable[..., Tensor] | None] = (
-    torch.ops.mkldnn._linear_pointwise
-    if torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    else None
+from gpt2core.quantized_weights import (
+    BFloat16,
+    Int8,
+    QuantizedBlock,
+    QuantizedLinear,
+    QuantizedWeights,
+    look_up,
 )
-
-
-def _laplace(x: Tensor) -> Tensor:
-    return 0.5 * (1 + torch.erf((x - 0.707107) / (0.282095 * 2**0.5)))
-
-
-def _gelu_tanh(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
-
-
-_ACTIVATIONS: Final[dict[str, Callable[[Tensor], Tensor]]] = {
-    "gelu": F.gelu,
-    "gelu_10": lambda x: F.gelu(x).clamp_(-10, 10),
-    "gelu_accurate": _gelu_tanh,
-    "gelu_fast": _gelu_tanh,
-    "gelu_new": _gelu_tanh,
-    "gelu_python": F.gelu,
-    "gelu_python_tanh": _gelu_tanh,
-    "gelu_pytorch_tanh": _gelu_tanh,
-    "hardswish": F.hardswish,
-    "laplace": _laplace,
-    "leaky_relu": F.leaky_relu,
-    "linear": lambda x: x,
-    "mish": F.mish,
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square_(),
-    "relu6": F.relu6,
-    "sigmoid": torch.sigmoid,
-    "silu": F.silu,
-    "sqrtsoftplus": lambda x: F.softplus(x).sqrt_(),
-    "swish": F.silu,
-    "tanh": torch.tanh,
-}
-# What oneDNN computes in the same pass as the product: (attribute, algorithm).
-_FUSED: Final[dict[Callable[[Tensor], Tensor], tuple[str, str]]] = {
-    _gelu_tanh: ("gelu", "tanh"),
-    F.gelu: ("gelu", "none"),
-    F.relu: ("relu", ""),
-}
+from gpt2core.trace import Trace
+from gpt2core.weights import Block, Linear, Weights
 
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """One block's parameters as tensors; each linear layer is a function of its input."""
+    """One block's parameters; each linear layer is a function of its input."""
 
     ln_1: tuple[Tensor, Tensor]
-    c_attn: Callable[[Tensor], Tensor]
-    attn_c_proj: Callable[[Tensor], Tensor]
+    c_attn: Product
+    attn_c_proj: Product
     ln_2: tuple[Tensor, Tensor]
-    c_fc: Callable[[Tensor], Tensor]  # with the activation
-    mlp_c_proj: Callable[[Tensor], Tensor]
+    c_fc: Product  # with the activation
+    mlp_c_proj: Product
     scale: float
 
 
 @dataclass(frozen=True, slots=True)
 class _Model:
-    wte: Tensor
+    wte: Tensor | Int8  # quantised, it stays in the checkpoint's file, of which a pass reads a few rows
     wpe: Tensor
     layers: tuple[_Layer, ...]
     ln_f: tuple[Tensor, Tensor]
-    lm_head: Callable[[Tensor], Tensor]
+    lm_head: Product
 
 
 @final
@@ -124,22 +82,30 @@ class TorchBackend:
     """GPT-2 in eager PyTorch with scaled dot-product attention and a static cache.
 
     Args:
-        weights: float32 weights; shared on the CPU, copied to a GPU.
-        device: "cpu", "cuda" or "cuda:N".
+        weights: float32, shared on the CPU and copied to a GPU; or int8, of which oneDNN keeps a rearranged
+            copy, while pages of a memory-mapped checkpoint are given back.
+        device: "cpu", "cuda" or "cuda:N"; int8 runs on "cpu".
         threads: PyTorch's intra-operator threads during a forward pass (the former count is put back); None
-        leaves
-            them as they are.
+            leaves them as they are.
 
     Raises:
-        BackendUnavailableError: the device is unknown or not there.
+        BackendUnavailableError: the device is unknown, not there, or does not run the precision.
     """
 
     name = "torch"
+    precisions = ("float32", "int8")
 
-    def __init__(self, weights: Weights, *, device: str = "cpu", threads: int | None = None) -> None:
+    def __init__(
+        self, weights: Weights | QuantizedWeights, *, device: str = "cpu", threads: int | None = None
+    ) -> None:
         check_threads(threads)
         self.config = weights.config
+        self.precision = weights.precision if isinstance(weights, QuantizedWeights) else "float32"
         self._device = _device(device)
+        if self.precision != "float32" and self._device.type != "cpu":
+            raise BackendUnavailableError(
+                f"the torch backend runs precision {self.precision!r} on device 'cpu' only, not {device!r}"
+            )
         self._threads = threads
         with warnings.catch_warnings():  # from_numpy warns of read-only arrays; nothing here writes to them
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
@@ -193,27 +159,33 @@ class TorchBackend:
         config, width, epsilon = self.config, (self.config.n_embd,), self.config.layer_norm_epsilon
         plan = plan_attention(batch)
         wanted = self._index(batch.logits_at)
-        masks = [_beyond(run.ends, run.longest, self._device) for run in plan.decode]
-        x = model.wte[self._index(batch.tokens)] + model.wpe[self._index(batch.positions)]  # (N, D)
+        places = [places_of(run, self._device) for run in plan.decode]
+        x = self._embedded(model, batch)  # (N, D)
         if notes is not None:
             notes.add_hidden_state(x)
         for i, layer in enumerate(model.layers):
             qkv = layer.c_attn(F.layer_norm(x, width, *layer.ln_1, epsilon))  # (N, 3 D)
-            y = _attention(
-                qkv.view(len(x), 3, config.n_head, -1), cache.kv[i], plan, masks, layer.scale
-            )  # (N, D)
+            qkv = qkv.view(len(x), 3, config.n_head, -1)  # (N, 3, H, K)
+            y = attend(qkv, cache.kv[i], places, plan.prefill, layer.scale)  # (N, D)
             if i == config.n_layer - 1:  # from here on only the wanted tokens matter
                 if len(wanted) == 0:
                     return x.new_empty(0, config.vocab_size)
                 x, y = x[wanted], y[wanted]  # (M, D)
-            x = x + layer.attn_c_proj(y)
+            x = layer.attn_c_proj(y).add_(x)
             if notes is not None:
-                notes.add_attention(qkv.view(len(qkv), 3, config.n_head, -1), layer.scale)
+                notes.add_attention(qkv, layer.scale)
                 notes.add_hidden_state(x)
-            x = x + layer.mlp_c_proj(layer.c_fc(F.layer_norm(x, width, *layer.ln_2, epsilon)))
+            x = layer.mlp_c_proj(layer.c_fc(F.layer_norm(x, width, *layer.ln_2, epsilon))).add_(x)
             if notes is not None:
                 notes.add_hidden_state(x)
         return model.lm_head(F.layer_norm(x, width, *model.ln_f, epsilon))  # (M, V)
+
+    def _embedded(self, model: _Model, batch: Batch) -> Tensor:
+        if isinstance(model.wte, Int8):
+            tokens = torch.from_numpy(look_up(model.wte, batch.tokens))
+        else:
+            tokens = model.wte[self._index(batch.tokens)]
+        return tokens.add_(model.wpe[self._index(batch.positions)])
 
     def _index(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self._device)
@@ -240,9 +212,9 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _to_torch(weights: Weights, device: torch.device) -> _Model:
+def _to_torch(weights: Weights | QuantizedWeights, device: torch.device) -> _Model:
     config = weights.config
-    act = _ACTIVATIONS[config.activation_function]
+    act = ACTIVATIONS[config.activation_function]
 
     def tensor(array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(device)
@@ -250,81 +222,43 @@ def _to_torch(weights: Weights, device: torch.device) -> _Model:
     def norm(part: Any) -> tuple[Tensor, Tensor]:
         return tensor(part.weight), tensor(part.bias)
 
-    def linear(
-        part: Linear, activation: Callable[[Tensor], Tensor] | None = None
-    ) -> Callable[[Tensor], Tensor]:
-        return _linear(tensor(part.weight).T, tensor(part.bias), activation)
+    def product(
+        part: Linear | QuantizedLinear, activation: Callable[[Tensor], Tensor] | None = None
+    ) -> Product:
+        if isinstance(part, Linear):
+            return linear(tensor(part.weight).T, tensor(part.bias), activation)
+        assert isinstance(part.weight, Int8)
+        values, scale = tensor(part.weight.values).T, tensor(part.weight.scale)
+        packed = int8_product(values, scale, tensor(part.bias), activation)
+        give_back(part.weight.values)
+        return packed
 
-    wte = tensor(weights.wte)
+    def head(table: np.ndarray | Int8) -> Product:
+        if not isinstance(table, Int8):
+            return linear(tensor(table), None, None)
+        packed = int8_product(tensor(table.values), tensor(table.scale).view(-1))
+        give_back(table.values)
+        return packed
+
+    assert not isinstance(weights.wte, BFloat16)
+    assert not isinstance(weights.lm_head, BFloat16)
+    blocks: tuple[Block | QuantizedBlock, ...] = weights.blocks
+    lm_head = head(weights.lm_head)  # first, since it is the largest and packing it takes as much again
     return _Model(
-        wte=wte,
+        wte=weights.wte if isinstance(weights.wte, Int8) else tensor(weights.wte),
         wpe=tensor(weights.wpe),
         layers=tuple(
             _Layer(
                 ln_1=norm(block.ln_1),
-                c_attn=linear(block.c_attn),
-                attn_c_proj=linear(block.attn_c_proj),
+                c_attn=product(block.c_attn),
+                attn_c_proj=product(block.attn_c_proj),
                 ln_2=norm(block.ln_2),
-                c_fc=linear(block.c_fc, act),
-                mlp_c_proj=linear(block.mlp_c_proj),
+                c_fc=product(block.c_fc, act),
+                mlp_c_proj=product(block.mlp_c_proj),
                 scale=config.attention_scale(i),
             )
-            for i, block in enumerate(weights.blocks)
+            for i, block in enumerate(blocks)
         ),
         ln_f=norm(weights.ln_f),
-        lm_head=_linear(wte if weights.lm_head is weights.wte else tensor(weights.lm_head), None, None),
+        lm_head=lm_head,
     )
-
-
-def _linear(
-    weight: Tensor, bias: Tensor | None, activation: Callable[[Tensor], Tensor] | None
-) -> Callable[[Tensor], Tensor]:
-    """`activation(x @ weight.T + bias)`; `weight` is (O, I) in any strides."""
-    if weight.device.type != "cpu" or _ONEDNN_LINEAR is None:
-        if activation is None:
-            return lambda x: F.linear(x, weight, bias)
-        return lambda x: activation(F.linear(x, weight, bias))
-    onednn = _ONEDNN_LINEAR
-    if activation is None:
-        return lambda x: onednn(x, weight, bias, "none", [], "")
-    if activation in _FUSED:
-        attribute, algorithm = _FUSED[activation]
-        return lambda x: onednn(x, weight, bias, attribute, [], algorithm)
-    return lambda x: activation(onednn(x, weight, bias, "none", [], ""))
-
-
-def _beyond(ends: np.ndarray, longest: int, device: torch.device) -> Tensor | None:
-    """Mask (R, 1, 1, T) of the positions that each row sees, or None where all see all."""
-    if ends.min() == longest:
-        return None
-    return torch.from_numpy(np.arange(longest) < ends[:, None, None, None]).to(device)
-
-
-def _attention(
-    qkv: Tensor, kv: Tensor, plan: AttentionPlan, masks: list[Tensor | None], scale: float
-) -> Tensor:
-    """Write keys and values (N, 3, H, K) into a layer's cache (2, S, H, C, K), then attend: (N, D)."""
-    n, _, heads, width = qkv.shape
-    y = torch.empty(n, heads, width, device=qkv.device)
-    for run, mask in zip(plan.decode, masks, strict=True):
-        q = qkv[run.tokens, 0, :, None]  # (R, H, 1, K)
-        if len(run.ends) == 1:
-            kv[:, run.slots.start, :, run.longest - 1] = qkv[run.tokens, 1:][0]
-        else:
-            rows = torch.arange(run.slots.start, run.slots.stop, device=qkv.device)
-            last = torch.from_numpy(run.ends - 1).to(qkv.device)
-            kv[:, rows, :, last] = qkv[run.tokens, 1:]
-        k, v = kv[:, run.slots, :, : run.longest]  # (R, H, T, K) each
-        y[run.tokens] = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)[:, :, 0]
-    for row in plan.prefill:
-        kv[:, row.slot, :, row.start : row.end] = qkv[row.tokens, 1:].permute(1, 2, 0, 3)
-        q = qkv[row.tokens, 0].transpose(0, 1)[None]  # (1, H, N, K)
-        k, v = kv[:, row.slot, None, :, : row.end]  # (1, H, T, K) each
-        seen = None
-        if row.start:
-            seen = torch.ones(row.end - row.start, row.end, dtype=torch.bool, device=qkv.device).tril_(
-                row.start
-            )
-        attended = F.scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None, scale=scale)
-        y[row.tokens] = attended[0].transpose(0, 1)
-    return y.view(n, heads * width)
