@@ -101,6 +101,27 @@ def test_prompts_that_begin_together_share_a_run_if_padding_is_cheap():
     assert len(runs_of((range(60), 0, 0), ([4, 5], 0, 1))) == 2
 
 
+def test_a_long_text_alone_is_read_in_parts():
+    parts = runs_of((range(600), 100, 3), ([9], 0, 0))[1:]
+    assert [part.tokens[0].tolist() for part in parts] == [
+        list(range(256)), list(range(256, 512)), list(range(512, 600))
+    ]  # fmt: skip
+    assert [part.positions[0, 0] for part in parts] == [100, 356, 612]
+    assert [part.seqlens_k.tolist() for part in parts] == [[355], [611], [699]]
+    assert [part.source[0] for part in parts] == [0, 256, 512]
+    assert [len(part.place) for part in parts] == [256, 256, 88]
+    assert {part.slots.start for part in parts} == {3}
+
+
+def test_the_parts_of_a_long_text_give_the_references_logits():
+    weights = random_weights(random_config(n_positions=600))
+    backend = OnnxBackend(weights)
+    tokens = [i * 7 % 257 for i in range(600)]
+    wanted = [0, 255, 256, 511, 512, 599]
+    got = backend.forward(Batch.of([(tokens, 0, 1)], wanted), backend.new_cache(2, 600))
+    np.testing.assert_allclose(got, reference_logits(weights, tokens)[wanted], rtol=0, atol=TOLERANCE)
+
+
 def test_decoding_runs_stand_before_all_others():
     runs = runs_of(([1, 2], 0, 0), ([3, 4], 2, 1), ([5], 8, 2))
     assert [run.slots for run in runs] == [slice(2, 3), slice(0, 1), slice(1, 2)]

@@ -3,11 +3,12 @@
 # N new tokens in all, B rows, R rows of a run, M wanted logits, D width, H heads, K head width, V vocabulary
 # L layers, S cache slots, C cache capacity
 
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, Final, final
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from gpt2core.backends.blas_threads import check_threads
 from gpt2core.backends.memory import give_back, lazy_zeros
 from gpt2core.backends.ragged import note_filled, plan_attention
 from gpt2core.backends.torch_attention import attend, places_of
-from gpt2core.backends.torch_products import ACTIVATIONS, Product, int8_product, linear
+from gpt2core.backends.torch_products import ACTIVATIONS, EAGER, Pieces, Product, int8_product, linear
 from gpt2core.backends.torch_trace import Notes
 from gpt2core.batch import Batch, whole_sequence
 from gpt2core.config import ModelConfig
@@ -34,6 +35,8 @@ from gpt2core.quantized_weights import (
 )
 from gpt2core.trace import Trace
 from gpt2core.weights import Block, Linear, Weights
+
+COMPILE_VARIABLE: Final = "GPT2CORE_TORCH_COMPILE"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +90,9 @@ class TorchBackend:
         device: "cpu", "cuda" or "cuda:N"; int8 runs on "cpu".
         threads: PyTorch's intra-operator threads during a forward pass (the former count is put back); None
             leaves them as they are.
+        compiled: whether `torch.compile` compiles what stands between the products, at the first passes;
+            it needs a C++ compiler, and docs/performance.md tells what it costs and gains. None takes the
+            environment variable GPT2CORE_TORCH_COMPILE ("0" or "1"), or else False.
 
     Raises:
         BackendUnavailableError: the device is unknown, not there, or does not run the precision.
@@ -96,7 +102,12 @@ class TorchBackend:
     precisions = ("float32", "int8")
 
     def __init__(
-        self, weights: Weights | QuantizedWeights, *, device: str = "cpu", threads: int | None = None
+        self,
+        weights: Weights | QuantizedWeights,
+        *,
+        device: str = "cpu",
+        threads: int | None = None,
+        compiled: bool | None = None,
     ) -> None:
         check_threads(threads)
         self.config = weights.config
@@ -109,7 +120,8 @@ class TorchBackend:
         self._threads = threads
         with warnings.catch_warnings():  # from_numpy warns of read-only arrays; nothing here writes to them
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            self._model: _Model | None = _to_torch(weights, self._device)
+            self._pieces = EAGER.compiled() if _compiled(compiled) else EAGER
+            self._model: _Model | None = _to_torch(weights, self._device, self._pieces)
 
     def new_cache(self, slots: int, capacity: int) -> TorchCache:
         """An empty cache for `slots` sequences of up to `capacity` tokens."""
@@ -160,25 +172,27 @@ class TorchBackend:
         plan = plan_attention(batch)
         wanted = self._index(batch.logits_at)
         places = [places_of(run, self._device) for run in plan.decode]
+        added = self._pieces.added
         x = self._embedded(model, batch)  # (N, D)
+        h = F.layer_norm(x, width, *model.layers[0].ln_1, epsilon)
         if notes is not None:
             notes.add_hidden_state(x)
         for i, layer in enumerate(model.layers):
-            qkv = layer.c_attn(F.layer_norm(x, width, *layer.ln_1, epsilon))  # (N, 3 D)
-            qkv = qkv.view(len(x), 3, config.n_head, -1)  # (N, 3, H, K)
+            qkv = layer.c_attn(h).view(len(x), 3, config.n_head, -1)  # (N, 3, H, K)
             y = attend(qkv, cache.kv[i], places, plan.prefill, layer.scale)  # (N, D)
             if i == config.n_layer - 1:  # from here on only the wanted tokens matter
                 if len(wanted) == 0:
                     return x.new_empty(0, config.vocab_size)
                 x, y = x[wanted], y[wanted]  # (M, D)
-            x = layer.attn_c_proj(y).add_(x)
+            x, h = added(x, layer.attn_c_proj(y), *layer.ln_2, epsilon)
             if notes is not None:
                 notes.add_attention(qkv, layer.scale)
                 notes.add_hidden_state(x)
-            x = layer.mlp_c_proj(layer.c_fc(F.layer_norm(x, width, *layer.ln_2, epsilon))).add_(x)
+            following = model.ln_f if i == config.n_layer - 1 else model.layers[i + 1].ln_1
+            x, h = added(x, layer.mlp_c_proj(layer.c_fc(h)), *following, epsilon)
             if notes is not None:
                 notes.add_hidden_state(x)
-        return model.lm_head(F.layer_norm(x, width, *model.ln_f, epsilon))  # (M, V)
+        return model.lm_head(h)  # (M, V)
 
     def _embedded(self, model: _Model, batch: Batch) -> Tensor:
         if isinstance(model.wte, Int8):
@@ -212,7 +226,16 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _to_torch(weights: Weights | QuantizedWeights, device: torch.device) -> _Model:
+def _compiled(wanted: bool | None) -> bool:
+    if wanted is not None:
+        return wanted
+    value = os.environ.get(COMPILE_VARIABLE, "0")
+    if value not in ("0", "1"):
+        raise RequestError(f"{COMPILE_VARIABLE} is {value!r}; use '0' or '1'")
+    return value == "1"
+
+
+def _to_torch(weights: Weights | QuantizedWeights, device: torch.device, pieces: Pieces) -> _Model:
     config = weights.config
     act = ACTIVATIONS[config.activation_function]
 
@@ -229,14 +252,14 @@ def _to_torch(weights: Weights | QuantizedWeights, device: torch.device) -> _Mod
             return linear(tensor(part.weight).T, tensor(part.bias), activation)
         assert isinstance(part.weight, Int8)
         values, scale = tensor(part.weight.values).T, tensor(part.weight.scale)
-        packed = int8_product(values, scale, tensor(part.bias), activation)
+        packed = int8_product(values, scale, tensor(part.bias), activation, pieces)
         give_back(part.weight.values)
         return packed
 
     def head(table: np.ndarray | Int8) -> Product:
         if not isinstance(table, Int8):
             return linear(tensor(table), None, None)
-        packed = int8_product(tensor(table.values), tensor(table.scale).view(-1))
+        packed = int8_product(tensor(table.values), tensor(table.scale).view(-1), pieces=pieces)
         give_back(table.values)
         return packed
 

@@ -14,6 +14,7 @@ share its pass, and what is not finite in a row stays there.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -99,6 +100,53 @@ def linear(weight: Tensor, bias: Tensor | None, activation: Callable[[Tensor], T
 
 
 @dataclass(frozen=True, slots=True)
+class Pieces:
+    """What stands between the products: PyTorch's own operators one by one, or the same compiled.
+
+    Attributes:
+        rounded: (N, I) in float32 and the steps -> uint8 (N, I) and the scale (N, 1) of each row.
+        finished: a product (N, O) of whole numbers, its rows' scale, bias and activation -> (N, O).
+        added: x, y (N, D), a layer norm's weight and bias (D,) and epsilon -> x + y and its layer norm.
+    """
+
+    rounded: Callable[[Tensor, int], tuple[Tensor, Tensor]]
+    finished: Callable[[Tensor, Tensor, Tensor | None, Callable[[Tensor], Tensor] | None], Tensor]
+    added: Callable[[Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+
+    def compiled(self) -> "Pieces":
+        """Compiled by `torch.compile`, for every number of rows at once; that happens when first called."""
+        compiled: Any = partial(torch.compile, dynamic=True)
+        return Pieces(compiled(self.rounded), compiled(self.finished), compiled(self.added))
+
+
+def _rounded(x: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    scale = x.abs().amax(1, keepdim=True).clamp_(min=_LEAST).div_(steps)
+    # Signed first, since only that conversion is vectorised; oneDNN is fast with unsigned inputs only.
+    return (x / scale).round_().to(torch.int8).view(torch.uint8).add_(steps + 1), scale
+
+
+def _finished(
+    y: Tensor, scale: Tensor, bias: Tensor | None, activation: Callable[[Tensor], Tensor] | None
+) -> Tensor:
+    y.mul_(scale)
+    if bias is not None:
+        y.add_(bias)
+    if activation is None:
+        return y
+    if activation is _gelu_tanh and len(y) >= _MANY_ROWS:
+        return _gelu_by_sigmoid(y)
+    return activation(y)
+
+
+def _added(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    x = y.add_(x)
+    return x, F.layer_norm(x, weight.shape, weight, bias, epsilon)
+
+
+EAGER: Final = Pieces(_rounded, _finished, _added)
+
+
+@dataclass(frozen=True, slots=True)
 class Int8Product:
     """The product of int8 weights with inputs that are rounded to 8 bits, row by row."""
 
@@ -109,25 +157,16 @@ class Int8Product:
     bias: Tensor | None
     activation: Callable[[Tensor], Tensor] | None
     steps: int  # a row's largest number is rounded to so many
+    pieces: Pieces
 
     def __call__(self, x: Tensor) -> Tensor:
         """See `Product`."""
-        zero = self.steps + 1
-        scale = x.abs().amax(1, keepdim=True).clamp_(min=_LEAST).div_(self.steps)  # (N, 1)
-        # Signed first, since only that conversion is vectorised; oneDNN is fast with unsigned inputs only.
-        q = (x / scale).round_().to(torch.int8).view(torch.uint8).add_(zero)
+        q, scale = self.pieces.rounded(x, self.steps)
         y = self.multiply(
-            *(q, 1.0, zero, self.packed, self.scale, self.zeros, None),
+            *(q, 1.0, self.steps + 1, self.packed, self.scale, self.zeros, None),
             *(1.0, 0, torch.float32, "none", [], ""),
         )
-        y.mul_(scale)
-        if self.bias is not None:
-            y.add_(self.bias)
-        if self.activation is None:
-            return y
-        if self.activation is _gelu_tanh and len(y) >= _MANY_ROWS:
-            return _gelu_by_sigmoid(y)
-        return self.activation(y)
+        return self.pieces.finished(y, scale, self.bias, self.activation)
 
 
 def int8_product(
@@ -135,6 +174,7 @@ def int8_product(
     scale: Tensor,
     bias: Tensor | None = None,
     activation: Callable[[Tensor], Tensor] | None = None,
+    pieces: Pieces = EAGER,
 ) -> Int8Product:
     """The product of `weight`, int8 (O, I), times `scale` (O,).
 
@@ -148,7 +188,7 @@ def int8_product(
         )
     packed = torch.ops.onednn.qlinear_prepack(weight.contiguous(), None)
     zeros = torch.zeros(len(scale), dtype=torch.int32)
-    return Int8Product(_INT8_PRODUCT, packed, scale, zeros, bias, activation, _steps(_capabilities()))
+    return Int8Product(_INT8_PRODUCT, packed, scale, zeros, bias, activation, _steps(_capabilities()), pieces)
 
 
 def _capabilities() -> dict[str, Any]:

@@ -12,6 +12,7 @@ weights again. So bridging needs to know nothing about what a slot holds, and le
 # B rows, R rows of a run, S new tokens per row, N new tokens of the batch, K of them in a run, G holes
 # L layers, D width
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
@@ -24,6 +25,8 @@ from gpt2core.batch import Batch
 _WIDEST_HOLE: Final = 6  # a row costs about a tenth of what reading the weights once more does
 _PADDING_FACTOR, _PADDING_FREE = 1.25, 32
 """A run of prompts may hold at most this factor more tokens than it needs, beyond some that cost nothing."""
+_LONGEST_PART: Final = 256
+"""Tokens of a text alone in one run: 512 take 3 % less time so in float32 and 7 % in int8, 1000 as long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,7 @@ def plan_runs(batch: Batch) -> list[Run]:
         for rows in _together(batch, order[~single[order] & fresh[order]].tolist())
     ]
     runs += [_prompt_run(batch, [row], firsts) for row in order[~single[order] & ~fresh[order]].tolist()]
-    return runs
+    return [part for run in runs for part in _in_parts(run)]
 
 
 @lru_cache(256)
@@ -94,6 +97,21 @@ def _together(batch: Batch, rows: list[int]) -> list[list[int]]:
             longest = total = length
         last = slot
     return groups
+
+
+def _in_parts(run: Run) -> Iterator[Run]:
+    """A long text alone, cut: the operator attends to a whole run's keys, also to those that are masked."""
+    rows, new = run.tokens.shape
+    if rows > 1 or new <= _LONGEST_PART:  # the operator takes one row at a time that goes on with several
+        yield run
+        return
+    for first in range(0, new, _LONGEST_PART):
+        part = slice(first, first + _LONGEST_PART)
+        tokens = run.tokens[:, part]
+        seen = run.seqlens_k - new + min(first + _LONGEST_PART, new)
+        place = _indices(tokens.shape[1])
+        positions = run.positions[:, part]
+        yield Run(run.slots, tokens, positions, seen, run.source[part], place, run.bridged)
 
 
 def _decode_run(batch: Batch, rows: list[int], firsts: np.ndarray) -> Run:
