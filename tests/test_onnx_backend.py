@@ -9,7 +9,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto
 
-from gpt2core.backends import create_backend
+from gpt2core.backends import create_backend, memory
 from gpt2core.backends.onnx_backend import OnnxBackend, networks, passes, session
 from gpt2core.backends.onnx_backend.graph import build_model, graph_weights
 from gpt2core.backends.onnx_backend.operators import padded_head_dim
@@ -213,11 +213,11 @@ def test_pages_are_given_back_only_where_the_map_cannot_be_written_to(tmp_path):
     with path.open("rb") as file:
         read = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         private = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    assert passes._read_only_map(np.frombuffer(read, np.float32)[5:].reshape(1, -1)) is read
-    assert passes._read_only_map(np.frombuffer(private, np.float32)) is None
-    assert passes._read_only_map(np.zeros(3)) is None
+    assert memory.read_only_map(np.frombuffer(read, np.float32)[5:].reshape(1, -1)) is read
+    assert memory.read_only_map(np.frombuffer(private, np.float32)) is None
+    assert memory.read_only_map(np.zeros(3)) is None
     array = np.frombuffer(read, np.float32)
-    with passes.giving_back([array]):
+    with memory.giving_back([array]):
         pass
     assert array[4095] == 4095
 

@@ -2,11 +2,16 @@
 
 import math
 import mmap
-from typing import Any
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final
 
 import numpy as np
 
 from gpt2core._shapes import Float32
+
+_RELEASE_EVERY_S: Final = 0.01
 
 
 def lazy_zeros(shape: tuple[int, ...]) -> Float32[np.ndarray, "..."]:
@@ -29,8 +34,39 @@ def give_back(array: np.ndarray) -> None:
     For a backend that keeps a rearranged copy; without this, both would be resident. Other arrays are left
     alone, and so are writable maps, which may hold changes of their own.
     """
+    mapped = read_only_map(array)
+    if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
+
+
+@contextmanager
+def giving_back(arrays: Iterable[np.ndarray]) -> Iterator[None]:
+    """`give_back` of all these, again and again meanwhile: for an engine that copies one after the other."""
+    one_of_each = {id(m): array for array in arrays if (m := read_only_map(array)) is not None}
+    done = threading.Event()
+
+    def work() -> None:
+        while not done.wait(_RELEASE_EVERY_S):
+            for array in one_of_each.values():
+                give_back(array)
+
+    if not one_of_each:
+        yield
+        return
+    worker = threading.Thread(target=work, name="gpt2core-release", daemon=True)
+    worker.start()
+    try:
+        yield
+    finally:
+        done.set()
+        worker.join()
+        for array in one_of_each.values():
+            give_back(array)
+
+
+def read_only_map(array: np.ndarray) -> mmap.mmap | None:
+    """The map of a file that an array lies in; None where there is none, or a writable one."""
     base: Any = array
     while isinstance(base, np.ndarray | memoryview):
         base = base.base if isinstance(base, np.ndarray) else base.obj
-    if hasattr(mmap, "MADV_DONTNEED") and isinstance(base, mmap.mmap) and memoryview(base).readonly:
-        base.madvise(mmap.MADV_DONTNEED)
+    return base if isinstance(base, mmap.mmap) and memoryview(base).readonly else None

@@ -12,8 +12,9 @@ from typing import Any, Final, final
 import numpy as np
 
 from gpt2core._shapes import Float32
+from gpt2core.backends.memory import giving_back
 from gpt2core.backends.onnx_backend.graph import Part, build_model, graph_weights
-from gpt2core.backends.onnx_backend.passes import Heads, OnnxCache, Passes, Settings, giving_back, start
+from gpt2core.backends.onnx_backend.passes import Heads, OnnxCache, Passes, Settings, start
 from gpt2core.backends.onnx_backend.products import ByPass, ByToken, QuantizedProducts
 from gpt2core.backends.onnx_backend.runs import Run
 from gpt2core.quantized_weights import QuantizedWeights

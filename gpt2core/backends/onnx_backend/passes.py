@@ -3,10 +3,7 @@
 # R rows of a run, S new tokens per row, M wanted logits, H heads, K head width, D width, V vocabulary
 # L layers, C cache capacity
 
-import mmap
-import threading
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, final
 from weakref import WeakKeyDictionary
@@ -24,7 +21,6 @@ from gpt2core.config import ModelConfig
 
 _MOST_BINDINGS: Final = 64  # per cache; one for each set of neighbouring slots that ran together
 _SLOWER_FUSIONS: Final = ["SkipLayerNormFusion"]  # 67 us instead of 30 us for 32 rows of 768 on 2 cores
-_RELEASE_EVERY_S: Final = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,44 +162,3 @@ def _there(array: np.ndarray) -> tuple[Any, ...]:
 
 def _contiguous(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array, np.float32 if array.dtype.kind == "f" else None)
-
-
-@contextmanager
-def giving_back(arrays: Iterable[np.ndarray]) -> Iterator[None]:
-    """Meanwhile, return the pages of files mapped for reading to the system, which can read them again.
-
-    While it starts, ONNX Runtime copies every matrix; without this, both copies would be resident at the end.
-    """
-    maps = {id(m): m for array in arrays if (m := _read_only_map(array)) is not None}
-    done = threading.Event()
-
-    def give_back() -> None:
-        for mapped in maps.values():
-            mapped.madvise(mmap.MADV_DONTNEED)
-
-    def work() -> None:
-        while not done.wait(_RELEASE_EVERY_S):
-            give_back()
-
-    if not maps or not hasattr(mmap, "MADV_DONTNEED"):
-        yield
-        return
-    worker = threading.Thread(target=work, name="gpt2core-onnx-release", daemon=True)
-    worker.start()
-    try:
-        yield
-    finally:
-        done.set()
-        worker.join()
-        give_back()
-
-
-def _read_only_map(array: np.ndarray) -> mmap.mmap | None:
-    base: Any = array
-    while isinstance(base, np.ndarray | memoryview):
-        base = base.base if isinstance(base, np.ndarray) else base.obj
-    if (
-        isinstance(base, mmap.mmap) and memoryview(base).readonly
-    ):  # a writable map may hold changes of its own
-        return base
-    return None
