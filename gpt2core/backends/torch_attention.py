@@ -14,9 +14,8 @@ from torch import Tensor
 
 from gpt2core.backends.ragged import DecodeRun, PrefillRow
 
-_BLOCK: Final = (
-    64  # tokens of a prompt that attend at once, so that their scores stay in the processor's cache
-)
+_BLOCK: Final = 64
+"""Tokens of a prompt that attend at once, so that their scores stay in the processor's cache."""
 
 
 @dataclass(frozen=True, slots=True)

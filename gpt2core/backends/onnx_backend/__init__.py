@@ -1,4 +1,7 @@
-"""The ONNX Runtime backend: `graph` is built of `nodes` and `operators`, `runs` cuts batches, `session` runs.
+"""The ONNX Runtime backend.
+
+`graph` is built of `nodes`, `operators` and `products`; `runs` cuts batches into passes, which `session`
+hands to the session of ONNX Runtime (`passes`) that is fastest for them (`networks`).
 
 `export` writes the same nodes to a file, and `run_exported` is the script that runs that.
 """

@@ -20,9 +20,9 @@ from gpt2core.backends.onnx_backend.runs import Run
 from gpt2core.quantized_weights import QuantizedWeights
 from gpt2core.weights import Weights
 
-_FEW_TOKENS: Final = 4  # from here on `ByPass` is faster
+_FEW_TOKENS: Final = 4  # beyond these `ByPass` is faster
 _FEW_TOKENS_OF_ONE: Final = 16  # a text alone: its guesses and short prompts are computed as its steps are
-_FEW_LOGITS: Final = 7
+_FEW_LOGITS: Final = 7  # the same of the head
 
 
 @final

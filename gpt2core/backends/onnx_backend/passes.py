@@ -151,8 +151,12 @@ def start(
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), options, settings.providers, disabled_optimizers=_SLOWER_FUSIONS
     )
-    if packed and packs_whole_numbers():
-        values = {name: value for name, value in values.items() if arrays[name].dtype.kind == "f"}
+    if packed and packs_whole_numbers():  # then nobody reads the int8 and int4 matrices any more
+        values = {
+            name: value
+            for name, value in values.items()
+            if not name.endswith(".weight") or arrays[name].dtype.kind == "f"
+        }
     return session, [values]
 
 
