@@ -1,0 +1,281 @@
+/* Products of rows with weight matrices in float32, bfloat16, int8 and int4.
+
+   A matrix is kept in panels of LANES outputs. Within a panel the weights of one input (float32, bfloat16),
+   of four inputs (int8) or of eight (int4) lie side by side for all lanes, in the order in which they are
+   multiplied, so that a product reads memory once and straight ahead.
+
+   Each sum is taken by one register in the order of the inputs, whatever the number of rows: a row's result
+   does not depend, to the last bit, on the rows beside it. */
+
+#ifndef GPT2CORE_PRODUCTS_H
+#define GPT2CORE_PRODUCTS_H
+
+#include "activations.h"
+#include "team.h"
+
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+#include <immintrin.h>
+#endif
+
+enum { FLOAT32, BFLOAT16, INT8, INT4 };
+
+typedef struct {
+  int kind;
+  int group;   /* inputs that share a scale; int8: all */
+  long inputs; /* rounded up to whole groups for int8 and int4 */
+  long outputs;
+  const void *values; /* panels */
+  const float *scale; /* int8 (panels, LANES), int4 (panels, groups, LANES) */
+  const float *zero;  /* int4: as scale */
+} Matrix;
+
+/* Rows to be multiplied: as they are, or rounded to int8 with a scale for each group of inputs. */
+typedef struct {
+  const float *x;
+  long stride;
+  const int8_t *rounded; /* (rows, inputs) */
+  const float *scale;    /* (rows, groups) */
+  const float *sum;      /* (rows, groups) of the rounded numbers */
+} Rows;
+
+typedef struct {
+  float *y;
+  long stride;
+  int exact; /* nothing may be written behind a row's outputs */
+  int add;   /* to what is there */
+  const float *bias;
+  Activation *activation;
+} Result;
+
+INLINE i32v dot4(i32v sum, u8v weights, int32_t four) { /* unsigned weights times four signed inputs */
+#if defined(__AVX512VNNI__)
+  return (i32v)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)weights, _mm512_set1_epi32(four));
+#elif defined(__AVXVNNI__)
+  return (i32v)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)weights, _mm256_set1_epi32(four));
+#else
+  u32v w = (u32v)weights;
+  sum += (i32v)(w & 255) * (int32_t)(int8_t)four;
+  sum += (i32v)(w >> 8 & 255) * (int32_t)(int8_t)(four >> 8);
+  sum += (i32v)(w >> 16 & 255) * (int32_t)(int8_t)(four >> 16);
+  return sum + (i32v)(w >> 24) * (four >> 24);
+#endif
+}
+
+INLINE int32_t four_at(const int8_t *p) {
+  int32_t four;
+  memcpy(&four, p, 4);
+  return four;
+}
+
+#define AHEAD 1024 /* bytes of a panel that are asked for before they are needed */
+
+/* sums[row][panel] of `rows` rows with `panels` panels; `step` lies between one input's weights and the next's. */
+INLINE void sums_float32(const int rows, const int panels, const float *x, long stride, long inputs,
+                         const float *w, long step, long next_panel, f32v sums[][panels]) {
+  for (int r = 0; r < rows; r++)
+    for (int p = 0; p < panels; p++) sums[r][p] = splat(0);
+  for (long k = 0; k < inputs; k++) {
+    f32v weights[panels];
+    for (int p = 0; p < panels; p++) {
+      weights[p] = load(w + p * next_panel + k * step);
+      __builtin_prefetch(w + p * next_panel + k * step + AHEAD / 4);
+    }
+    for (int r = 0; r < rows; r++)
+      for (int p = 0; p < panels; p++) sums[r][p] += weights[p] * x[r * stride + k];
+  }
+}
+
+INLINE void sums_bfloat16(const int rows, const int panels, const float *x, long stride, long inputs,
+                          const uint16_t *w, long step, long next_panel, f32v sums[][panels]) {
+  for (int r = 0; r < rows; r++)
+    for (int p = 0; p < panels; p++) sums[r][p] = splat(0);
+  for (long k = 0; k < inputs; k++) {
+    f32v weights[panels];
+    for (int p = 0; p < panels; p++) {
+      weights[p] = widened(w + p * next_panel + k * step);
+      __builtin_prefetch(w + p * next_panel + k * step + AHEAD / 2);
+    }
+    for (int r = 0; r < rows; r++)
+      for (int p = 0; p < panels; p++) sums[r][p] += weights[p] * x[r * stride + k];
+  }
+}
+
+INLINE void sums_int8(const int rows, const int panels, const Matrix *m, const Rows *in, long row, long panel,
+                      f32v sums[][panels]) {
+  const uint8_t *w = (const uint8_t *)m->values + panel * m->inputs * LANES;
+  const int8_t *x = in->rounded + row * m->inputs;
+  i32v whole[rows][panels];
+  for (int r = 0; r < rows; r++)
+    for (int p = 0; p < panels; p++) whole[r][p] = (i32v){0};
+  for (long k = 0; k < m->inputs; k += 4) {
+    u8v weights[panels];
+    for (int p = 0; p < panels; p++) {
+      weights[p] = *(const u8u *)(w + (p * m->inputs + k) * LANES);
+      __builtin_prefetch(w + (p * m->inputs + k) * LANES + AHEAD);
+    }
+    for (int r = 0; r < rows; r++) {
+      int32_t four = four_at(x + r * m->inputs + k);
+      for (int p = 0; p < panels; p++) whole[r][p] = dot4(whole[r][p], weights[p], four);
+    }
+  }
+  for (int r = 0; r < rows; r++) {
+    int32_t offset = 128 * (int32_t)in->sum[row + r]; /* the weights are kept 128 too large */
+    for (int p = 0; p < panels; p++)
+      sums[r][p] = __builtin_convertvector(whole[r][p] - offset, f32v) *
+                   (load(m->scale + (panel + p) * LANES) * in->scale[row + r]);
+  }
+}
+
+INLINE void sums_int4(const int rows, const int panels, const Matrix *m, const Rows *in, long row, long panel,
+                      f32v sums[][panels]) {
+  const long groups = m->inputs / m->group, next_panel = m->inputs / 2 * LANES;
+  const uint8_t *w = (const uint8_t *)m->values + panel * next_panel;
+  for (int r = 0; r < rows; r++)
+    for (int p = 0; p < panels; p++) sums[r][p] = splat(0);
+  for (long g = 0; g < groups; g++) {
+    const int8_t *x = in->rounded + row * m->inputs + g * m->group;
+    i32v whole[rows][panels];
+    for (int r = 0; r < rows; r++)
+      for (int p = 0; p < panels; p++) whole[r][p] = (i32v){0};
+    for (long k = 0; k < m->group; k += 8, w += 4 * LANES) {
+      u8v low[panels], high[panels];
+      for (int p = 0; p < panels; p++) {
+        u8v both = *(const u8u *)(w + p * next_panel);
+        __builtin_prefetch(w + p * next_panel + AHEAD);
+        low[p] = both & 15;
+        high[p] = (u8v)((u32v)both >> 4) & 15;
+      }
+      for (int r = 0; r < rows; r++) {
+        int32_t four = four_at(x + r * m->inputs + k), more = four_at(x + r * m->inputs + k + 4);
+        for (int p = 0; p < panels; p++) {
+          whole[r][p] = dot4(whole[r][p], low[p], four);
+          whole[r][p] = dot4(whole[r][p], high[p], more);
+        }
+      }
+    }
+    for (int p = 0; p < panels; p++) {
+      long at = ((panel + p) * groups + g) * LANES;
+      f32v scale = load(m->scale + at), zero = load(m->zero + at);
+      for (int r = 0; r < rows; r++) {
+        float x_scale = in->scale[(row + r) * groups + g], x_sum = in->sum[(row + r) * groups + g];
+        sums[r][p] += (__builtin_convertvector(whole[r][p], f32v) - zero * x_sum) * (scale * x_scale);
+      }
+    }
+  }
+}
+
+INLINE void tile(const int kind, const int rows, const int panels, const Matrix *m, const Rows *in, long row,
+                 long panel, const Result *out) {
+  f32v sums[rows][panels];
+  if (kind == FLOAT32)
+    sums_float32(rows, panels, in->x + row * in->stride, in->stride, m->inputs,
+                 (const float *)m->values + panel * m->inputs * LANES, LANES, m->inputs * LANES, sums);
+  else if (kind == BFLOAT16)
+    sums_bfloat16(rows, panels, in->x + row * in->stride, in->stride, m->inputs,
+                  (const uint16_t *)m->values + panel * m->inputs * LANES, LANES, m->inputs * LANES, sums);
+  else if (kind == INT8)
+    sums_int8(rows, panels, m, in, row, panel, sums);
+  else
+    sums_int4(rows, panels, m, in, row, panel, sums);
+  for (int r = 0; r < rows; r++) {
+    float *y = out->y + (row + r) * out->stride + panel * LANES;
+    for (int p = 0; p < panels; p++) {
+      f32v value = sums[r][p];
+      if (out->bias) value += load(out->bias + (panel + p) * LANES);
+      long left = m->outputs - (panel + p) * LANES;
+      if (out->exact && left < LANES) {
+        memcpy(y + p * LANES, &value, 4 * left);
+        continue;
+      }
+      if (out->add) value += load(y + p * LANES);
+      store(y + p * LANES, value);
+    }
+    if (out->activation) out->activation(y, panels * LANES);
+  }
+}
+
+#define PRODUCT(name, kind)                                                                               \
+  static void name(const Matrix *m, const Rows *in, long rows, const Result *out, Share panels) {         \
+    long panel = panels.first;                                                                            \
+    for (; panel + TILE_PANELS <= panels.last; panel += TILE_PANELS)                                      \
+      for (long row = 0; row < rows;) {                                                                   \
+        long left = rows - row, count = left <= TILE_ROWS ? left : left < 2 * TILE_ROWS ? (left + 1) / 2  \
+                                                                                        : TILE_ROWS;      \
+        switch (count) {                                                                                  \
+          case 1: tile(kind, 1, TILE_PANELS, m, in, row, panel, out); break;                              \
+          case 2: tile(kind, 2, TILE_PANELS, m, in, row, panel, out); break;                              \
+          case 3: tile(kind, 3, TILE_PANELS, m, in, row, panel, out); break;                              \
+          case 4: tile(kind, 4, TILE_PANELS, m, in, row, panel, out); break;                              \
+          WIDE_CASES(kind)                                                                                \
+        }                                                                                                 \
+        row += count;                                                                                     \
+      }                                                                                                   \
+    for (; panel < panels.last; panel++)                                                                  \
+      for (long row = 0; row < rows; row++) tile(kind, 1, 1, m, in, row, panel, out);                     \
+  }
+#if TILE_ROWS == 8
+#define WIDE_CASES(kind)                                                 \
+  case 5: tile(kind, 5, TILE_PANELS, m, in, row, panel, out); break;     \
+  case 6: tile(kind, 6, TILE_PANELS, m, in, row, panel, out); break;     \
+  case 7: tile(kind, 7, TILE_PANELS, m, in, row, panel, out); break;     \
+  case 8: tile(kind, 8, TILE_PANELS, m, in, row, panel, out); break;
+#else
+#define WIDE_CASES(kind)
+#endif
+
+PRODUCT(product_float32, FLOAT32)
+PRODUCT(product_bfloat16, BFLOAT16)
+PRODUCT(product_int8, INT8)
+PRODUCT(product_int4, INT4)
+
+/* This thread's part of `rows` times `m`. */
+static void multiply(const Team *team, int thread, const Matrix *m, const Rows *in, long rows, const Result *out) {
+  static void (*const products[])(const Matrix *, const Rows *, long, const Result *, Share) = {
+      product_float32, product_bfloat16, product_int8, product_int4};
+  products[m->kind](m, in, rows, out, share(team, thread, (m->outputs + LANES - 1) / LANES));
+}
+
+/* Round a row to int8, each group by its largest number; what is not finite makes its group's scale so. */
+static void round_row(const float *x, long count, const Matrix *m, int8_t *rounded, float *scales, float *sums) {
+  for (long first = 0; first < m->inputs; first += m->group) {
+    long last = first + m->group < count ? first + m->group : count;
+    u32v most = {0};
+    long k = first;
+    for (; k + LANES <= last; k += LANES) {
+      u32v size = (u32v)absolute(load(x + k)); /* as whole numbers, NaN is the largest */
+      most = (u32v)(((i32v)(size > most) & (i32v)size) | (~(i32v)(size > most) & (i32v)most));
+    }
+    uint32_t largest_bits = 0;
+    for (int i = 0; i < LANES; i++) largest_bits = most[i] > largest_bits ? most[i] : largest_bits;
+    for (; k < last; k++) {
+      uint32_t bits;
+      memcpy(&bits, x + k, 4);
+      bits &= 0x7fffffff;
+      largest_bits = bits > largest_bits ? bits : largest_bits;
+    }
+    float largest;
+    memcpy(&largest, &largest_bits, 4);
+    float factor = largest > 0 ? 127 / largest : 0;
+    const float whole = 12582912.0f; /* adding it rounds to the nearest whole number */
+    int32_t sum = 0;
+    i32v part = {0};
+    for (k = first; k + LANES <= last; k += LANES) {
+      i32v q = (i32v)(load(x + k) * factor + whole) - 0x4b400000;
+      part += q;
+      *(i8u *)(rounded + k) = __builtin_convertvector(q, i8v);
+    }
+    for (int i = 0; i < LANES; i++) sum += part[i];
+    for (; k < last; k++) {
+      float shifted = x[k] * factor + whole;
+      int32_t bits;
+      memcpy(&bits, &shifted, 4);
+      rounded[k] = (int8_t)(bits - 0x4b400000);
+      sum += rounded[k];
+    }
+    for (; k < first + m->group; k++) rounded[k] = 0;
+    *scales++ = largest / 127;
+    *sums++ = (float)sum;
+  }
+}
+
+#endif
