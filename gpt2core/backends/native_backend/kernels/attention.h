@@ -41,13 +41,13 @@ static void remember(const Shape *shape, void *keys, void *values, long position
 
 INLINE void weigh(const int bfloat16, const int rows, const int panels, const float *x, long stride, long inputs,
                   const void *w, long offset, long step, long next_panel, float *y, long y_stride) {
-  f32v sums[rows][panels];
+  Tile sums;
   if (bfloat16)
     sums_bfloat16(rows, panels, x, stride, inputs, (const uint16_t *)w + offset, step, next_panel, sums);
   else
     sums_float32(rows, panels, x, stride, inputs, (const float *)w + offset, step, next_panel, sums);
-  for (int r = 0; r < rows; r++)
-    for (int p = 0; p < panels; p++) store(y + r * y_stride + p * LANES, sums[r][p]);
+  EACH(r, rows)
+    EACH(p, panels) store(y + r * y_stride + p * LANES, sums[r][p]);
 }
 
 /* exp(scores - their maximum) of the first `seen`, zeros up to `padded`; the factor that makes their sum 1. */
@@ -81,7 +81,7 @@ INLINE void attend_rows(const int bfloat16, const int rows, const Shape *shape, 
     weigh(bfloat16, rows, 1, q, shape->head_dim, shape->head_dim, keys, t * shape->head_dim, LANES, block,
           scores + t, shape->capacity);
   float share[QUERIES];
-  for (int r = 0; r < rows; r++) share[r] = softmax(scores + r * shape->capacity, position + r + 1, padded);
+  EACH(r, rows) share[r] = softmax(scores + r * shape->capacity, position + r + 1, padded);
   float sums[QUERIES][BLOCKS * LANES];
   for (long d = 0; d < shape->value_dim;) {
     const int many = d + BLOCKS * LANES <= shape->value_dim, width = many ? BLOCKS * LANES : LANES;
@@ -91,7 +91,7 @@ INLINE void attend_rows(const int bfloat16, const int rows, const Shape *shape, 
     else
       weigh(bfloat16, rows, 1, scores, shape->capacity, seen, values, d, shape->value_dim, LANES, sums[0],
             BLOCKS * LANES);
-    for (int r = 0; r < rows; r++)
+    EACH(r, rows)
       for (long i = 0; i < width && d + i < shape->head_dim; i++) y[r * stride + d + i] = sums[r][i] * share[r];
     d += width;
   }

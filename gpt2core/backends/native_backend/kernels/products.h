@@ -67,96 +67,101 @@ INLINE int32_t four_at(const int8_t *p) {
   return four;
 }
 
+#define MOST_ROWS 8 /* of a tile; its sums stay in registers, since all loops over them are unrolled */
+#define MOST_PANELS 4
+typedef f32v Tile[MOST_ROWS][MOST_PANELS];
+#define EACH(i, count) _Pragma("GCC unroll 8") for (int i = 0; i < (count); i++)
+
 #define AHEAD 1024 /* bytes of a panel that are asked for before they are needed */
 
 /* sums[row][panel] of `rows` rows with `panels` panels; `step` lies between one input's weights and the next's. */
 INLINE void sums_float32(const int rows, const int panels, const float *x, long stride, long inputs,
-                         const float *w, long step, long next_panel, f32v sums[][panels]) {
-  for (int r = 0; r < rows; r++)
-    for (int p = 0; p < panels; p++) sums[r][p] = splat(0);
+                         const float *w, long step, long next_panel, Tile sums) {
+  EACH(r, rows)
+    EACH(p, panels) sums[r][p] = splat(0);
   for (long k = 0; k < inputs; k++) {
-    f32v weights[panels];
-    for (int p = 0; p < panels; p++) {
+    f32v weights[MOST_PANELS];
+    EACH(p, panels) {
       weights[p] = load(w + p * next_panel + k * step);
       __builtin_prefetch(w + p * next_panel + k * step + AHEAD / 4);
     }
-    for (int r = 0; r < rows; r++)
-      for (int p = 0; p < panels; p++) sums[r][p] += weights[p] * x[r * stride + k];
+    EACH(r, rows)
+      EACH(p, panels) sums[r][p] += weights[p] * x[r * stride + k];
   }
 }
 
 INLINE void sums_bfloat16(const int rows, const int panels, const float *x, long stride, long inputs,
-                          const uint16_t *w, long step, long next_panel, f32v sums[][panels]) {
-  for (int r = 0; r < rows; r++)
-    for (int p = 0; p < panels; p++) sums[r][p] = splat(0);
+                          const uint16_t *w, long step, long next_panel, Tile sums) {
+  EACH(r, rows)
+    EACH(p, panels) sums[r][p] = splat(0);
   for (long k = 0; k < inputs; k++) {
-    f32v weights[panels];
-    for (int p = 0; p < panels; p++) {
+    f32v weights[MOST_PANELS];
+    EACH(p, panels) {
       weights[p] = widened(w + p * next_panel + k * step);
       __builtin_prefetch(w + p * next_panel + k * step + AHEAD / 2);
     }
-    for (int r = 0; r < rows; r++)
-      for (int p = 0; p < panels; p++) sums[r][p] += weights[p] * x[r * stride + k];
+    EACH(r, rows)
+      EACH(p, panels) sums[r][p] += weights[p] * x[r * stride + k];
   }
 }
 
 INLINE void sums_int8(const int rows, const int panels, const Matrix *m, const Rows *in, long row, long panel,
-                      f32v sums[][panels]) {
+                      Tile sums) {
   const uint8_t *w = (const uint8_t *)m->values + panel * m->inputs * LANES;
   const int8_t *x = in->rounded + row * m->inputs;
-  i32v whole[rows][panels];
-  for (int r = 0; r < rows; r++)
-    for (int p = 0; p < panels; p++) whole[r][p] = (i32v){0};
+  i32v whole[MOST_ROWS][MOST_PANELS];
+  EACH(r, rows)
+    EACH(p, panels) whole[r][p] = (i32v){0};
   for (long k = 0; k < m->inputs; k += 4) {
-    u8v weights[panels];
-    for (int p = 0; p < panels; p++) {
+    u8v weights[MOST_PANELS];
+    EACH(p, panels) {
       weights[p] = *(const u8u *)(w + (p * m->inputs + k) * LANES);
       __builtin_prefetch(w + (p * m->inputs + k) * LANES + AHEAD);
     }
-    for (int r = 0; r < rows; r++) {
+    EACH(r, rows) {
       int32_t four = four_at(x + r * m->inputs + k);
-      for (int p = 0; p < panels; p++) whole[r][p] = dot4(whole[r][p], weights[p], four);
+      EACH(p, panels) whole[r][p] = dot4(whole[r][p], weights[p], four);
     }
   }
-  for (int r = 0; r < rows; r++) {
+  EACH(r, rows) {
     int32_t offset = 128 * (int32_t)in->sum[row + r]; /* the weights are kept 128 too large */
-    for (int p = 0; p < panels; p++)
+    EACH(p, panels)
       sums[r][p] = __builtin_convertvector(whole[r][p] - offset, f32v) *
                    (load(m->scale + (panel + p) * LANES) * in->scale[row + r]);
   }
 }
 
 INLINE void sums_int4(const int rows, const int panels, const Matrix *m, const Rows *in, long row, long panel,
-                      f32v sums[][panels]) {
+                      Tile sums) {
   const long groups = m->inputs / m->group, next_panel = m->inputs / 2 * LANES;
   const uint8_t *w = (const uint8_t *)m->values + panel * next_panel;
-  for (int r = 0; r < rows; r++)
-    for (int p = 0; p < panels; p++) sums[r][p] = splat(0);
+  EACH(r, rows)
+    EACH(p, panels) sums[r][p] = splat(0);
   for (long g = 0; g < groups; g++) {
     const int8_t *x = in->rounded + row * m->inputs + g * m->group;
-    i32v whole[rows][panels];
-    for (int r = 0; r < rows; r++)
-      for (int p = 0; p < panels; p++) whole[r][p] = (i32v){0};
+    i32v whole[MOST_ROWS][MOST_PANELS];
+    EACH(r, rows)
+      EACH(p, panels) whole[r][p] = (i32v){0};
     for (long k = 0; k < m->group; k += 8, w += 4 * LANES) {
-      u8v low[panels], high[panels];
-      for (int p = 0; p < panels; p++) {
+      u8v low[MOST_PANELS], high[MOST_PANELS];
+      EACH(p, panels) {
         u8v both = *(const u8u *)(w + p * next_panel);
         __builtin_prefetch(w + p * next_panel + AHEAD);
         low[p] = both & 15;
         high[p] = (u8v)((u32v)both >> 4) & 15;
       }
-      for (int r = 0; r < rows; r++) {
+      EACH(r, rows) {
         int32_t four = four_at(x + r * m->inputs + k), more = four_at(x + r * m->inputs + k + 4);
-        for (int p = 0; p < panels; p++) {
+        EACH(p, panels) {
           whole[r][p] = dot4(whole[r][p], low[p], four);
           whole[r][p] = dot4(whole[r][p], high[p], more);
         }
       }
     }
-    for (int p = 0; p < panels; p++) {
+    EACH(p, panels) {
       long at = ((panel + p) * groups + g) * LANES;
       f32v scale = load(m->scale + at), zero = load(m->zero + at);
-      for (int r = 0; r < rows; r++) {
+      EACH(r, rows) {
         float x_scale = in->scale[(row + r) * groups + g], x_sum = in->sum[(row + r) * groups + g];
         sums[r][p] += (__builtin_convertvector(whole[r][p], f32v) - zero * x_sum) * (scale * x_scale);
       }
@@ -166,7 +171,7 @@ INLINE void sums_int4(const int rows, const int panels, const Matrix *m, const R
 
 INLINE void tile(const int kind, const int rows, const int panels, const Matrix *m, const Rows *in, long row,
                  long panel, const Result *out) {
-  f32v sums[rows][panels];
+  Tile sums;
   if (kind == FLOAT32)
     sums_float32(rows, panels, in->x + row * in->stride, in->stride, m->inputs,
                  (const float *)m->values + panel * m->inputs * LANES, LANES, m->inputs * LANES, sums);
@@ -177,9 +182,9 @@ INLINE void tile(const int kind, const int rows, const int panels, const Matrix 
     sums_int8(rows, panels, m, in, row, panel, sums);
   else
     sums_int4(rows, panels, m, in, row, panel, sums);
-  for (int r = 0; r < rows; r++) {
+  EACH(r, rows) {
     float *y = out->y + (row + r) * out->stride + panel * LANES;
-    for (int p = 0; p < panels; p++) {
+    EACH(p, panels) {
       f32v value = sums[r][p];
       if (out->bias) value += load(out->bias + (panel + p) * LANES);
       long left = m->outputs - (panel + p) * LANES;
