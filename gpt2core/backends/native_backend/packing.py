@@ -95,7 +95,7 @@ class PackedModel:
     """
 
     def __init__(self, weights: Weights | QuantizedWeights, library: Any) -> None:
-        self._library, self._lanes = library, library.lanes()
+        self._library, self._wide = library, library.strip_width()
         self._kept: list[Any] = []
         self._arena = _Arena(sum(self._packed_nbytes(m) for m in _matrices(weights)))
         config = weights.config
@@ -133,8 +133,8 @@ class PackedModel:
         return array.ctypes.data
 
     def _padded(self, vector: np.ndarray) -> int:
-        """The address of a copy in whole vectors."""
-        size = _whole(len(vector), self._lanes)
+        """The address of a copy in whole strips."""
+        size = _whole(len(vector), self._wide)
         return self._address(np.pad(np.asarray(vector, np.float32), (0, size - len(vector))))
 
     def _norm(self, norm: LayerNorm) -> CNorm:
@@ -152,7 +152,7 @@ class PackedModel:
 
     def _packed_nbytes(self, matrix: "np.ndarray | Int8 | Int4 | BFloat16") -> int:
         inputs, outputs = _shape(matrix)
-        outputs = _whole(outputs, self._lanes)
+        outputs = _whole(outputs, self._wide)
         if isinstance(matrix, Int4):
             size = _int4_inputs(matrix) * outputs // 2
         elif isinstance(matrix, Int8):
@@ -185,12 +185,12 @@ class PackedModel:
         return CMatrix(_FLOAT32, inputs, inputs, outputs, to, None, None)
 
     def _per_group(self, numbers: np.ndarray) -> int:
-        """(O, G) as (panels, G, lanes)."""
+        """(O, G) as (strips, G, outputs of a strip)."""
         outputs, groups = numbers.shape
-        padded = np.zeros((_whole(outputs, self._lanes), groups), np.float32)
+        padded = np.zeros((_whole(outputs, self._wide), groups), np.float32)
         padded[:outputs] = numbers
-        panels = padded.reshape(-1, self._lanes, groups).transpose(0, 2, 1)
-        return self._address(np.ascontiguousarray(panels))
+        strips = padded.reshape(-1, self._wide, groups).transpose(0, 2, 1)
+        return self._address(np.ascontiguousarray(strips))
 
 
 class _Arena:

@@ -152,7 +152,7 @@ def _cores() -> int:
 
 def _declared(library: Any) -> Any:
     """The kernels with the types of what they take and give."""
-    library.lanes.restype = c_long
+    library.lanes.restype = library.strip_width.restype = c_long
     library.activation_named.argtypes = [ctypes.c_char_p]
     library.forward.argtypes = [
         *(POINTER(CModel), POINTER(_CCache), c_int),

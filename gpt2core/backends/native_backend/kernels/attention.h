@@ -40,12 +40,13 @@ static void remember(const Shape *shape, void *keys, void *values, long position
 }
 
 INLINE void weigh(const int bfloat16, const int rows, const int panels, const float *x, long stride, long inputs,
-                  const void *w, long offset, long step, long next_panel, float *y, long y_stride) {
+                  const void *w, long offset, long step, long apart, float *y, long y_stride) {
+  const Soon soon = {(const char *)w, 0};
   Tile sums;
   if (bfloat16)
-    sums_bfloat16(rows, panels, x, stride, inputs, (const uint16_t *)w + offset, step, next_panel, sums);
+    sums_bfloat16(rows, panels, x, stride, inputs, (const uint16_t *)w + offset, step, apart, soon, sums);
   else
-    sums_float32(rows, panels, x, stride, inputs, (const float *)w + offset, step, next_panel, sums);
+    sums_float32(rows, panels, x, stride, inputs, (const float *)w + offset, step, apart, soon, sums);
   EACH(r, rows)
     EACH(p, panels) store(y + r * y_stride + p * LANES, sums[r][p]);
 }

@@ -59,7 +59,7 @@ typedef struct {
   /* what the team works with */
   Team team;
   Shape shape;
-  long padded, mlp_padded, qkv_padded; /* widths in whole vectors */
+  long padded, mlp_padded, qkv_padded; /* widths in whole strips */
   float *x, *qkv, *y, *h, *kept_x, *kept_y, *scores;
   int8_t *rounded;
   float *round_scale, *round_sum;
@@ -237,6 +237,7 @@ static void *work(void *member) {
 }
 
 static long whole_vectors(long count) { return (count + LANES - 1) / LANES * LANES; }
+static long whole_strips(long count) { return (count + WIDE - 1) / WIDE * WIDE; }
 
 static void *memory(long bytes) { return aligned_alloc(64, (bytes + 127) / 64 * 64); }
 
@@ -251,9 +252,9 @@ int forward(const Model *model, const Cache *cache, int threads, const int32_t *
                .logits = logits};
   pass.shape = (Shape){model->bfloat16_cache, width / model->heads, whole_vectors(width / model->heads),
                        cache->capacity};
-  pass.padded = whole_vectors(width);
-  pass.mlp_padded = whole_vectors(model->mlp);
-  pass.qkv_padded = whole_vectors(3 * width);
+  pass.padded = whole_strips(width);
+  pass.mlp_padded = whole_strips(model->mlp);
+  pass.qkv_padded = whole_strips(3 * width);
   long scratch = 0;
   for (long layer = 0; layer < model->layers; layer++) { /* the widest rounded rows */
     const Linear *all[] = {&model->blocks[layer].c_attn, &model->blocks[layer].attn_c_proj,
@@ -293,16 +294,17 @@ int forward(const Model *model, const Cache *cache, int threads, const int32_t *
 }
 
 /* ------------------------------------------------------------------------------------------------
-   packing: from (inputs, outputs) with any strides to panels */
+   packing: from (inputs, outputs) with any strides to strips */
+
+long strip_width(void) { return WIDE; }
 
 #define PACK(name, type)                                                                                        \
   void name(const type *from, long input_stride, long output_stride, long inputs, long outputs, type *to) {     \
-    for (long first = 0; first < outputs; first += LANES, to += inputs * LANES) {                               \
-      long count = outputs - first < LANES ? outputs - first : LANES;                                           \
+    for (long first = 0; first < outputs; first += WIDE, to += inputs * WIDE) {                                 \
+      long count = outputs - first < WIDE ? outputs - first : WIDE;                                             \
       for (long k = 0; k < inputs; k++)                                                                         \
-        for (long lane = 0; lane < LANES; lane++)                                                               \
-          to[k * LANES + lane] =                                                                                \
-              lane < count ? from[k * input_stride + (first + lane) * output_stride] : (type)0;                 \
+        for (long i = 0; i < WIDE; i++)                                                                         \
+          to[k * WIDE + i] = i < count ? from[k * input_stride + (first + i) * output_stride] : (type)0;        \
     }                                                                                                           \
   }
 PACK(pack_float32, float)
@@ -311,27 +313,27 @@ PACK(pack_bfloat16, uint16_t)
 /* `padded` inputs, a multiple of 4; the weights become unsigned by adding 128. */
 void pack_int8(const int8_t *from, long input_stride, long output_stride, long inputs, long padded, long outputs,
                uint8_t *to) {
-  for (long first = 0; first < outputs; first += LANES, to += padded * LANES)
+  for (long first = 0; first < outputs; first += WIDE, to += padded * WIDE)
     for (long k = 0; k < padded; k++)
-      for (long lane = 0; lane < LANES; lane++) {
-        long inside = k < inputs && first + lane < outputs;
-        to[k / 4 * 4 * LANES + lane * 4 + k % 4] =
-            (uint8_t)(128 + (inside ? from[k * input_stride + (first + lane) * output_stride] : 0));
+      for (long i = 0; i < WIDE; i++) {
+        long inside = k < inputs && first + i < outputs;
+        to[k / 4 * 4 * WIDE + i * 4 + k % 4] =
+            (uint8_t)(128 + (inside ? from[k * input_stride + (first + i) * output_stride] : 0));
       }
 }
 
 /* From (outputs, inputs / 2) bytes of two neighbours, the lower half first; `inputs` is a multiple of 8. */
 void pack_int4(const uint8_t *from, long inputs, long outputs, uint8_t *to) {
-  for (long first = 0; first < outputs; first += LANES, to += inputs / 2 * LANES)
-    for (long lane = 0; lane < LANES; lane++)
+  for (long first = 0; first < outputs; first += WIDE, to += inputs / 2 * WIDE)
+    for (long i = 0; i < WIDE; i++)
       for (long k = 0; k < inputs; k += 8)
-        for (long i = 0; i < 4; i++) {
-          const uint8_t *four = from + (first + lane) * (inputs / 2) + k / 2;
+        for (long j = 0; j < 4; j++) {
+          const uint8_t *eight = from + (first + i) * (inputs / 2) + k / 2;
           uint8_t low = 0, high = 0;
-          if (first + lane < outputs) {
-            low = four[i / 2] >> (i % 2 * 4) & 15;
-            high = four[2 + i / 2] >> (i % 2 * 4) & 15;
+          if (first + i < outputs) {
+            low = eight[j / 2] >> (j % 2 * 4) & 15;
+            high = eight[2 + j / 2] >> (j % 2 * 4) & 15;
           }
-          to[k / 8 * 4 * LANES + lane * 4 + i] = (uint8_t)(low | high << 4);
+          to[k / 8 * 4 * WIDE + i * 4 + j] = (uint8_t)(low | high << 4);
         }
 }

@@ -1,8 +1,8 @@
 /* Products of rows with weight matrices in float32, bfloat16, int8 and int4.
 
-   A matrix is kept in panels of LANES outputs. Within a panel the weights of one input (float32, bfloat16),
-   of four inputs (int8) or of eight (int4) lie side by side for all lanes, in the order in which they are
-   multiplied, so that a product reads memory once and straight ahead.
+   A matrix is kept in strips of WIDE outputs, one after the other. Within a strip the weights of one input
+   (float32, bfloat16), of four inputs (int8) or of eight (int4) lie side by side for all its outputs, so that a
+   product reads memory once and straight ahead.
 
    Each sum is taken by one register in the order of the inputs, whatever the number of rows: a row's result
    does not depend, to the last bit, on the rows beside it. */
@@ -24,8 +24,8 @@ typedef struct {
   int group;   /* inputs that share a scale; int8: all */
   long inputs; /* rounded up to whole groups for int8 and int4 */
   long outputs;
-  const void *values; /* panels */
-  const float *scale; /* int8 (panels, LANES), int4 (panels, groups, LANES) */
+  const void *values; /* strips */
+  const float *scale; /* int8 (strips, WIDE), int4 (strips, groups, WIDE) */
   const float *zero;  /* int4: as scale */
 } Matrix;
 
@@ -72,94 +72,84 @@ INLINE int32_t four_at(const int8_t *p) {
 typedef f32v Tile[MOST_ROWS][MOST_PANELS];
 #define EACH(i, count) _Pragma("GCC unroll 8") for (int i = 0; i < (count); i++)
 
-#define AHEAD 1024 /* bytes of a panel that are asked for before they are needed */
-
-/* sums[row][panel] of `rows` rows with `panels` panels; `step` lies between one input's weights and the next's. */
-INLINE void sums_float32(const int rows, const int panels, const float *x, long stride, long inputs,
-                         const float *w, long step, long next_panel, Tile sums) {
-  EACH(r, rows)
-    EACH(p, panels) sums[r][p] = splat(0);
-  for (long k = 0; k < inputs; k++) {
-    f32v weights[MOST_PANELS];
-    EACH(p, panels) {
-      weights[p] = load(w + p * next_panel + k * step);
-      __builtin_prefetch(w + p * next_panel + k * step + AHEAD / 4);
-    }
-    EACH(r, rows)
-      EACH(p, panels) sums[r][p] += weights[p] * x[r * stride + k];
-  }
+/* Where to ask for memory before it is needed, and how far to go on with each step of a sum. */
+typedef struct {
+  const char *from;
+  long step;
+} Soon;
+INLINE void ask(Soon soon, long step) {
+  EACH(i, STRIP) __builtin_prefetch(soon.from + step * soon.step + 64 * i);
 }
 
-INLINE void sums_bfloat16(const int rows, const int panels, const float *x, long stride, long inputs,
-                          const uint16_t *w, long step, long next_panel, Tile sums) {
-  EACH(r, rows)
-    EACH(p, panels) sums[r][p] = splat(0);
-  for (long k = 0; k < inputs; k++) {
-    f32v weights[MOST_PANELS];
-    EACH(p, panels) {
-      weights[p] = widened(w + p * next_panel + k * step);
-      __builtin_prefetch(w + p * next_panel + k * step + AHEAD / 2);
-    }
-    EACH(r, rows)
-      EACH(p, panels) sums[r][p] += weights[p] * x[r * stride + k];
+/* sums[row][panel] of `rows` rows with `panels` vectors of outputs, `apart` elements from one another; `step`
+   elements lie between the weights of one input and those of the next. */
+#define SUMS(name, type, load)                                                                                  \
+  INLINE void name(const int rows, const int panels, const float *x, long stride, long inputs, const type *w,  \
+                   long step, long apart, Soon soon, Tile sums) {                                              \
+    EACH(r, rows)                                                                                              \
+      EACH(p, panels) sums[r][p] = splat(0);                                                                   \
+    for (long k = 0; k < inputs; k++) {                                                                        \
+      f32v weights[MOST_PANELS];                                                                               \
+      EACH(p, panels) weights[p] = load(w + k * step + p * apart);                                             \
+      ask(soon, k);                                                                                            \
+      EACH(r, rows)                                                                                            \
+        EACH(p, panels) sums[r][p] += weights[p] * x[r * stride + k];                                          \
+    }                                                                                                          \
   }
-}
+SUMS(sums_float32, float, load)
+SUMS(sums_bfloat16, uint16_t, widened)
 
-INLINE void sums_int8(const int rows, const int panels, const Matrix *m, const Rows *in, long row, long panel,
-                      Tile sums) {
-  const uint8_t *w = (const uint8_t *)m->values + panel * m->inputs * LANES;
+INLINE void sums_int8(const int rows, const Matrix *m, const Rows *in, long row, long strip, Soon soon, Tile sums) {
+  const uint8_t *w = (const uint8_t *)m->values + strip * m->inputs * WIDE;
   const int8_t *x = in->rounded + row * m->inputs;
-  i32v whole[MOST_ROWS][MOST_PANELS];
+  i32v whole[MOST_ROWS][STRIP];
   EACH(r, rows)
-    EACH(p, panels) whole[r][p] = (i32v){0};
+    EACH(p, STRIP) whole[r][p] = (i32v){0};
   for (long k = 0; k < m->inputs; k += 4) {
-    u8v weights[MOST_PANELS];
-    EACH(p, panels) {
-      weights[p] = *(const u8u *)(w + (p * m->inputs + k) * LANES);
-      __builtin_prefetch(w + (p * m->inputs + k) * LANES + AHEAD);
-    }
+    u8v weights[STRIP];
+    EACH(p, STRIP) weights[p] = *(const u8u *)(w + k * WIDE + 4 * LANES * p);
+    ask(soon, k / 4);
     EACH(r, rows) {
       int32_t four = four_at(x + r * m->inputs + k);
-      EACH(p, panels) whole[r][p] = dot4(whole[r][p], weights[p], four);
+      EACH(p, STRIP) whole[r][p] = dot4(whole[r][p], weights[p], four);
     }
   }
   EACH(r, rows) {
     int32_t offset = 128 * (int32_t)in->sum[row + r]; /* the weights are kept 128 too large */
-    EACH(p, panels)
+    EACH(p, STRIP)
       sums[r][p] = __builtin_convertvector(whole[r][p] - offset, f32v) *
-                   (load(m->scale + (panel + p) * LANES) * in->scale[row + r]);
+                   (load(m->scale + strip * WIDE + LANES * p) * in->scale[row + r]);
   }
 }
 
-INLINE void sums_int4(const int rows, const int panels, const Matrix *m, const Rows *in, long row, long panel,
-                      Tile sums) {
-  const long groups = m->inputs / m->group, next_panel = m->inputs / 2 * LANES;
-  const uint8_t *w = (const uint8_t *)m->values + panel * next_panel;
+INLINE void sums_int4(const int rows, const Matrix *m, const Rows *in, long row, long strip, Soon soon, Tile sums) {
+  const long groups = m->inputs / m->group;
+  const uint8_t *w = (const uint8_t *)m->values + strip * m->inputs / 2 * WIDE;
   EACH(r, rows)
-    EACH(p, panels) sums[r][p] = splat(0);
+    EACH(p, STRIP) sums[r][p] = splat(0);
   for (long g = 0; g < groups; g++) {
     const int8_t *x = in->rounded + row * m->inputs + g * m->group;
-    i32v whole[MOST_ROWS][MOST_PANELS];
+    i32v whole[MOST_ROWS][STRIP];
     EACH(r, rows)
-      EACH(p, panels) whole[r][p] = (i32v){0};
-    for (long k = 0; k < m->group; k += 8, w += 4 * LANES) {
-      u8v low[MOST_PANELS], high[MOST_PANELS];
-      EACH(p, panels) {
-        u8v both = *(const u8u *)(w + p * next_panel);
-        __builtin_prefetch(w + p * next_panel + AHEAD);
+      EACH(p, STRIP) whole[r][p] = (i32v){0};
+    for (long k = 0; k < m->group; k += 8, w += 4 * WIDE) {
+      u8v low[STRIP], high[STRIP];
+      EACH(p, STRIP) {
+        u8v both = *(const u8u *)(w + 4 * LANES * p);
         low[p] = both & 15;
         high[p] = (u8v)((u32v)both >> 4) & 15;
       }
+      ask(soon, (g * m->group + k) / 8);
       EACH(r, rows) {
         int32_t four = four_at(x + r * m->inputs + k), more = four_at(x + r * m->inputs + k + 4);
-        EACH(p, panels) {
+        EACH(p, STRIP) {
           whole[r][p] = dot4(whole[r][p], low[p], four);
           whole[r][p] = dot4(whole[r][p], high[p], more);
         }
       }
     }
-    EACH(p, panels) {
-      long at = ((panel + p) * groups + g) * LANES;
+    EACH(p, STRIP) {
+      long at = (strip * groups + g) * WIDE + LANES * p;
       f32v scale = load(m->scale + at), zero = load(m->zero + at);
       EACH(r, rows) {
         float x_scale = in->scale[(row + r) * groups + g], x_sum = in->sum[(row + r) * groups + g];
@@ -169,61 +159,73 @@ INLINE void sums_int4(const int rows, const int panels, const Matrix *m, const R
   }
 }
 
-INLINE void tile(const int kind, const int rows, const int panels, const Matrix *m, const Rows *in, long row,
-                 long panel, const Result *out) {
+INLINE void tile(const int kind, const int rows, const Matrix *m, const Rows *in, long row, long strip, Soon soon,
+                 const Result *out) {
   Tile sums;
+  const float *x = in->x + row * in->stride;
+  const long first = strip * m->inputs * WIDE; /* weight */
   if (kind == FLOAT32)
-    sums_float32(rows, panels, in->x + row * in->stride, in->stride, m->inputs,
-                 (const float *)m->values + panel * m->inputs * LANES, LANES, m->inputs * LANES, sums);
+    sums_float32(rows, STRIP, x, in->stride, m->inputs, (const float *)m->values + first, WIDE, LANES, soon, sums);
   else if (kind == BFLOAT16)
-    sums_bfloat16(rows, panels, in->x + row * in->stride, in->stride, m->inputs,
-                  (const uint16_t *)m->values + panel * m->inputs * LANES, LANES, m->inputs * LANES, sums);
+    sums_bfloat16(rows, STRIP, x, in->stride, m->inputs, (const uint16_t *)m->values + first, WIDE, LANES, soon,
+                  sums);
   else if (kind == INT8)
-    sums_int8(rows, panels, m, in, row, panel, sums);
+    sums_int8(rows, m, in, row, strip, soon, sums);
   else
-    sums_int4(rows, panels, m, in, row, panel, sums);
+    sums_int4(rows, m, in, row, strip, soon, sums);
   EACH(r, rows) {
-    float *y = out->y + (row + r) * out->stride + panel * LANES;
-    EACH(p, panels) {
+    float *y = out->y + (row + r) * out->stride + strip * WIDE;
+    EACH(p, STRIP) {
       f32v value = sums[r][p];
-      if (out->bias) value += load(out->bias + (panel + p) * LANES);
-      long left = m->outputs - (panel + p) * LANES;
+      if (out->bias) value += load(out->bias + strip * WIDE + LANES * p);
+      long left = m->outputs - strip * WIDE - LANES * p;
       if (out->exact && left < LANES) {
-        memcpy(y + p * LANES, &value, 4 * left);
+        if (left > 0) memcpy(y + LANES * p, &value, 4 * left);
         continue;
       }
-      if (out->add) value += load(y + p * LANES);
-      store(y + p * LANES, value);
+      if (out->add) value += load(y + LANES * p);
+      store(y + LANES * p, value);
     }
-    if (out->activation) out->activation(y, panels * LANES);
+    if (out->activation) out->activation(y, WIDE);
   }
 }
 
-#define PRODUCT(name, kind)                                                                               \
-  static void name(const Matrix *m, const Rows *in, long rows, const Result *out, Share panels) {         \
-    long panel = panels.first;                                                                            \
-    for (; panel + TILE_PANELS <= panels.last; panel += TILE_PANELS)                                      \
-      for (long row = 0; row < rows;) {                                                                   \
-        long left = rows - row, count = left <= TILE_ROWS ? left : left < 2 * TILE_ROWS ? (left + 1) / 2  \
-                                                                                        : TILE_ROWS;      \
-        switch (count) {                                                                                  \
-          case 1: tile(kind, 1, TILE_PANELS, m, in, row, panel, out); break;                              \
-          case 2: tile(kind, 2, TILE_PANELS, m, in, row, panel, out); break;                              \
-          case 3: tile(kind, 3, TILE_PANELS, m, in, row, panel, out); break;                              \
-          case 4: tile(kind, 4, TILE_PANELS, m, in, row, panel, out); break;                              \
-          WIDE_CASES(kind)                                                                                \
-        }                                                                                                 \
-        row += count;                                                                                     \
-      }                                                                                                   \
-    for (; panel < panels.last; panel++)                                                                  \
-      for (long row = 0; row < rows; row++) tile(kind, 1, 1, m, in, row, panel, out);                     \
+#define AHEAD 2048 /* bytes */
+
+/* Bytes of a strip's weights for one step of a sum. */
+INLINE long step_nbytes(const int kind) { return kind == BFLOAT16 ? 2 * WIDE : 4 * WIDE; }
+INLINE long steps(const int kind, const Matrix *m) {
+  return kind == INT4 ? m->inputs / 8 : kind == INT8 ? m->inputs / 4 : m->inputs;
+}
+
+/* All rows with one strip, then with the next: a strip stays in the cache meanwhile, and the next is asked for
+   by parts. */
+#define PRODUCT(name, kind)                                                                                    \
+  static void name(const Matrix *m, const Rows *in, long rows, const Result *out, Share strips) {              \
+    const long count = steps(kind, m), nbytes = count * step_nbytes(kind);                                     \
+    const long tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;                                                     \
+    for (long strip = strips.first; strip < strips.last; strip++) {                                            \
+      const char *here = (const char *)m->values + strip * nbytes;                                             \
+      for (long t = 0; t < tiles; t++) {                                                                       \
+        const Soon soon = tiles == 1 ? (Soon){here + AHEAD, step_nbytes(kind)}                                 \
+                                     : (Soon){here + nbytes + nbytes * t / tiles, step_nbytes(kind) / tiles};  \
+        const Share mine = part_of(rows, t, tiles);                                                            \
+        switch (mine.last - mine.first) {                                                                      \
+          case 1: tile(kind, 1, m, in, mine.first, strip, soon, out); break;                                   \
+          case 2: tile(kind, 2, m, in, mine.first, strip, soon, out); break;                                   \
+          case 3: tile(kind, 3, m, in, mine.first, strip, soon, out); break;                                   \
+          case 4: tile(kind, 4, m, in, mine.first, strip, soon, out); break;                                   \
+          WIDE_CASES(kind)                                                                                     \
+        }                                                                                                      \
+      }                                                                                                        \
+    }                                                                                                          \
   }
 #if TILE_ROWS == 8
-#define WIDE_CASES(kind)                                                 \
-  case 5: tile(kind, 5, TILE_PANELS, m, in, row, panel, out); break;     \
-  case 6: tile(kind, 6, TILE_PANELS, m, in, row, panel, out); break;     \
-  case 7: tile(kind, 7, TILE_PANELS, m, in, row, panel, out); break;     \
-  case 8: tile(kind, 8, TILE_PANELS, m, in, row, panel, out); break;
+#define WIDE_CASES(kind)                                               \
+  case 5: tile(kind, 5, m, in, mine.first, strip, soon, out); break;   \
+  case 6: tile(kind, 6, m, in, mine.first, strip, soon, out); break;   \
+  case 7: tile(kind, 7, m, in, mine.first, strip, soon, out); break;   \
+  case 8: tile(kind, 8, m, in, mine.first, strip, soon, out); break;
 #else
 #define WIDE_CASES(kind)
 #endif
@@ -237,7 +239,7 @@ PRODUCT(product_int4, INT4)
 static void multiply(const Team *team, int thread, const Matrix *m, const Rows *in, long rows, const Result *out) {
   static void (*const products[])(const Matrix *, const Rows *, long, const Result *, Share) = {
       product_float32, product_bfloat16, product_int8, product_int4};
-  products[m->kind](m, in, rows, out, share(team, thread, (m->outputs + LANES - 1) / LANES));
+  products[m->kind](m, in, rows, out, share(team, thread, (m->outputs + WIDE - 1) / WIDE));
 }
 
 /* Round a row to int8, each group by its largest number; what is not finite makes its group's scale so. */

@@ -50,12 +50,13 @@ static void meet(Team *team) {
 /* The next item that nobody has taken since the last meeting. */
 static inline long take(Team *team) { return atomic_fetch_add(&team->next, 1); }
 
-/* The part of `count` that is this thread's. */
+/* From the first to before the last. */
 typedef struct {
   long first, last;
 } Share;
-static inline Share share(const Team *team, int thread, long count) {
-  return (Share){count * thread / team->threads, count * (thread + 1) / team->threads};
+static inline Share part_of(long count, long part, long parts) {
+  return (Share){count * part / parts, count * (part + 1) / parts};
 }
+static inline Share share(const Team *team, int thread, long count) { return part_of(count, thread, team->threads); }
 
 #endif

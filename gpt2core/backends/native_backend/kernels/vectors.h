@@ -9,12 +9,13 @@
 
 #if defined(__AVX512F__)
 #define LANES 16 /* floats per vector */
-#define TILE_ROWS 8 /* rows of a product that share the weights they multiply: 8 x 3 sums of 32 registers */
+#define TILE_ROWS 8 /* rows that share the weights they are multiplied with: 8 x 3 sums in 32 registers */
 #else
 #define LANES 8
 #define TILE_ROWS 4
 #endif
-#define TILE_PANELS 3
+#define STRIP 3               /* vectors of outputs that are summed at once */
+#define WIDE (STRIP * LANES) /* outputs of a strip */
 
 typedef float f32v __attribute__((vector_size(4 * LANES)));
 typedef int32_t i32v __attribute__((vector_size(4 * LANES)));
