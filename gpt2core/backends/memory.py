@@ -20,12 +20,14 @@ def lazy_zeros(shape: tuple[int, ...]) -> Float32[np.ndarray, "..."]:
     `numpy.zeros` asks the system for huge pages (2 MB on Linux). A cache's rows lie far apart, so a few
     tokens in each would touch nearly all: the whole cache would be cleared and resident at the first step.
     """
-    nbytes = 4 * math.prod(shape)
+    return np.frombuffer(private_memory(4 * math.prod(shape)), np.float32).reshape(shape)
+
+
+def private_memory(nbytes: int) -> mmap.mmap:
+    """Zeros that take memory when first written to."""
     if hasattr(mmap, "MAP_ANONYMOUS"):
-        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    else:  # Windows
-        memory = mmap.mmap(-1, nbytes)
-    return np.frombuffer(memory, np.float32).reshape(shape)
+        return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return mmap.mmap(-1, nbytes)  # Windows
 
 
 def give_back(array: np.ndarray) -> None:

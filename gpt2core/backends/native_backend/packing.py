@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from gpt2core.backends.memory import giving_back
+from gpt2core.backends.memory import giving_back, private_memory
 from gpt2core.config import ModelConfig
 from gpt2core.errors import BackendUnavailableError
 from gpt2core.quantized_weights import (
@@ -198,7 +198,7 @@ class _Arena:
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes, self._used = nbytes, 0
-        self._memory = mmap.mmap(-1, nbytes)
+        self._memory = private_memory(nbytes)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             self._memory.madvise(mmap.MADV_HUGEPAGE)
         self._start = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))

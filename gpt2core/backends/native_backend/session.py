@@ -3,7 +3,6 @@
 # M wanted logits, V vocabulary, L layers, S cache slots, H heads, K head width, C cache capacity
 
 import ctypes
-import mmap
 import os
 from ctypes import POINTER, Structure, byref, c_int, c_long, c_void_p
 from typing import Any, Final, final
@@ -12,6 +11,7 @@ import numpy as np
 
 from gpt2core._shapes import Float32
 from gpt2core.backends.blas_threads import check_threads
+from gpt2core.backends.memory import private_memory
 from gpt2core.backends.native_backend.build import load_library
 from gpt2core.backends.native_backend.packing import CModel, PackedModel
 from gpt2core.batch import Batch
@@ -40,7 +40,7 @@ class NativeCache:
         positions = -(-capacity // lanes) * lanes
         widths = config.head_dim, -(-config.head_dim // lanes) * lanes  # keys, values
         each = config.n_layer * slots * config.n_head * positions * itemsize
-        self._memory = mmap.mmap(-1, max(1, each * sum(widths)))
+        self._memory = private_memory(each * sum(widths))
         start = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         self.there = _CCache(start, start + each * widths[0], slots, positions)
 
@@ -80,7 +80,7 @@ class NativeBackend:
         self.config = weights.config
         self.precision = weights.precision if isinstance(weights, QuantizedWeights) else "float32"
         self._library = _declared(load_library())
-        self._threads = threads or _cores()
+        self._team = self._library.team_new(threads or _cores())
         self._packed: PackedModel | None = PackedModel(weights, self._library)
         self._weights: Weights | QuantizedWeights | None = weights  # the embeddings are read where they lie
 
@@ -122,7 +122,7 @@ class NativeBackend:
     ) -> None:
         tokens, pieces, wanted = map(np.ascontiguousarray, (tokens, pieces, wanted))
         failed = self._library.forward(
-            *(byref(packed.model), byref(cache.there), self._threads),
+            *(self._team, byref(packed.model), byref(cache.there)),
             *(tokens.ctypes.data, len(tokens), pieces.ctypes.data, len(pieces)),
             *(wanted.ctypes.data, len(wanted), logits.ctypes.data),
         )
@@ -154,8 +154,10 @@ def _declared(library: Any) -> Any:
     """The kernels with the types of what they take and give."""
     library.lanes.restype = library.strip_width.restype = c_long
     library.activation_named.argtypes = [ctypes.c_char_p]
+    library.team_new.restype = c_void_p
+    library.team_free.argtypes = [c_void_p]
     library.forward.argtypes = [
-        *(POINTER(CModel), POINTER(_CCache), c_int),
+        *(c_void_p, POINTER(CModel), POINTER(_CCache)),
         *(c_void_p, c_long, c_void_p, c_long, c_void_p, c_long, c_void_p),
     ]
     for name in ("pack_float32", "pack_bfloat16"):

@@ -3,8 +3,6 @@
 
    N new tokens of a pass, B its pieces of rows, M wanted logits, D width, H heads, K head width, V vocabulary */
 
-#include <stdlib.h>
-
 #include "attention.h"
 
 typedef struct {
@@ -57,7 +55,7 @@ typedef struct {
   long tokens_count, pieces_count, wanted_count;
   float *logits; /* (M, V) */
   /* what the team works with */
-  Team team;
+  Team *team;
   Shape shape;
   long padded, mlp_padded, qkv_padded; /* widths in whole strips */
   float *x, *qkv, *y, *h, *kept_x, *kept_y, *scores;
@@ -118,7 +116,7 @@ static Rows prepare(Pass *p, int thread, const Matrix *m, const Norm *norm, cons
                     long width, long rows, float *normal) {
   const int rounds = m->kind == INT8 || m->kind == INT4;
   const long groups = m->inputs / m->group;
-  Share mine = share(&p->team, thread, rows);
+  Share mine = share(p->team, thread, rows);
   for (long n = mine.first; n < mine.last && (norm || rounds); n++) {
     const float *from = x + n * stride;
     if (norm) {
@@ -128,15 +126,15 @@ static Rows prepare(Pass *p, int thread, const Matrix *m, const Norm *norm, cons
     if (rounds)
       round_row(from, width, m, p->rounded + n * m->inputs, p->round_scale + n * groups, p->round_sum + n * groups);
   }
-  if (norm || rounds) meet(&p->team);
+  if (norm || rounds) meet(p->team);
   return (Rows){norm ? normal : x, stride, p->rounded, p->round_scale, p->round_sum};
 }
 
 static void apply(Pass *p, int thread, const Linear *l, const Rows *in, long rows, float *y, long stride, int add,
                   Activation *activation) {
   Result out = {y, stride, 0, add, l->bias, activation};
-  multiply(&p->team, thread, &l->weight, in, rows, &out);
-  meet(&p->team);
+  multiply(p->team, thread, &l->weight, in, rows, &out);
+  meet(p->team);
 }
 
 static void *cached(const Pass *p, void *all, long layer, long slot, long head, long width) {
@@ -148,7 +146,7 @@ static void attention(Pass *p, int thread, long layer) {
   const Model *m = p->model;
   const long heads = m->heads, width = p->shape.head_dim;
   const float scale = m->blocks[layer].attention_scale;
-  Share mine = share(&p->team, thread, p->tokens_count);
+  Share mine = share(p->team, thread, p->tokens_count);
   for (long b = 0; b < p->pieces_count; b++) { /* write the new keys and values, and scale the queries */
     const Piece *piece = p->pieces + b;
     for (long i = 0; i < piece->count; i++) {
@@ -162,13 +160,13 @@ static void attention(Pass *p, int thread, long layer) {
                  k + head * width, v + head * width);
     }
   }
-  meet(&p->team);
+  meet(p->team);
   float *scores = p->scores + thread * QUERIES * p->cache->capacity, q[QUERIES * width];
-  long item = take(&p->team), before = 0;
+  long item = take(p->team, 1), before = 0;
   for (long b = 0; b < p->pieces_count; b++) { /* an item: some queries of one head */
     const Piece *piece = p->pieces + b;
     long groups = (piece->count + QUERIES - 1) / QUERIES;
-    for (; item < before + groups * heads; item = take(&p->team)) {
+    for (; item < before + groups * heads; item = take(p->team, 1)) {
       long head = (item - before) % heads, i = (item - before) / heads * QUERIES;
       int rows = piece->count - i < QUERIES ? (int)(piece->count - i) : QUERIES;
       for (int r = 0; r < rows; r++)
@@ -180,12 +178,12 @@ static void attention(Pass *p, int thread, long layer) {
     }
     before += groups * heads;
   }
-  meet(&p->team);
+  meet(p->team);
 }
 
 static void take_part(Pass *p, int thread) {
   const Model *m = p->model;
-  Team *team = &p->team;
+  Team *team = p->team;
   Activation *activation = ACTIVATIONS[m->activation].function;
   long rows = p->tokens_count;
   float *x = p->x, *y = p->y;
@@ -225,31 +223,20 @@ static void take_part(Pass *p, int thread) {
   multiply(team, thread, &m->head, &in, rows, &out);
 }
 
-typedef struct {
-  Pass *pass;
-  int thread;
-} Member;
-
-static void *work(void *member) {
-  wait_for(&((Member *)member)->pass->team.complete, 0);
-  take_part(((Member *)member)->pass, ((Member *)member)->thread);
-  return NULL;
-}
+static void work(void *pass, int thread) { take_part(pass, thread); }
 
 static long whole_vectors(long count) { return (count + LANES - 1) / LANES * LANES; }
 static long whole_strips(long count) { return (count + WIDE - 1) / WIDE * WIDE; }
 
-static void *memory(long bytes) { return aligned_alloc(64, (bytes + 127) / 64 * 64); }
-
-/* Append the tokens to the cache and compute the wanted logits, with fewer than `threads` threads where the
-   system gives no more. 0, or -1 where memory is wanting: then nothing was written. */
-int forward(const Model *model, const Cache *cache, int threads, const int32_t *tokens, long tokens_count,
+/* Append the tokens to the cache and compute the wanted logits. 0, or -1 where memory is wanting: then
+   nothing was written. */
+int forward(Team *team, const Model *model, const Cache *cache, const int32_t *tokens, long tokens_count,
             const Piece *pieces, long pieces_count, const int32_t *wanted, long wanted_count, float *logits) {
   const long width = model->width;
   const long kept = wanted_count > tokens_count ? wanted_count : tokens_count;
   Pass pass = {.model = model, .cache = cache, .tokens = tokens, .pieces = pieces, .wanted = wanted,
                .tokens_count = tokens_count, .pieces_count = pieces_count, .wanted_count = wanted_count,
-               .logits = logits};
+               .logits = logits, .team = team};
   pass.shape = (Shape){model->bfloat16_cache, width / model->heads, whole_vectors(width / model->heads),
                        cache->capacity};
   pass.padded = whole_strips(width);
@@ -264,32 +251,22 @@ int forward(const Model *model, const Cache *cache, int threads, const int32_t *
   scratch = model->head.inputs > scratch ? model->head.inputs : scratch;
   long floats[] = {kept * pass.padded, tokens_count * pass.qkv_padded, kept * pass.padded,
                    kept * pass.mlp_padded, wanted_count * pass.padded, wanted_count * pass.padded,
-                   threads * QUERIES * cache->capacity, kept * scratch / 4 + 64, kept * scratch / 8 + 64,
+                   team->threads * QUERIES * cache->capacity, kept * scratch / 4 + 64, kept * scratch / 8 + 64,
                    kept * scratch / 8 + 64};
   float **places[] = {&pass.x, &pass.qkv, &pass.y, &pass.h, &pass.kept_x, &pass.kept_y, &pass.scores,
                       (float **)&pass.rounded, &pass.round_scale, &pass.round_sum};
   long all = 0;
   for (int i = 0; i < 10; i++) all += whole_vectors(floats[i]) + LANES;
-  float *arena = memory(4 * all), *at = arena;
-  Member *members = malloc(threads * sizeof *members);
-  pthread_t *others = malloc(threads * sizeof *others);
-  if (!arena || !members || !others) {
-    free(arena), free(members), free(others);
-    return -1;
-  }
+  float *arena = aligned_alloc(64, 4 * all);
+  if (!arena) return -1;
+  float *at = arena;
   for (int i = 0; i < 10; i++) {
     *places[i] = at;
     at += whole_vectors(floats[i]) + LANES;
   }
-  for (int i = 0; i < threads; i++) members[i] = (Member){&pass, i};
-  int started = 1;
-  for (; started < threads; started++)
-    if (pthread_create(others + started, NULL, work, members + started)) break;
-  pass.team.threads = started;
-  atomic_store(&pass.team.complete, 1);
-  work(members);
-  for (int i = 1; i < started; i++) pthread_join(others[i], NULL);
-  free(arena), free(members), free(others);
+  if (team->process != getpid()) gather(team);
+  call(team, work, &pass);
+  free(arena);
   return 0;
 }
 
