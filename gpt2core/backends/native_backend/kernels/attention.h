@@ -9,7 +9,7 @@
 
 #include "products.h"
 
-#define QUERIES 4 /* that read keys and values together */
+#define QUERIES 6 /* that read keys and values together */
 #define BLOCKS 4  /* of positions, or of the result, that are summed at once */
 
 typedef struct {
@@ -40,8 +40,7 @@ static void remember(const Shape *shape, void *keys, void *values, long position
 }
 
 INLINE void weigh(const int bfloat16, const int rows, const int panels, const float *x, long stride, long inputs,
-                  const void *w, long offset, long step, long apart, float *y, long y_stride) {
-  const Soon soon = {(const char *)w, 0};
+                  const void *w, long offset, long step, long apart, Soon soon, float *y, long y_stride) {
   Tile sums;
   if (bfloat16)
     sums_bfloat16(rows, panels, x, stride, inputs, (const uint16_t *)w + offset, step, apart, soon, sums);
@@ -70,42 +69,52 @@ static float softmax(float *scores, long seen, long padded) {
 }
 
 /* `rows` <= QUERIES neighbouring queries (scaled), the first at `position`, over all positions up to their own.
-   q (rows, K), y (rows, K in whole vectors), scores (QUERIES, capacity). */
+   q (rows, K), y (rows, K in whole vectors), scores (QUERIES, capacity). While keys are read, values are asked
+   for, and meanwhile the `next` keys. */
 INLINE void attend_rows(const int bfloat16, const int rows, const Shape *shape, const void *keys,
-                        const void *values, long position, const float *q, float *y, long stride, float *scores) {
-  const long seen = position + rows, padded = (seen + LANES - 1) / LANES * LANES, block = LANES * shape->head_dim;
-  long t = 0;
-  for (; t + BLOCKS * LANES <= padded; t += BLOCKS * LANES)
-    weigh(bfloat16, rows, BLOCKS, q, shape->head_dim, shape->head_dim, keys, t * shape->head_dim, LANES, block,
-          scores + t, shape->capacity);
-  for (; t < padded; t += LANES)
-    weigh(bfloat16, rows, 1, q, shape->head_dim, shape->head_dim, keys, t * shape->head_dim, LANES, block,
-          scores + t, shape->capacity);
+                        const void *values, const void *next, long position, const float *q, float *y, long stride,
+                        float *scores) {
+  const long seen = position + rows, padded = (seen + LANES - 1) / LANES * LANES;
+  const long width = shape->head_dim, block = LANES * width, nbytes = bfloat16 ? 2 : 4;
+  const long of_values = shape->value_dim * nbytes; /* per position */
+  for (long t = 0; t < padded;) {
+    const int many = t + BLOCKS * LANES <= padded;
+    const Soon soon = {(const char *)values + t * of_values, (many ? BLOCKS : 1) * LANES * of_values / width, 1};
+    if (many)
+      weigh(bfloat16, rows, BLOCKS, q, width, width, keys, t * width, LANES, block, soon, scores + t, shape->capacity);
+    else
+      weigh(bfloat16, rows, 1, q, width, width, keys, t * width, LANES, block, soon, scores + t, shape->capacity);
+    t += (many ? BLOCKS : 1) * LANES;
+  }
   float share[QUERIES];
   EACH(r, rows) share[r] = softmax(scores + r * shape->capacity, position + r + 1, padded);
   float sums[QUERIES][BLOCKS * LANES];
   for (long d = 0; d < shape->value_dim;) {
-    const int many = d + BLOCKS * LANES <= shape->value_dim, width = many ? BLOCKS * LANES : LANES;
+    const int many = d + BLOCKS * LANES <= shape->value_dim;
+    const Soon soon = {next, width * nbytes, 1};
     if (many)
-      weigh(bfloat16, rows, BLOCKS, scores, shape->capacity, seen, values, d, shape->value_dim, LANES, sums[0],
+      weigh(bfloat16, rows, BLOCKS, scores, shape->capacity, seen, values, d, shape->value_dim, LANES, soon, sums[0],
             BLOCKS * LANES);
     else
-      weigh(bfloat16, rows, 1, scores, shape->capacity, seen, values, d, shape->value_dim, LANES, sums[0],
+      weigh(bfloat16, rows, 1, scores, shape->capacity, seen, values, d, shape->value_dim, LANES, soon, sums[0],
             BLOCKS * LANES);
+    const long done = (many ? BLOCKS : 1) * LANES, left = width - d < done ? width - d : done;
     EACH(r, rows)
-      for (long i = 0; i < width && d + i < shape->head_dim; i++) y[r * stride + d + i] = sums[r][i] * share[r];
-    d += width;
+      for (long i = 0; i < left; i++) y[r * stride + d + i] = sums[r][i] * share[r];
+    d += done;
   }
 }
 
 #define ATTEND(name, bfloat16)                                                                                 \
-  static void name(int rows, const Shape *s, const void *keys, const void *values, long position,              \
-                   const float *q, float *y, long stride, float *scores) {                                     \
+  static void name(int rows, const Shape *s, const void *keys, const void *values, const void *next,               \
+                   long position, const float *q, float *y, long stride, float *scores) {                      \
     switch (rows) {                                                                                            \
-      case 1: attend_rows(bfloat16, 1, s, keys, values, position, q, y, stride, scores); break;                \
-      case 2: attend_rows(bfloat16, 2, s, keys, values, position, q, y, stride, scores); break;                \
-      case 3: attend_rows(bfloat16, 3, s, keys, values, position, q, y, stride, scores); break;                \
-      default: attend_rows(bfloat16, QUERIES, s, keys, values, position, q, y, stride, scores);                \
+      case 1: attend_rows(bfloat16, 1, s, keys, values, next, position, q, y, stride, scores); break;                \
+      case 2: attend_rows(bfloat16, 2, s, keys, values, next, position, q, y, stride, scores); break;                \
+      case 3: attend_rows(bfloat16, 3, s, keys, values, next, position, q, y, stride, scores); break;                \
+      case 4: attend_rows(bfloat16, 4, s, keys, values, next, position, q, y, stride, scores); break;                \
+      case 5: attend_rows(bfloat16, 5, s, keys, values, next, position, q, y, stride, scores); break;                \
+      default: attend_rows(bfloat16, QUERIES, s, keys, values, next, position, q, y, stride, scores);                \
     }                                                                                                          \
   }
 ATTEND(attend_float32, 0)

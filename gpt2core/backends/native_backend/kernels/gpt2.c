@@ -4,6 +4,7 @@
    N new tokens of a pass, B its pieces of rows, M wanted logits, D width, H heads, K head width, V vocabulary */
 
 #include "attention.h"
+#include "packing.h"
 
 typedef struct {
   Matrix weight;
@@ -110,14 +111,14 @@ static void embed(const Pass *p, long n, int position) {
   }
 }
 
-/* Give `m` its rows: normalised where `norm` is given, rounded where it wants them so. Ends with a meeting
-   unless nothing was to be done. `x` and `normal` have the strides given; x may be `normal`. */
-static Rows prepare(Pass *p, int thread, const Matrix *m, const Norm *norm, const float *x, long stride,
-                    long width, long rows, float *normal) {
+/* Give `m` its rows: normalised where `norm` is given, rounded where it wants them so; a stage, unless nothing is
+   to be done. Rows are `stride` apart; `normal` may be `x`. */
+static Rows prepare(Pass *p, Member *me, const Matrix *m, const Norm *norm, const float *x, long stride, long width,
+                    long rows, float *normal) {
   const int rounds = m->kind == INT8 || m->kind == INT4;
   const long groups = m->inputs / m->group;
-  Share mine = share(p->team, thread, rows);
-  for (long n = mine.first; n < mine.last && (norm || rounds); n++) {
+  STAGE(me, norm || rounds ? rows : 0, 4, mine)
+  for (long n = mine.first; n < mine.last; n++) {
     const float *from = x + n * stride;
     if (norm) {
       layer_norm(from, width, norm, p->model->epsilon, normal + n * stride);
@@ -126,15 +127,12 @@ static Rows prepare(Pass *p, int thread, const Matrix *m, const Norm *norm, cons
     if (rounds)
       round_row(from, width, m, p->rounded + n * m->inputs, p->round_scale + n * groups, p->round_sum + n * groups);
   }
-  if (norm || rounds) meet(p->team);
   return (Rows){norm ? normal : x, stride, p->rounded, p->round_scale, p->round_sum};
 }
 
-static void apply(Pass *p, int thread, const Linear *l, const Rows *in, long rows, float *y, long stride, int add,
+static void apply(Member *me, const Linear *l, const Rows *in, long rows, float *y, long stride, int add,
                   Activation *activation) {
-  Result out = {y, stride, 0, add, l->bias, activation};
-  multiply(p->team, thread, &l->weight, in, rows, &out);
-  meet(p->team);
+  multiply(me, &l->weight, in, rows, &(Result){y, stride, 0, add, l->bias, activation});
 }
 
 static void *cached(const Pass *p, void *all, long layer, long slot, long head, long width) {
@@ -142,88 +140,93 @@ static void *cached(const Pass *p, void *all, long layer, long slot, long head, 
   return (char *)all + ((layer * p->cache->slots + slot) * p->model->heads + head) * p->cache->capacity * width * bytes;
 }
 
-static void attention(Pass *p, int thread, long layer) {
+/* Write the new keys and values of one token, and scale its queries. */
+static void remember_token(const Pass *p, long layer, const Piece *piece, long i) {
   const Model *m = p->model;
-  const long heads = m->heads, width = p->shape.head_dim;
-  const float scale = m->blocks[layer].attention_scale;
-  Share mine = share(p->team, thread, p->tokens_count);
-  for (long b = 0; b < p->pieces_count; b++) { /* write the new keys and values, and scale the queries */
-    const Piece *piece = p->pieces + b;
-    for (long i = 0; i < piece->count; i++) {
-      long n = piece->first + i;
-      if (n < mine.first || n >= mine.last) continue;
-      float *q = p->qkv + n * p->qkv_padded, *k = q + m->width, *v = k + m->width;
-      for (long d = 0; d < m->width; d++) q[d] *= scale;
-      for (long head = 0; head < heads; head++)
-        remember(&p->shape, cached(p, p->cache->keys, layer, piece->slot, head, width),
-                 cached(p, p->cache->values, layer, piece->slot, head, p->shape.value_dim), piece->start + i,
-                 k + head * width, v + head * width);
-    }
-  }
-  meet(p->team);
-  float *scores = p->scores + thread * QUERIES * p->cache->capacity, q[QUERIES * width];
-  long item = take(p->team, 1), before = 0;
-  for (long b = 0; b < p->pieces_count; b++) { /* an item: some queries of one head */
-    const Piece *piece = p->pieces + b;
-    long groups = (piece->count + QUERIES - 1) / QUERIES;
-    for (; item < before + groups * heads; item = take(p->team, 1)) {
-      long head = (item - before) % heads, i = (item - before) / heads * QUERIES;
-      int rows = piece->count - i < QUERIES ? (int)(piece->count - i) : QUERIES;
-      for (int r = 0; r < rows; r++)
-        memcpy(q + r * width, p->qkv + (piece->first + i + r) * p->qkv_padded + head * width, 4 * width);
-      (p->shape.bfloat16 ? attend_bfloat16 : attend_float32)(
-          rows, &p->shape, cached(p, p->cache->keys, layer, piece->slot, head, width),
-          cached(p, p->cache->values, layer, piece->slot, head, p->shape.value_dim), piece->start + i, q,
-          p->y + (piece->first + i) * p->padded + head * width, p->padded, scores);
-    }
-    before += groups * heads;
-  }
-  meet(p->team);
+  const long width = p->shape.head_dim;
+  float *q = p->qkv + (piece->first + i) * p->qkv_padded, *k = q + m->width, *v = k + m->width;
+  for (long d = 0; d < m->width; d++) q[d] *= m->blocks[layer].attention_scale;
+  for (long head = 0; head < m->heads; head++)
+    remember(&p->shape, cached(p, p->cache->keys, layer, piece->slot, head, width),
+             cached(p, p->cache->values, layer, piece->slot, head, p->shape.value_dim), piece->start + i,
+             k + head * width, v + head * width);
 }
 
-static void take_part(Pass *p, int thread) {
+/* The queries `i` and up to QUERIES - 1 that follow in a piece, in one head. */
+static void attend(const Pass *p, long layer, const Piece *piece, long head, long i, float *scores) {
+  const long width = p->shape.head_dim, rows = piece->count - i < QUERIES ? piece->count - i : QUERIES;
+  float q[QUERIES * width];
+  for (long r = 0; r < rows; r++)
+    memcpy(q + r * width, p->qkv + (piece->first + i + r) * p->qkv_padded + head * width, 4 * width);
+  const void *keys = cached(p, p->cache->keys, layer, piece->slot, head, width);
+  const void *next = cached(p, p->cache->keys, layer, piece->slot, head + 1, width); /* likely, and harmless */
+  const void *values = cached(p, p->cache->values, layer, piece->slot, head, p->shape.value_dim);
+  (p->shape.bfloat16 ? attend_bfloat16 : attend_float32)(
+      rows, &p->shape, keys, values, next, piece->start + i, q,
+      p->y + (piece->first + i) * p->padded + head * width, p->padded, scores);
+}
+
+static void attention(Pass *p, Member *me, long layer) {
+  const long heads = p->model->heads;
+  STAGE(me, p->tokens_count, 4, mine)
+  for (long b = 0; b < p->pieces_count; b++)
+    for (long i = 0; i < p->pieces[b].count; i++) {
+      long n = p->pieces[b].first + i;
+      if (n >= mine.first && n < mine.last) remember_token(p, layer, p->pieces + b, i);
+    }
+  long items = 0;
+  for (long b = 0; b < p->pieces_count; b++) items += (p->pieces[b].count + QUERIES - 1) / QUERIES * heads;
+  float *scores = p->scores + me->thread * QUERIES * p->cache->capacity;
+  STAGE(me, items, items > 8 * p->pieces_count * heads ? 32 : 4, mine) {
+    long before = 0;
+    for (long b = 0; b < p->pieces_count && before < mine.last; b++) {
+      const Piece *piece = p->pieces + b;
+      const long all = (piece->count + QUERIES - 1) / QUERIES * heads;
+      for (long item = before < mine.first ? mine.first : before; item < mine.last && item < before + all; item++)
+        attend(p, layer, piece, (item - before) % heads, (item - before) / heads * QUERIES, scores);
+      before += all;
+    }
+  }
+}
+
+static void take_part(Pass *p, Member *me) {
   const Model *m = p->model;
-  Team *team = p->team;
   Activation *activation = ACTIVATIONS[m->activation].function;
   long rows = p->tokens_count;
   float *x = p->x, *y = p->y;
-  Share mine = share(team, thread, rows);
+  STAGE(me, rows, 4, mine)
   for (long b = 0; b < p->pieces_count; b++)
     for (long i = 0; i < p->pieces[b].count; i++) {
       long n = p->pieces[b].first + i;
       if (n >= mine.first && n < mine.last) embed(p, n, p->pieces[b].start + i);
     }
-  meet(team);
   for (long layer = 0; layer < m->layers; layer++) {
     const Block *block = m->blocks + layer;
-    Rows in = prepare(p, thread, &block->c_attn.weight, &block->ln_1, x, p->padded, m->width, rows, y);
-    apply(p, thread, &block->c_attn, &in, rows, p->qkv, p->qkv_padded, 0, NULL);
-    attention(p, thread, layer);
+    Rows in = prepare(p, me, &block->c_attn.weight, &block->ln_1, x, p->padded, m->width, rows, y);
+    apply(me, &block->c_attn, &in, rows, p->qkv, p->qkv_padded, 0, NULL);
+    attention(p, me, layer);
     if (layer == m->layers - 1) { /* from here on only the wanted tokens matter */
       rows = p->wanted_count;
-      mine = share(team, thread, rows);
+      STAGE(me, rows, 4, mine)
       for (long n = mine.first; n < mine.last; n++) {
         memcpy(p->kept_x + n * p->padded, x + p->wanted[n] * p->padded, 4 * p->padded);
         memcpy(p->kept_y + n * p->padded, y + p->wanted[n] * p->padded, 4 * p->padded);
       }
       x = p->kept_x;
       y = p->kept_y;
-      meet(team);
-      if (rows == 0) return;
     }
-    in = prepare(p, thread, &block->attn_c_proj.weight, NULL, y, p->padded, m->width, rows, NULL);
-    apply(p, thread, &block->attn_c_proj, &in, rows, x, p->padded, 1, NULL);
-    in = prepare(p, thread, &block->c_fc.weight, &block->ln_2, x, p->padded, m->width, rows, y);
-    apply(p, thread, &block->c_fc, &in, rows, p->h, p->mlp_padded, 0, activation);
-    in = prepare(p, thread, &block->mlp_c_proj.weight, NULL, p->h, p->mlp_padded, m->mlp, rows, NULL);
-    apply(p, thread, &block->mlp_c_proj, &in, rows, x, p->padded, 1, NULL);
+    in = prepare(p, me, &block->attn_c_proj.weight, NULL, y, p->padded, m->width, rows, NULL);
+    apply(me, &block->attn_c_proj, &in, rows, x, p->padded, 1, NULL);
+    in = prepare(p, me, &block->c_fc.weight, &block->ln_2, x, p->padded, m->width, rows, y);
+    apply(me, &block->c_fc, &in, rows, p->h, p->mlp_padded, 0, activation);
+    in = prepare(p, me, &block->mlp_c_proj.weight, NULL, p->h, p->mlp_padded, m->mlp, rows, NULL);
+    apply(me, &block->mlp_c_proj, &in, rows, x, p->padded, 1, NULL);
   }
-  Rows in = prepare(p, thread, &m->head, &m->ln_f, x, p->padded, m->width, rows, y);
-  Result out = {p->logits, m->vocabulary, 1, 0, NULL, NULL};
-  multiply(team, thread, &m->head, &in, rows, &out);
+  Rows in = prepare(p, me, &m->head, &m->ln_f, x, p->padded, m->width, rows, y);
+  multiply(me, &m->head, &in, rows, &(Result){p->logits, m->vocabulary, 1, 0, NULL, NULL});
 }
 
-static void work(void *pass, int thread) { take_part(pass, thread); }
+static void work(void *pass, Member *me) { take_part(pass, me); }
 
 static long whole_vectors(long count) { return (count + LANES - 1) / LANES * LANES; }
 static long whole_strips(long count) { return (count + WIDE - 1) / WIDE * WIDE; }
@@ -270,47 +273,3 @@ int forward(Team *team, const Model *model, const Cache *cache, const int32_t *t
   return 0;
 }
 
-/* ------------------------------------------------------------------------------------------------
-   packing: from (inputs, outputs) with any strides to strips */
-
-long strip_width(void) { return WIDE; }
-
-#define PACK(name, type)                                                                                        \
-  void name(const type *from, long input_stride, long output_stride, long inputs, long outputs, type *to) {     \
-    for (long first = 0; first < outputs; first += WIDE, to += inputs * WIDE) {                                 \
-      long count = outputs - first < WIDE ? outputs - first : WIDE;                                             \
-      for (long k = 0; k < inputs; k++)                                                                         \
-        for (long i = 0; i < WIDE; i++)                                                                         \
-          to[k * WIDE + i] = i < count ? from[k * input_stride + (first + i) * output_stride] : (type)0;        \
-    }                                                                                                           \
-  }
-PACK(pack_float32, float)
-PACK(pack_bfloat16, uint16_t)
-
-/* `padded` inputs, a multiple of 4; the weights become unsigned by adding 128. */
-void pack_int8(const int8_t *from, long input_stride, long output_stride, long inputs, long padded, long outputs,
-               uint8_t *to) {
-  for (long first = 0; first < outputs; first += WIDE, to += padded * WIDE)
-    for (long k = 0; k < padded; k++)
-      for (long i = 0; i < WIDE; i++) {
-        long inside = k < inputs && first + i < outputs;
-        to[k / 4 * 4 * WIDE + i * 4 + k % 4] =
-            (uint8_t)(128 + (inside ? from[k * input_stride + (first + i) * output_stride] : 0));
-      }
-}
-
-/* From (outputs, inputs / 2) bytes of two neighbours, the lower half first; `inputs` is a multiple of 8. */
-void pack_int4(const uint8_t *from, long inputs, long outputs, uint8_t *to) {
-  for (long first = 0; first < outputs; first += WIDE, to += inputs / 2 * WIDE)
-    for (long i = 0; i < WIDE; i++)
-      for (long k = 0; k < inputs; k += 8)
-        for (long j = 0; j < 4; j++) {
-          const uint8_t *eight = from + (first + i) * (inputs / 2) + k / 2;
-          uint8_t low = 0, high = 0;
-          if (first + i < outputs) {
-            low = eight[j / 2] >> (j % 2 * 4) & 15;
-            high = eight[2 + j / 2] >> (j % 2 * 4) & 15;
-          }
-          to[k / 8 * 4 * WIDE + i * 4 + j] = (uint8_t)(low | high << 4);
-        }
-}

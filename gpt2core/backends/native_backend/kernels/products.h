@@ -76,9 +76,15 @@ typedef f32v Tile[MOST_ROWS][MOST_PANELS];
 typedef struct {
   const char *from;
   long step;
+  int far; /* into the second cache: more can be on its way there at once */
 } Soon;
 INLINE void ask(Soon soon, long step) {
-  EACH(i, STRIP) __builtin_prefetch(soon.from + step * soon.step + 64 * i);
+  const char *line = soon.from + step * soon.step;
+  if (soon.far) {
+    EACH(i, 2) __builtin_prefetch(line + 64 * i, 0, 1);
+  } else {
+    EACH(i, STRIP) __builtin_prefetch(line + 64 * i);
+  }
 }
 
 /* sums[row][panel] of `rows` rows with `panels` vectors of outputs, `apart` elements from one another; `step`
@@ -207,8 +213,8 @@ INLINE long steps(const int kind, const Matrix *m) {
     for (long strip = strips.first; strip < strips.last; strip++) {                                            \
       const char *here = (const char *)m->values + strip * nbytes;                                             \
       for (long t = 0; t < tiles; t++) {                                                                       \
-        const Soon soon = tiles == 1 ? (Soon){here + AHEAD, step_nbytes(kind)}                                 \
-                                     : (Soon){here + nbytes + nbytes * t / tiles, step_nbytes(kind) / tiles};  \
+        const Soon soon = tiles == 1 ? (Soon){here + AHEAD, step_nbytes(kind), 0}                                 \
+                                     : (Soon){here + nbytes + nbytes * t / tiles, step_nbytes(kind) / tiles, 0};  \
         const Share mine = part_of(rows, t, tiles);                                                            \
         switch (mine.last - mine.first) {                                                                      \
           case 1: tile(kind, 1, m, in, mine.first, strip, soon, out); break;                                   \
@@ -235,11 +241,11 @@ PRODUCT(product_bfloat16, BFLOAT16)
 PRODUCT(product_int8, INT8)
 PRODUCT(product_int4, INT4)
 
-/* This thread's part of `rows` times `m`. */
-static void multiply(const Team *team, int thread, const Matrix *m, const Rows *in, long rows, const Result *out) {
+/* A stage: `rows` times `m`. */
+static void multiply(Member *me, const Matrix *m, const Rows *in, long rows, const Result *out) {
   static void (*const products[])(const Matrix *, const Rows *, long, const Result *, Share) = {
       product_float32, product_bfloat16, product_int8, product_int4};
-  products[m->kind](m, in, rows, out, share(team, thread, (m->outputs + WIDE - 1) / WIDE));
+  STAGE(me, rows ? (m->outputs + WIDE - 1) / WIDE : 0, 4, mine) products[m->kind](m, in, rows, out, mine);
 }
 
 /* Round a row to int8, each group by its largest number; what is not finite makes its group's scale so. */
