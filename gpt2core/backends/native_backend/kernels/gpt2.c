@@ -1,0 +1,1 @@
+int lanes(void) { return 1; }
