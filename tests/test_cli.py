@@ -359,7 +359,7 @@ def test_a_prompt_that_cannot_run_exits_2(run, folder, prompt):
         (["--model", "nobody/nothing", "--offline"], "nobody/nothing is not in the cache"),
         (
             ["--backend", "frobnicate"],
-            "no backend 'frobnicate'; known are auto, numpy, torch, jax, onnx",
+            "no backend 'frobnicate'; known are auto, numpy, native, torch, jax, onnx",
         ),
         (["--device", "abacus"], "abacus"),
         (["--revision", "main"], "revision"),
@@ -702,7 +702,7 @@ def test_backends_lists_engines_though_the_environment_names_none_and_says_so_in
     result = run("backends")
     assert (result.code, result.err) == (0, "")
     lines = result.out.splitlines()
-    assert [line.split()[0] for line in lines[:5]] == ["backend", "numpy", "torch", "jax", "onnx"]
+    assert [line.split()[0] for line in lines[:6]] == ["backend", "numpy", "native", "torch", "jax", "onnx"]
     [line] = [line for line in lines if "GPT2CORE_BACKEND" in line]
     assert line == lines[-1]
     assert line.startswith(
@@ -710,7 +710,7 @@ def test_backends_lists_engines_though_the_environment_names_none_and_says_so_in
     )
     assert line.endswith("unset the variable")
     document = strict_json(run("backends", "--json").out)
-    assert {one["name"] for one in document["backends"]} >= {"numpy", "torch", "jax", "onnx"}
+    assert {one["name"] for one in document["backends"]} >= {"numpy", "native", "torch", "jax", "onnx"}
     assert set(document["auto"]) == {"demo", "openai-community/gpt2"}
     for choice in document["auto"].values():
         assert choice["backend"] is None
