@@ -665,18 +665,20 @@ def test_backends_lists_engines_and_what_auto_takes(run, folder, monkeypatch):
     assert found["numpy"]["available"]
     assert found["torch"]["available"]
     assert document["auto"]["demo"]["backend"] == "numpy"
-    assert document["auto"]["openai-community/gpt2"]["backend"] == "onnx"
+    assert document["auto"]["openai-community/gpt2"]["backend"] == "native"
     assert all(choice["why"] for choice in document["auto"].values())
     text = run("backends").out
     assert f"torch    {found['torch']['version']}" in text
-    assert "openai-community/gpt2  onnx" in text
+    assert "openai-community/gpt2  native" in text
 
 
-def test_backends_tells_the_extra_of_what_is_missing(run, folder, monkeypatch):
+def test_backends_tells_the_remedy_for_what_is_missing(run, folder, monkeypatch):
     monkeypatch.setattr(checkpoint, "DEMO", Path(folder))
+    monkeypatch.setenv("GPT2CORE_CC", "no-such-compiler")
     monkeypatch.setattr("gpt2core.backends.find_spec", lambda name: object() if name == "numpy" else None)
     result = run("backends")
     assert "pip install 'gpt2core[torch]'" in result.out
+    assert "native   -        needs a C compiler, and GPT2CORE_CC names 'no-such-compiler'" in result.out
     assert "openai-community/gpt2  numpy" in result.out
 
 
@@ -684,7 +686,7 @@ def test_backends_works_without_the_demo_model(run, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "DEMO", tmp_path / "nowhere")
     monkeypatch.delenv("GPT2CORE_BACKEND", raising=False)
     assert list(strict_json(run("backends", "--json").out)["auto"]) == ["openai-community/gpt2"]
-    assert "openai-community/gpt2  onnx" in run("backends").out
+    assert "openai-community/gpt2  native" in run("backends").out
 
 
 def test_an_unknown_backend_in_the_environment_is_one_line_and_exits_1(run, folder, monkeypatch):
