@@ -1,5 +1,7 @@
 # syntax=docker/dockerfile:1
 # The server with one engine. Another one: docker build --build-arg EXTRAS=serve,torch .
+# There is no C compiler in the image, so `auto` takes ONNX Runtime, not the native backend: that one is compiled for
+# the processor on which it runs, not the one on which an image is built. To have it, add gcc and libc6-dev below.
 FROM python:3.11-slim-bookworm AS build
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
 ARG EXTRAS=serve,onnx

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 
-BACKENDS = ("numpy", "torch", "jax", "onnx")
+BACKENDS = ("numpy", "native", "torch", "jax", "onnx")
 PROMPT = [(i * 7919) % 50000 for i in range(32)]
 STEPS = 8
 

@@ -106,7 +106,7 @@ def main() -> None:
     )
     parser.add_argument("folder", nargs="?", help="a checkpoint in Hugging Face layout")
     parser.add_argument("--random", metavar="SIZE", help="small, medium, large or xl, with random weights")
-    parser.add_argument("--engines", default="transformers,numpy,torch,jax,onnx")
+    parser.add_argument("--engines", default="transformers,numpy,native,torch,jax,onnx")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(

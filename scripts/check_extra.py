@@ -7,6 +7,7 @@ It needs nothing but what an installation of that extra brings, so that what is 
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -88,6 +89,8 @@ def main(extra: str, backends: list[str]) -> None:
     assert loaded == "[]\n", f"importing gpt2core loaded {loaded}"
 
     here = {"numpy"} | ({extra} & set(backends))
+    if any(map(shutil.which, ("cc", "gcc", "clang"))):
+        here.add("native")  # needs no package
     listed = {one["name"]: one for one in json.loads(gpt2core("backends", "--json").stdout)["backends"]}
     available = {name for name, one in listed.items() if one["available"]}
     assert available == here, f"available are {sorted(available)}, expected {sorted(here)}"

@@ -11,7 +11,7 @@ from gpt2core.checkpoint import open_checkpoint
 from gpt2core.conformance import TOLERANCE
 from gpt2core.testing import VARIANTS, random_checkpoint
 
-BACKENDS = ("numpy", "torch", "onnx", "jax")
+BACKENDS = ("numpy", "native", "torch", "onnx", "jax")
 
 
 def hugging_face(folder):

@@ -10,6 +10,7 @@ import onnxruntime
 import pytest
 import torch
 
+import gpt2core
 from gpt2core import backends
 from gpt2core.backends import available, choose, create_backend, load_factory
 from gpt2core.backends.blas_threads import _openblas, blas_threads, check_threads
@@ -34,10 +35,11 @@ def plug_in(monkeypatch, **targets):
 
 def test_built_in_backends_are_listed_with_the_version_of_their_package():
     infos = available()
-    assert list(infos)[:4] == ["numpy", "torch", "jax", "onnx"]
+    assert list(infos)[:5] == ["numpy", "native", "torch", "jax", "onnx"]
     assert infos["numpy"] == backends.BackendInfo("numpy", True, np.__version__, "")
     assert infos["torch"].version == torch.__version__
     assert infos["onnx"].version == onnxruntime.__version__
+    assert infos["native"] == backends.BackendInfo("native", True, gpt2core.__version__, "")
 
 
 def test_a_missing_framework_is_listed_with_its_pip_extra(monkeypatch):
@@ -45,6 +47,26 @@ def test_a_missing_framework_is_listed_with_its_pip_extra(monkeypatch):
     assert available()["torch"] == backends.BackendInfo(
         "torch", False, None, "install it with: pip install 'gpt2core[torch]'"
     )
+
+
+def test_native_is_listed_without_a_package_but_not_without_a_compiler(monkeypatch, tmp_path):
+    monkeypatch.setattr(backends, "find_spec", lambda name: None)
+    assert [name for name, info in available(load_plugins=False).items() if info.available] == ["native"]
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("GPT2CORE_CC", raising=False)
+    reason = "needs a C compiler (gcc or clang), and none was found; install one (Debian: apt install gcc)"
+    assert available()["native"] == backends.BackendInfo("native", False, None, reason)
+
+
+def test_asking_the_registry_neither_runs_a_compiler_nor_loads_what_would():
+    code = (
+        "import sys, gpt2core\nbefore = {'subprocess', 'shutil', 'ctypes'} & set(sys.modules)\n"
+        "from gpt2core.backends import available\n"
+        "assert available(load_plugins=False)['native'].available\n"
+        "print(sorted(before), 'gpt2core.backends.native_backend' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[] False\n"
 
 
 def test_making_a_backend_whose_framework_is_missing_names_its_pip_extra(monkeypatch):
@@ -71,7 +93,8 @@ def test_a_framework_that_is_there_but_broken_is_not_called_missing(monkeypatch)
 
 def test_an_unknown_backend_is_refused_with_the_known_names():
     with pytest.raises(
-        BackendUnavailableError, match="no backend 'tensorflow'; known are auto, numpy, torch, jax, onnx"
+        BackendUnavailableError,
+        match="no backend 'tensorflow'; known are auto, numpy, native, torch, jax, onnx",
     ):
         create_backend("tensorflow", TINY)
 
@@ -111,28 +134,55 @@ def test_an_unknown_precision_is_refused_by_name():
 # -------------------------------------------------------------------------------------------------- choice
 
 
+def has_only(monkeypatch, path, installed):
+    """Pretend that these packages are installed, and with "cc" a C compiler."""
+    monkeypatch.delenv("GPT2CORE_BACKEND", raising=False)
+    monkeypatch.delenv("GPT2CORE_CC", raising=False)
+    monkeypatch.setenv("PATH", str(path))
+    monkeypatch.setattr(backends, "find_spec", lambda name: object() if name in installed else None)
+    if "cc" in installed:
+        (path / "cc").write_text("#!/bin/sh\nexit 1\n")  # is looked up, never run
+        (path / "cc").chmod(0o755)
+
+
 @pytest.mark.parametrize(
     ("size", "device", "installed", "chosen"),
     [
-        ("tiny", "cpu", ["torch", "onnxruntime", "onnx"], "numpy"),
+        ("tiny", "cpu", ["cc", "torch", "onnxruntime", "onnx"], "numpy"),
+        ("small", "cpu", ["cc", "torch", "onnxruntime", "onnx"], "native"),
+        ("small", "cpu", ["cc"], "native"),
         ("small", "cpu", ["torch", "onnxruntime", "onnx"], "onnx"),
         ("small", "cpu", ["torch", "onnxruntime"], "torch"),
         ("small", "cpu", ["torch"], "torch"),
         ("small", "cpu", [], "numpy"),
-        ("tiny", "cuda", ["torch", "onnxruntime", "onnx"], "torch"),
+        ("tiny", "cuda", ["cc", "torch", "onnxruntime", "onnx"], "torch"),
         ("tiny", "cuda", ["onnxruntime", "onnx"], "onnx"),
         ("tiny", "cuda:1", ["jax", "jaxlib", "flax", "onnxruntime", "onnx"], "jax"),
-        ("tiny", "cuda", [], "torch"),
-        ("tiny", "tpu", ["torch", "onnxruntime", "onnx"], "jax"),
+        ("tiny", "cuda", ["cc"], "torch"),
+        ("tiny", "tpu", ["cc", "torch", "onnxruntime", "onnx"], "jax"),
         ("small", "cpu", ["jax", "jaxlib", "flax"], "numpy"),
     ],
 )
-def test_auto_follows_its_documented_rule(monkeypatch, size, device, installed, chosen):
-    monkeypatch.delenv("GPT2CORE_BACKEND", raising=False)
-    monkeypatch.setattr(backends, "find_spec", lambda name: object() if name in installed else None)
+def test_auto_follows_its_documented_rule(monkeypatch, tmp_path, size, device, installed, chosen):
+    has_only(monkeypatch, tmp_path, installed)
     name, why = choose(random_config(size), device=device)
     assert name == chosen
     assert why
+
+
+@pytest.mark.parametrize(
+    ("precision", "installed", "chosen"),
+    [
+        ("bfloat16", ["cc", "torch", "onnxruntime", "onnx"], "native"),
+        ("bfloat16", ["torch", "onnxruntime", "onnx"], "numpy"),
+        ("int4", ["cc", "torch", "onnxruntime", "onnx"], "native"),
+        ("int4", ["torch"], "numpy"),
+        ("int8", ["torch"], "torch"),
+    ],
+)
+def test_auto_passes_over_backends_without_the_precision(monkeypatch, tmp_path, precision, installed, chosen):
+    has_only(monkeypatch, tmp_path, installed)
+    assert choose(random_config("small"), precision=precision)[0] == chosen
 
 
 def test_the_environment_overrides_the_choice(monkeypatch):
@@ -153,7 +203,8 @@ def test_a_plugin_may_be_named_by_the_environment(monkeypatch):
 def test_an_unknown_backend_in_the_environment_is_refused_with_the_variables_name(monkeypatch):
     monkeypatch.setenv("GPT2CORE_BACKEND", "nothing")
     message = (
-        "GPT2CORE_BACKEND names 'nothing', .*; known are auto, numpy, torch, jax, onnx.* unset the variable"
+        "GPT2CORE_BACKEND names 'nothing', .*; known are auto, numpy, native, torch, jax, onnx"
+        ".* unset the variable"
     )
     with pytest.raises(BackendUnavailableError, match=message):
         create_backend("auto", TINY)

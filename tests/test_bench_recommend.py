@@ -96,6 +96,7 @@ def test_a_later_measurement_replaces_the_earlier_one():
         ("processor", ["model name : another"]),
         ("cores", 4096),
         ("machine", "pdp11"),
+        ("compiler", "/somewhere/else/cc"),
     ],
 )
 def test_another_machine_or_version_is_ignored(part, value):
@@ -271,6 +272,7 @@ def plant(monkeypatch, figures):
 
 FIGURES = {
     "numpy": [(0.5, 50.0), (0.4, 49.0)],
+    "native": [(1.0, 30.0), (1.0, 32.0)],
     "torch": [(2.5, 60.0), (2.0, 64.0)],
     "jax": "ValueError: it fell over",
     "onnx": [(2.0, 50.0), (1.0, 80.0)],
@@ -281,12 +283,12 @@ def test_the_fastest_of_planted_timings_is_recommended_and_taken(tmp_path, monke
     plant(monkeypatch, FIGURES)
     folder = random_checkpoint(tmp_path / "model")
     found = recommend(folder, threads=2)
-    assert [one.backend for one in found.candidates] == ["onnx", "torch", "numpy", "jax"]
+    assert [one.backend for one in found.candidates] == ["onnx", "torch", "numpy", "native", "jax"]
     assert found.fastest.session_s == pytest.approx(1.0 + TEXTS * TEXT_TOKENS / 80.0)
     assert found.candidates[-1].error == "ValueError: it fell over"
     name, why = choose(CONFIG, threads=2)
     assert name == "onnx"
-    assert "10 texts in 17 s, torch 22 s, numpy 26 s" in why
+    assert "10 texts in 17 s, torch 22 s, numpy 26 s, native 41 s" in why
     assert choose(CONFIG)[0] == "numpy"
 
 
@@ -298,7 +300,8 @@ def test_a_slow_start_outweighs_speed_for_a_small_model(tmp_path, monkeypatch):
 def test_every_backend_is_asked_twice_in_turns_and_one_that_failed_only_once(tmp_path, monkeypatch):
     asked = plant(monkeypatch, FIGURES)
     recommend(random_checkpoint(tmp_path / "model"), threads=3)
-    assert [one[0] for one in asked] == ["numpy", "torch", "jax", "onnx", "torch", "onnx", "numpy"]
+    first, second = ["numpy", "native", "torch", "jax", "onnx"], ["native", "torch", "onnx", "numpy"]
+    assert [one[0] for one in asked] == first + second
     assert {one[1:] for one in asked} == {("float32", 3, "cpu")}
 
 
@@ -321,7 +324,7 @@ def test_the_command_measures_keeps_and_says_what_it_found(tmp_path, capfd, monk
     out = capfd.readouterr().out.splitlines()
     assert out[0].split() == ["backend", "precision", "first", "token", "tok/s", "10", "texts", "peak"]
     assert out[1].split() == ["onnx", "float32", "1.00", "s", "80", "17.00", "s", "1.0", "GB"]
-    assert "failed: ValueError: it fell over" in out[4]
+    assert "failed: ValueError: it fell over" in out[5]
     assert out[-1] == "fastest: onnx in float32; `--backend auto` takes it with --threads 2 from now on"
     assert choose(CONFIG, threads=2)[0] == "onnx"
 

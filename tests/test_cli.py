@@ -359,7 +359,7 @@ def test_a_prompt_that_cannot_run_exits_2(run, folder, prompt):
         (["--model", "nobody/nothing", "--offline"], "nobody/nothing is not in the cache"),
         (
             ["--backend", "frobnicate"],
-            "no backend 'frobnicate'; known are auto, numpy, torch, jax, onnx",
+            "no backend 'frobnicate'; known are auto, numpy, native, torch, jax, onnx",
         ),
         (["--device", "abacus"], "abacus"),
         (["--revision", "main"], "revision"),
@@ -665,18 +665,20 @@ def test_backends_lists_engines_and_what_auto_takes(run, folder, monkeypatch):
     assert found["numpy"]["available"]
     assert found["torch"]["available"]
     assert document["auto"]["demo"]["backend"] == "numpy"
-    assert document["auto"]["openai-community/gpt2"]["backend"] == "onnx"
+    assert document["auto"]["openai-community/gpt2"]["backend"] == "native"
     assert all(choice["why"] for choice in document["auto"].values())
     text = run("backends").out
     assert f"torch    {found['torch']['version']}" in text
-    assert "openai-community/gpt2  onnx" in text
+    assert "openai-community/gpt2  native" in text
 
 
-def test_backends_tells_the_extra_of_what_is_missing(run, folder, monkeypatch):
+def test_backends_tells_the_remedy_for_what_is_missing(run, folder, monkeypatch):
     monkeypatch.setattr(checkpoint, "DEMO", Path(folder))
+    monkeypatch.setenv("GPT2CORE_CC", "no-such-compiler")
     monkeypatch.setattr("gpt2core.backends.find_spec", lambda name: object() if name == "numpy" else None)
     result = run("backends")
     assert "pip install 'gpt2core[torch]'" in result.out
+    assert "native   -        needs a C compiler, and GPT2CORE_CC names 'no-such-compiler'" in result.out
     assert "openai-community/gpt2  numpy" in result.out
 
 
@@ -684,7 +686,7 @@ def test_backends_works_without_the_demo_model(run, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "DEMO", tmp_path / "nowhere")
     monkeypatch.delenv("GPT2CORE_BACKEND", raising=False)
     assert list(strict_json(run("backends", "--json").out)["auto"]) == ["openai-community/gpt2"]
-    assert "openai-community/gpt2  onnx" in run("backends").out
+    assert "openai-community/gpt2  native" in run("backends").out
 
 
 def test_an_unknown_backend_in_the_environment_is_one_line_and_exits_1(run, folder, monkeypatch):
@@ -702,7 +704,7 @@ def test_backends_lists_engines_though_the_environment_names_none_and_says_so_in
     result = run("backends")
     assert (result.code, result.err) == (0, "")
     lines = result.out.splitlines()
-    assert [line.split()[0] for line in lines[:5]] == ["backend", "numpy", "torch", "jax", "onnx"]
+    assert [line.split()[0] for line in lines[:6]] == ["backend", "numpy", "native", "torch", "jax", "onnx"]
     [line] = [line for line in lines if "GPT2CORE_BACKEND" in line]
     assert line == lines[-1]
     assert line.startswith(
@@ -710,7 +712,7 @@ def test_backends_lists_engines_though_the_environment_names_none_and_says_so_in
     )
     assert line.endswith("unset the variable")
     document = strict_json(run("backends", "--json").out)
-    assert {one["name"] for one in document["backends"]} >= {"numpy", "torch", "jax", "onnx"}
+    assert {one["name"] for one in document["backends"]} >= {"numpy", "native", "torch", "jax", "onnx"}
     assert set(document["auto"]) == {"demo", "openai-community/gpt2"}
     for choice in document["auto"].values():
         assert choice["backend"] is None

@@ -11,7 +11,7 @@ from gpt2core.batch import Batch
 from gpt2core.errors import RequestError
 from gpt2core.testing import CONFORMANCE_CHECKS, VARIANTS, check_backend, random_config, random_weights
 
-BACKENDS = ("numpy", "torch", "jax", "onnx")
+BACKENDS = ("numpy", "native", "torch", "jax", "onnx")
 
 
 @pytest.mark.parametrize("check", CONFORMANCE_CHECKS, ids=lambda check: check.__name__)

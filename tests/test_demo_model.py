@@ -15,7 +15,7 @@ from gpt2core import GPT2, SamplingParams
 from gpt2core.engine import Engine
 
 DEMO = Path(gpt2core.__file__).parent / "demo"
-BACKENDS = ("numpy", "torch", "onnx", "jax")
+BACKENDS = ("numpy", "native", "torch", "onnx", "jax")
 PROMPTS = [
     "Once upon a time",
     "In a galaxy far, far away",

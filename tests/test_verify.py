@@ -347,7 +347,9 @@ def test_an_option_out_of_its_range_is_refused(folder, options, message):
 
 
 def test_an_unknown_backend_and_a_missing_checkpoint_are_refused(folder, tmp_path):
-    with pytest.raises(BackendUnavailableError, match="there is no backend 'nump'; known are numpy, torch"):
+    with pytest.raises(
+        BackendUnavailableError, match="there is no backend 'nump'; known are numpy, native, torch"
+    ):
         verify(folder, backends=["nump"])
     with pytest.raises(CheckpointError, match="is not an existing folder"):
         verify(tmp_path / "none", backends=["numpy"])

@@ -7,14 +7,15 @@ backend is made.
 
 import importlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Final
 
-from gpt2core import quantize
+from gpt2core import __version__, quantize
 from gpt2core.backends import recommended
 from gpt2core.backends.base import Backend, BackendFactory, Cache, RunsPrecisions
+from gpt2core.backends.c_compiler import lacks_compiler
 from gpt2core.config import ModelConfig
 from gpt2core.errors import BackendUnavailableError, RequestError
 from gpt2core.quantized_weights import QuantizedWeights
@@ -40,20 +41,28 @@ SMALL_MODEL_PARAMETERS: Final = 30_000_000
 """Below this, starting a framework takes longer than most texts take on NumPy."""
 
 
+def _nothing() -> str:
+    return ""
+
+
 @dataclass(frozen=True, slots=True)
 class _BuiltIn:
     factory: str  # module:attribute
-    package: str  # what it imports and does its arithmetic with; also the name of the distribution
+    package: str | None  # does its arithmetic; also the name of the distribution; None: this library itself
     others: tuple[str, ...] = ()  # what else it imports
     precisions: tuple[str, ...] = ("float32",)  # the factory's, known without importing it
+    lacks: Callable[[], str] = _nothing  # what it needs beside packages and is not here, with the remedy
 
     @property
     def packages(self) -> tuple[str, ...]:
-        return self.package, *self.others
+        return self.others if self.package is None else (self.package, *self.others)
 
 
 _BUILT_IN: Final[Mapping[str, _BuiltIn]] = {
     "numpy": _BuiltIn("gpt2core.backends.numpy_backend:NumpyBackend", "numpy", precisions=PRECISIONS),
+    "native": _BuiltIn(
+        "gpt2core.backends.native_backend:NativeBackend", None, precisions=PRECISIONS, lacks=lacks_compiler
+    ),
     "torch": _BuiltIn(
         "gpt2core.backends.torch_backend:TorchBackend", "torch", precisions=("float32", "int8")
     ),
@@ -64,7 +73,7 @@ _BUILT_IN: Final[Mapping[str, _BuiltIn]] = {
 }
 BUILT_IN: Final = tuple(_BUILT_IN)
 """The names of the backends that come with the library."""
-_FASTEST_FIRST: Final = ("onnx", "torch")  # on a CPU, as measured with examples/speed.py
+_FASTEST_FIRST: Final = ("native", "onnx", "torch")  # on a CPU, as measured with examples/speed.py
 _ON_CUDA: Final = ("torch", "jax", "onnx")  # ONNX Runtime last: its cache stays in the host's memory
 
 
@@ -74,7 +83,7 @@ class BackendInfo:
 
     name: str
     available: bool
-    version: str | None  # of the package that does its arithmetic
+    version: str | None  # of the package that does its arithmetic; of gpt2core for what it does itself
     reason: str  # empty where it is available
 
 
@@ -86,12 +95,12 @@ def available(*, load_plugins: bool = True) -> dict[str, BackendInfo]:
     """
     infos = {}
     for name, built_in in _BUILT_IN.items():
-        found = _installed(built_in)
+        lacking = _lacking(name)
         infos[name] = BackendInfo(
             name=name,
-            available=found,
-            version=_version(built_in.package) if found else None,
-            reason="" if found else _install_hint(name),
+            available=not lacking,
+            version=None if lacking else _version(built_in.package),
+            reason=lacking,
         )
     for name, entry in _plugins().items():
         version = entry.dist.version if entry.dist else None
@@ -147,7 +156,8 @@ def choose(
     3. for "cuda" and "cuda:N" the first of PyTorch, JAX and ONNX Runtime that is installed; for any other
        device but the CPU ("gpu", "tpu") JAX, which alone knows such; a missing one says how to install it;
     4. NumPy for a model of less than 30 million parameters;
-    5. ONNX Runtime where it is installed, else PyTorch where it is, else NumPy (faster than JAX here).
+    5. the native backend where there is a C compiler, else ONNX Runtime where it is installed, else PyTorch
+       where it is, else NumPy (faster than JAX here).
 
     Backends that do not run `precision` are passed over, except by the first rule.
 
@@ -164,11 +174,11 @@ def choose(
         return named, "GPT2CORE_BACKEND names it"
     measured = recommended.find(config, device=device, threads=threads, precision=precision)
     able = [name for name, b in _BUILT_IN.items() if precision in b.precisions]
-    if measured is not None and measured.backend in able and _installed(_BUILT_IN[measured.backend]):
+    if measured is not None and measured.backend in able and not _lacking(measured.backend):
         return measured.backend, measured.why
     if device.partition(":")[0] == "cuda":
         for name in _ON_CUDA:
-            if name in able and _installed(_BUILT_IN[name]):
+            if name in able and not _lacking(name):
                 return name, f"the first of {', '.join(_ON_CUDA)} that is installed, for device {device!r}"
         return _ON_CUDA[0], f"NumPy does not run on device {device!r}"
     if device != "cpu":
@@ -176,9 +186,9 @@ def choose(
     if config.parameters < SMALL_MODEL_PARAMETERS:
         return "numpy", f"{config.parameters / 1e6:.1f} million parameters run before a framework has started"
     for name in _FASTEST_FIRST:
-        if name in able and _installed(_BUILT_IN[name]):
-            return name, "it is the fastest of those installed"
-    return "numpy", "neither ONNX Runtime nor PyTorch is installed"
+        if name in able and not _lacking(name):
+            return name, "it is the fastest of those that run here"
+    return "numpy", "there is no C compiler, and neither ONNX Runtime nor PyTorch is installed"
 
 
 def create_backend(
@@ -242,8 +252,12 @@ def resolve_precision(weights: Weights | QuantizedWeights, precision: str) -> st
     return precision
 
 
-def _installed(built_in: _BuiltIn) -> bool:
-    return all(find_spec(package) is not None for package in built_in.packages)
+def _lacking(name: str) -> str:
+    """What the built-in backend `name` lacks here, with the remedy; empty where it can run."""
+    built_in = _BUILT_IN[name]
+    if any(find_spec(package) is None for package in built_in.packages):
+        return _install_hint(name)
+    return built_in.lacks()
 
 
 def _plugins() -> dict[str, "EntryPoint"]:
@@ -256,7 +270,9 @@ def _known_names() -> str:
     return ", ".join(["auto", *_BUILT_IN, *_plugins()])
 
 
-def _version(package: str) -> str | None:
+def _version(package: str | None) -> str | None:
+    if package is None:
+        return __version__
     from importlib.metadata import PackageNotFoundError, version
 
     try:

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from typing import Any, Final
 
+from gpt2core.backends.c_compiler import find_compiler
 from gpt2core.backends.user_cache import cache_folder, is_ours_alone
 from gpt2core.config import ModelConfig
 
@@ -121,9 +122,22 @@ def fingerprint() -> dict[str, Any]:
         "python": sys.version,
         "packages": {name: _installed_as(name) for name in PACKAGES},
         "machine": platform.machine(),
-        "processor": _processor(),
+        "processor": processor(),
+        "compiler": find_compiler(),  # whether the native backend can run, and how fast
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
     }
+
+
+def processor() -> list[str]:
+    """Name and instructions of the first processor; names alone are often no more than "AMD EPYC"."""
+    found: list[str] = []
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+        for line in file:
+            if not line.strip():
+                break  # the next processor
+            if line.startswith(_PROCESSOR_LINES):
+                found.append(" ".join(line.split()))
+    return found or [platform.processor()]  # which runs a program, and takes milliseconds
 
 
 def _path(config: ModelConfig, device: str, threads: int | None) -> pathlib.Path:
@@ -147,15 +161,3 @@ def _installed_as(package: str) -> list[str] | None:
         return []
     builds = (f"{package}-", f"{package}_gpu-")  # onnxruntime and onnxruntime_gpu are one package
     return sorted(name for name in names if name.startswith(builds) and name.endswith(".dist-info"))
-
-
-def _processor() -> list[str]:
-    """Name and instructions of the first processor; names alone are often no more than "AMD EPYC"."""
-    found = [platform.processor()]
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-        for line in file:
-            if not line.strip():
-                break  # the next processor
-            if line.startswith(_PROCESSOR_LINES):
-                found.append(" ".join(line.split()))
-    return found

@@ -1,0 +1,29 @@
+"""Which C compiler this machine has; looked up, never run, so that the registry can ask."""
+
+import os
+from typing import Final
+
+VARIABLE: Final = "GPT2CORE_CC"
+"""The environment variable that names a compiler: a program's name or path."""
+_PROGRAMS: Final = ("cc", "gcc", "clang")
+
+
+def find_compiler() -> str | None:
+    """The path of the C compiler: what GPT2CORE_CC names, else the first of cc, gcc and clang; None: none."""
+    import shutil  # costs milliseconds, which those who need no compiler should not wait for
+
+    named = os.environ.get(VARIABLE)
+    found = map(shutil.which, (named,) if named else _PROGRAMS)
+    return next((path for path in found if path is not None), None)
+
+
+def lacks_compiler() -> str:
+    """Why nothing can be compiled here, with the remedy, as in "the backend ..."; empty where it can be."""
+    if os.name != "posix":
+        return "needs a POSIX system such as Linux or macOS"
+    if find_compiler() is not None:
+        return ""
+    named = os.environ.get(VARIABLE)
+    if named:
+        return f"needs a C compiler, and {VARIABLE} names {named!r}, which is not found; correct or unset it"
+    return "needs a C compiler (gcc or clang), and none was found; install one (Debian: apt install gcc)"
