@@ -179,6 +179,8 @@ def test_flags_come_in_this_order_and_further_ones_last(sources, compiler, monke
     assert words[:2] == ["-O3", "-std=gnu11"]
     assert {"-fno-math-errno", "-fPIC", "-shared", "-pthread"} < set(words)
     assert words.index("-O3") < words.index("-O1") < words.index("gpt2.c") < words.index("-lm")
+    own = [n for n, word in enumerate(words) if word.endswith("=native")]
+    assert all(n < words.index("-O1") for n in own)
 
 
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64", "s390x"])

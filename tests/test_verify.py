@@ -417,16 +417,18 @@ def test_json_is_one_strict_document_also_where_numbers_are_not_finite(run, fold
     assert one["comparisons"][0]["name"] == "prefill"
 
 
-def test_a_backend_that_is_not_installed_is_skipped_with_its_extra(run, folder, monkeypatch):
+def test_a_backend_that_cannot_run_is_skipped_with_the_remedy(run, folder, monkeypatch):
     from gpt2core import backends
 
     stranger = EntryPoint("stranger", "strange:Backend", backends.ENTRY_POINT_GROUP)
-    monkeypatch.setattr(backends, "_installed", lambda built_in: built_in.package == "numpy")
+    monkeypatch.setattr(backends, "find_spec", lambda name: object() if name == "numpy" else None)
+    monkeypatch.setenv("GPT2CORE_CC", "no-such-compiler")
     monkeypatch.setattr(backends, "_plugins", lambda: {"stranger": stranger})  # not the worker's
     code, out, _ = run(folder, "--seeds", "0")
     assert code == 0
     assert "stranger: skipped: BackendUnavailableError: there is no backend 'stranger'" in out
     assert "torch: skipped: install it with: pip install 'gpt2core[torch]'\n" in out
+    assert "native: skipped: needs a C compiler, and GPT2CORE_CC names 'no-such-compiler'" in out
 
 
 def test_the_commands_tolerance_is_the_librarys():
