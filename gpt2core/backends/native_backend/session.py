@@ -4,7 +4,9 @@
 
 import ctypes
 import os
-from ctypes import POINTER, Structure, byref, c_int, c_long, c_void_p
+import threading
+import weakref
+from ctypes import POINTER, Structure, byref, c_long, c_void_p
 from typing import Any, Final, final
 
 import numpy as np
@@ -21,6 +23,7 @@ from gpt2core.quantize import PRECISIONS
 from gpt2core.quantized_weights import QuantizedWeights
 from gpt2core.weights import Weights
 
+_CLOSED: Final = "the native backend is closed; load the model again"
 _MOST_TOKENS: Final = 512
 """Of one pass in C: what it works with stays small, and products gain nothing from more."""
 
@@ -80,9 +83,13 @@ class NativeBackend:
         self.config = weights.config
         self.precision = weights.precision if isinstance(weights, QuantizedWeights) else "float32"
         self._library = _declared(load_library())
-        self._team = self._library.team_new(threads or _cores())
         self._packed: PackedModel | None = PackedModel(weights, self._library)
-        self._weights: Weights | QuantizedWeights | None = weights  # the embeddings are read where they lie
+        team = self._library.team_new(threads or _cores())
+        if not team:
+            raise BackendError("the native backend found no memory for its threads")
+        self._team = c_void_p(team)
+        self._end_team = weakref.finalize(self, self._library.team_free, self._team)
+        self._lock = threading.Lock()  # a team takes one pass at a time
 
     def new_cache(self, slots: int, capacity: int) -> NativeCache:
         """An empty cache for `slots` sequences of up to `capacity` tokens."""
@@ -94,7 +101,7 @@ class NativeBackend:
         """See `gpt2core.backends.base.Backend.forward`."""
         packed = self._packed
         if packed is None:
-            raise RequestError("the native backend is closed; load the model again")
+            raise RequestError(_CLOSED)
         batch.check(vocab_size=self.config.vocab_size, slots=cache.slots, capacity=cache.capacity)
         logits = np.empty((len(batch.logits_at), self.config.vocab_size), np.float32)
         firsts = np.cumsum(batch.lengths, dtype=np.int32) - batch.lengths
@@ -121,11 +128,14 @@ class NativeBackend:
         logits: np.ndarray,
     ) -> None:
         tokens, pieces, wanted = map(np.ascontiguousarray, (tokens, pieces, wanted))
-        failed = self._library.forward(
-            *(self._team, byref(packed.model), byref(cache.there)),
-            *(tokens.ctypes.data, len(tokens), pieces.ctypes.data, len(pieces)),
-            *(wanted.ctypes.data, len(wanted), logits.ctypes.data),
-        )
+        with self._lock:
+            if not self._end_team.alive:
+                raise RequestError(_CLOSED)
+            failed = self._library.forward(
+                *(self._team, byref(packed.model), byref(cache.there)),
+                *(tokens.ctypes.data, len(tokens), pieces.ctypes.data, len(pieces)),
+                *(wanted.ctypes.data, len(wanted), logits.ctypes.data),
+            )
         if failed:
             raise BackendError(f"the native backend found no memory for a pass of {len(tokens)} tokens")
 
@@ -134,8 +144,10 @@ class NativeBackend:
         return 0.1 + 0.06 * tokens
 
     def close(self) -> None:
-        """Let go of the weights."""
-        self._packed = self._weights = None
+        """Let go of the weights and the threads."""
+        with self._lock:
+            self._end_team()
+        self._packed = None
 
 
 def _cut(pieces: np.ndarray, first: int, last: int) -> np.ndarray:
