@@ -7,26 +7,28 @@ The structures have the fields of those in `kernels/products.h` and `kernels/gpt
 
 import ctypes
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from ctypes import POINTER, Structure, c_float, c_int, c_long, c_void_p
 from typing import Any, Final
 
 import numpy as np
 
 from gpt2core.backends.memory import giving_back, private_memory
-from gpt2core.config import ModelConfig
 from gpt2core.errors import BackendUnavailableError
 from gpt2core.quantized_weights import (
     BFloat16,
     Int4,
     Int8,
+    QuantizedBlock,
     QuantizedLinear,
     QuantizedWeights,
     Table,
     unpack_nibbles,
 )
-from gpt2core.weights import LayerNorm, Linear, Weights
+from gpt2core.weights import Block, LayerNorm, Linear, Weights
 
+AnyMatrix = np.ndarray | Int8 | Int4 | BFloat16
+AnyBlock = Block | QuantizedBlock
 _FLOAT32, _BFLOAT16, _INT8, _INT4 = range(4)
 _ALIGNMENT: Final = 64  # bytes; a line of the processor's cache
 _MOST_INT8_INPUTS: Final = 66_000  # more of 255 * 127 would not fit in 32 bits
@@ -100,20 +102,9 @@ class PackedModel:
         self._arena = _Arena(sum(self._packed_nbytes(m) for m in _matrices(weights)))
         config = weights.config
         with giving_back(array for _, array in weights.named()):
-            self._blocks = (CBlock * config.n_layer)(
-                *(
-                    CBlock(
-                        self._norm(block.ln_1),
-                        self._norm(block.ln_2),
-                        self._linear(block.c_attn),
-                        self._linear(block.attn_c_proj),
-                        self._linear(block.c_fc),
-                        self._linear(block.mlp_c_proj),
-                        config.attention_scale(i),
-                    )
-                    for i, block in enumerate(weights.blocks)
-                )
-            )
+            parts: Sequence[AnyBlock] = weights.blocks
+            blocks = [self._block(part, config.attention_scale(i)) for i, part in enumerate(parts)]
+            self._blocks = (CBlock * config.n_layer)(*blocks)
             head = self._matrix(_transposed(weights.lm_head))
         kind, wte, wte_scale = self._table(weights.wte)
         self.nbytes = self._arena.nbytes
@@ -137,6 +128,17 @@ class PackedModel:
         size = _whole(len(vector), self._wide)
         return self._address(np.pad(np.asarray(vector, np.float32), (0, size - len(vector))))
 
+    def _block(self, block: AnyBlock, attention_scale: float) -> CBlock:
+        return CBlock(
+            self._norm(block.ln_1),
+            self._norm(block.ln_2),
+            self._linear(block.c_attn),
+            self._linear(block.attn_c_proj),
+            self._linear(block.c_fc),
+            self._linear(block.mlp_c_proj),
+            attention_scale,
+        )
+
     def _norm(self, norm: LayerNorm) -> CNorm:
         return CNorm(self._padded(norm.weight), self._padded(norm.bias))
 
@@ -150,7 +152,7 @@ class PackedModel:
             return _BFLOAT16, self._address(table.bits), None
         return _FLOAT32, self._address(table), None
 
-    def _packed_nbytes(self, matrix: "np.ndarray | Int8 | Int4 | BFloat16") -> int:
+    def _packed_nbytes(self, matrix: AnyMatrix) -> int:
         inputs, outputs = _shape(matrix)
         outputs = _whole(outputs, self._wide)
         if isinstance(matrix, Int4):
@@ -161,7 +163,7 @@ class PackedModel:
             size = inputs * outputs * (2 if isinstance(matrix, BFloat16) else 4)
         return _whole(size, _ALIGNMENT)
 
-    def _matrix(self, matrix: "np.ndarray | Int8 | Int4 | BFloat16") -> CMatrix:
+    def _matrix(self, matrix: AnyMatrix) -> CMatrix:
         """Pack a matrix (I, O), of any strides."""
         inputs, outputs = _shape(matrix)
         to = self._arena.take(self._packed_nbytes(matrix))
@@ -209,13 +211,15 @@ class _Arena:
         return self._start + self._used - nbytes
 
 
-def _matrices(weights: Weights | QuantizedWeights) -> Iterator["np.ndarray | Int8 | Int4 | BFloat16"]:
-    for block in weights.blocks:
-        yield from (l.weight for l in (block.c_attn, block.attn_c_proj, block.c_fc, block.mlp_c_proj))
+def _matrices(weights: Weights | QuantizedWeights) -> Iterator[AnyMatrix]:
+    blocks: Sequence[AnyBlock] = weights.blocks
+    for block in blocks:
+        for linear in (block.c_attn, block.attn_c_proj, block.c_fc, block.mlp_c_proj):
+            yield linear.weight
     yield _transposed(weights.lm_head)
 
 
-def _transposed(table: np.ndarray | Table) -> "np.ndarray | Int8 | BFloat16":
+def _transposed(table: np.ndarray | Table) -> AnyMatrix:
     """The head as a matrix (D, V)."""
     if isinstance(table, Int8):
         return Int8(table.values.T, table.scale[:, 0])
@@ -224,16 +228,17 @@ def _transposed(table: np.ndarray | Table) -> "np.ndarray | Int8 | BFloat16":
     return table.T
 
 
-def _shape(matrix: "np.ndarray | Int8 | Int4 | BFloat16") -> tuple[int, int]:
+def _shape(matrix: AnyMatrix) -> tuple[int, int]:
     if isinstance(matrix, Int4):
         return matrix.inputs, len(matrix.packed)
-    values = matrix.values if isinstance(matrix, Int8) else getattr(matrix, "bits", matrix)
-    if isinstance(matrix, Int8) and values.shape[0] > _MOST_INT8_INPUTS:
+    if isinstance(matrix, Int8) and matrix.values.shape[0] > _MOST_INT8_INPUTS:
         raise BackendUnavailableError(
             f"the native backend multiplies int8 matrices of up to {_MOST_INT8_INPUTS} inputs, not "
-            f"{values.shape[0]}; use precision='float32' or backend='numpy'"
+            f"{matrix.values.shape[0]}; use precision='float32' or backend='numpy'"
         )
-    return values.shape
+    values = matrix.values if isinstance(matrix, Int8) else matrix
+    inputs, outputs = (values.bits if isinstance(values, BFloat16) else values).shape
+    return inputs, outputs
 
 
 def _int4_inputs(matrix: Int4) -> int:

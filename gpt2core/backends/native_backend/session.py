@@ -63,7 +63,8 @@ class NativeBackend:
         weights: float32 or quantised. A rearranged copy of the matrices is kept; pages of a memory-mapped
             checkpoint are given back as they are copied, so that one copy stays.
         device: only "cpu".
-        threads: of a forward pass; None takes one per core. They wait actively within a pass, and end with it.
+        threads: of a forward pass; None takes one per core. They wait actively within a pass and
+            up to 0.2 ms after it.
 
     Raises:
         BackendUnavailableError: another device, no C compiler, or one that fails.
