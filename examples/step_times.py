@@ -44,9 +44,8 @@ def with_small_vocabulary(weights: Any) -> Any:
 
     wte = cut(weights.wte)
     head = wte if weights.lm_head is weights.wte else cut(weights.lm_head)
-    return replace(
-        weights, config=replace(weights.config, vocab_size=SMALL_VOCABULARY), wte=wte, lm_head=head
-    )
+    config = replace(weights.config, vocab_size=SMALL_VOCABULARY, bos_token_id=None, eos_token_ids=())
+    return replace(weights, config=config, wte=wte, lm_head=head)
 
 
 def fastest_ms(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
@@ -138,7 +137,7 @@ def measure(name: str, weights: Any, bandwidth: float, args: argparse.Namespace)
             args.rounds,
         )
         head, past = ms["whole"] - ms["headless"], ms["whole"] - ms["near"]
-        cached = 8 * batch * args.position * config.n_layer * config.n_embd
+        cached = backend.new_cache(batch, args.position).nbytes
         share = read_nbytes(weights) / (ms["whole"] * 1e-3) / bandwidth
         layers = ms["whole"] - head - past
         print(
