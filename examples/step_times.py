@@ -124,7 +124,6 @@ def measure(name: str, weights: Any, bandwidth: float, args: argparse.Namespace)
     """The table of one backend."""
     print(f"\n| {name} | pass, ms | layers | past | head | cache read, MB | reads |")
     print("|---" * 7 + "|")
-    config = weights.config
     whole = create_backend(name, weights, threads=args.threads)
     headless = create_backend(name, with_small_vocabulary(weights), threads=args.threads)
     for batch in map(int, args.batch.split(",")):
@@ -137,7 +136,7 @@ def measure(name: str, weights: Any, bandwidth: float, args: argparse.Namespace)
             args.rounds,
         )
         head, past = ms["whole"] - ms["headless"], ms["whole"] - ms["near"]
-        cached = backend.new_cache(batch, args.position).nbytes
+        cached = whole.new_cache(batch, args.position).nbytes
         share = read_nbytes(weights) / (ms["whole"] * 1e-3) / bandwidth
         layers = ms["whole"] - head - past
         print(
