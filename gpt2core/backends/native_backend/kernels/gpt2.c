@@ -231,12 +231,24 @@ static void work(void *pass, Member *me) { take_part(pass, me); }
 static long whole_vectors(long count) { return (count + LANES - 1) / LANES * LANES; }
 static long whole_strips(long count) { return (count + WIDE - 1) / WIDE * WIDE; }
 
+static long larger_of(long x, long y) { return x > y ? x : y; }
+
+/* Of all matrices, which may be rounded up by their groups. */
+static long widest_inputs(const Model *model) {
+  long most = model->head.inputs;
+  for (long layer = 0; layer < model->layers; layer++) {
+    const Block *block = model->blocks + layer;
+    most = larger_of(most, larger_of(block->c_attn.weight.inputs, block->attn_c_proj.weight.inputs));
+    most = larger_of(most, larger_of(block->c_fc.weight.inputs, block->mlp_c_proj.weight.inputs));
+  }
+  return most;
+}
+
 /* Append the tokens to the cache and compute the wanted logits. 0, or -1 where memory is wanting: then
    nothing was written. */
 int forward(Team *team, const Model *model, const Cache *cache, const int32_t *tokens, long tokens_count,
             const Piece *pieces, long pieces_count, const int32_t *wanted, long wanted_count, float *logits) {
-  const long width = model->width;
-  const long kept = wanted_count > tokens_count ? wanted_count : tokens_count;
+  const long width = model->width, kept = larger_of(wanted_count, tokens_count);
   Pass pass = {.model = model, .cache = cache, .tokens = tokens, .pieces = pieces, .wanted = wanted,
                .tokens_count = tokens_count, .pieces_count = pieces_count, .wanted_count = wanted_count,
                .logits = logits, .team = team};
@@ -245,27 +257,31 @@ int forward(Team *team, const Model *model, const Cache *cache, const int32_t *t
   pass.padded = whole_strips(width);
   pass.mlp_padded = whole_strips(model->mlp);
   pass.qkv_padded = whole_strips(3 * width);
-  long scratch = 0;
-  for (long layer = 0; layer < model->layers; layer++) { /* the widest rounded rows */
-    const Linear *all[] = {&model->blocks[layer].c_attn, &model->blocks[layer].attn_c_proj,
-                           &model->blocks[layer].c_fc, &model->blocks[layer].mlp_c_proj};
-    for (int i = 0; i < 4; i++) scratch = all[i]->weight.inputs > scratch ? all[i]->weight.inputs : scratch;
-  }
-  scratch = model->head.inputs > scratch ? model->head.inputs : scratch;
-  long floats[] = {kept * pass.padded, tokens_count * pass.qkv_padded, kept * pass.padded,
-                   kept * pass.mlp_padded, wanted_count * pass.padded, wanted_count * pass.padded,
-                   team->threads * QUERIES * cache->capacity, kept * scratch / 4 + 64, kept * scratch / 8 + 64,
-                   kept * scratch / 8 + 64};
-  float **places[] = {&pass.x, &pass.qkv, &pass.y, &pass.h, &pass.kept_x, &pass.kept_y, &pass.scores,
-                      (float **)&pass.rounded, &pass.round_scale, &pass.round_sum};
+  const long rounded = kept * widest_inputs(model); /* numbers; their groups have 8 or more */
+  const struct {
+    void *place;
+    long floats;
+  } parts[] = {
+      {&pass.x, kept * pass.padded},
+      {&pass.y, kept * pass.padded},
+      {&pass.h, kept * pass.mlp_padded},
+      {&pass.qkv, tokens_count * pass.qkv_padded},
+      {&pass.kept_x, wanted_count * pass.padded},
+      {&pass.kept_y, wanted_count * pass.padded},
+      {&pass.scores, team->threads * QUERIES * cache->capacity},
+      {&pass.rounded, rounded / 4},
+      {&pass.round_scale, rounded / 8 + kept},
+      {&pass.round_sum, rounded / 8 + kept},
+  };
+  const int count = sizeof parts / sizeof *parts;
   long all = 0;
-  for (int i = 0; i < 10; i++) all += whole_vectors(floats[i]) + LANES;
+  for (int i = 0; i < count; i++) all += whole_strips(parts[i].floats + 1);
   float *arena = aligned_alloc(64, 4 * all);
   if (!arena) return -1;
   float *at = arena;
-  for (int i = 0; i < 10; i++) {
-    *places[i] = at;
-    at += whole_vectors(floats[i]) + LANES;
+  for (int i = 0; i < count; i++) {
+    memcpy(parts[i].place, &at, sizeof at);
+    at += whole_strips(parts[i].floats + 1);
   }
   if (team->process != getpid()) gather(team);
   call(team, work, &pass);
