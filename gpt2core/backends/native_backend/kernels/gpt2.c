@@ -251,11 +251,11 @@ int forward(Team *team, const Model *model, const Cache *cache, const int32_t *t
                            &model->blocks[layer].c_fc, &model->blocks[layer].mlp_c_proj};
     for (int i = 0; i < 4; i++) scratch = all[i]->weight.inputs > scratch ? all[i]->weight.inputs : scratch;
   }
-  scratch = model->head.inputs > scratch ? model->head.inputs : scratch;
+  scratch = model->head.inputs > scratch ? model->head.inputs : scratch; /* a multiple of 4 where rows are rounded */
+  const long groups = scratch / 8 + 1; /* with a scale of their own: a group has more inputs, or all */
   long floats[] = {kept * pass.padded, tokens_count * pass.qkv_padded, kept * pass.padded,
                    kept * pass.mlp_padded, wanted_count * pass.padded, wanted_count * pass.padded,
-                   team->threads * QUERIES * cache->capacity, kept * scratch / 4 + 64, kept * scratch / 8 + 64,
-                   kept * scratch / 8 + 64};
+                   team->threads * QUERIES * cache->capacity, kept * scratch / 4, kept * groups, kept * groups};
   float **places[] = {&pass.x, &pass.qkv, &pass.y, &pass.h, &pass.kept_x, &pass.kept_y, &pass.scores,
                       (float **)&pass.rounded, &pass.round_scale, &pass.round_sum};
   long all = 0;
