@@ -1,22 +1,16 @@
 """The native backend: the same bits however work is cut, near the reference, and gone when it is closed."""
 
 import platform
-import subprocess
-import sys
 import threading
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from gpt2core.backends import create_backend
 from gpt2core.backends.native_backend import NativeBackend
 from gpt2core.batch import Batch
-from gpt2core.checkpoint import save_checkpoint
 from gpt2core.config import ACTIVATIONS
-from gpt2core.errors import BackendUnavailableError, RequestError
 from gpt2core.quantize import PRECISIONS, dequantize, quantize
-from gpt2core.quantized_folder import save_quantized
 from gpt2core.reference import layer_norm, linear, reference_logits, reference_trace
 from gpt2core.subject import TOLERANCE
 from gpt2core.testing import CONFORMANCE_CHECKS, check_backend, random_config, random_weights
@@ -44,14 +38,6 @@ def all_logits(backend, tokens):
     """Of one row, alone, in one pass."""
     batch = Batch.of([(tokens, 0, 0)], range(len(tokens)))
     return backend.forward(batch, backend.new_cache(1, len(tokens)))
-
-
-def run(script, *arguments):
-    """A program of its own, whose threads and memory are only the backend's."""
-    command = [sys.executable, "-c", script, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.split()
 
 
 # ---------------------------------------------------------------------------------------------- the same bits
@@ -163,7 +149,7 @@ SHAPES = {
     "width 20": {"n_embd": 20, "n_head": 4, "n_inner": 37, "vocab_size": 257},
     "width 42": {"n_embd": 42, "n_head": 3, "n_inner": 37, "vocab_size": 263},
     "width 96, 1 layer": {"n_embd": 96, "n_layer": 1, "vocab_size": 241, "tie_word_embeddings": False},
-    "width 320": {"n_embd": 320, "n_layer": 2, "vocab_size": 97},
+    "width 160": {"n_embd": 160, "n_layer": 2, "n_inner": 101, "vocab_size": 97},
     "width 4": {"n_embd": 4, "n_head": 2, "n_inner": 3, "vocab_size": 13},
 }
 NEAR = {  # largest difference of a logit; measured 8e-6, 1e-5, 0.19 and 0.23, in width 4 0.40 and 0.38
@@ -199,9 +185,10 @@ def test_the_narrowest_models_run_in_passes_of_hundreds_of_tokens(precision):
     np.testing.assert_array_equal(got, np.concatenate([all_logits(backend, text) for text in texts]))
 
 
-@pytest.mark.parametrize("scale", [1, 10, 1000])
+@pytest.mark.parametrize(("scale", "tolerance"), [(1, TOLERANCE), (15, TOLERANCE), (1000, 1e-3)])
 @pytest.mark.parametrize("name", sorted(ACTIVATIONS))
-def test_every_activation_is_the_references_also_far_from_zero(name, scale):
+def test_every_activation_is_the_references_also_far_from_zero(name, scale, tolerance):
+    """Inputs reach 2.5, 37 and 2500, whose own rounding steep functions show: 4e-4 measured."""
     weights = random_weights(random_config(n_layer=1, n_inner=50, activation_function=name), seed=7)
     (block,) = weights.blocks
     block = replace(block, c_fc=replace(block.c_fc, weight=block.c_fc.weight * np.float32(scale)))
@@ -212,7 +199,7 @@ def test_every_activation_is_the_references_also_far_from_zero(name, scale):
     assert inputs.min() < -2.5 * scale
     assert inputs.max() > 2.5 * scale
     got = all_logits(NativeBackend(weights, threads=1), tokens)
-    np.testing.assert_allclose(got, reference_logits(weights, tokens), rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(got, reference_logits(weights, tokens), rtol=0, atol=tolerance)
 
 
 def quantising(weights, **options):
@@ -224,9 +211,7 @@ def quantising(weights, **options):
     return make
 
 
-SUITE = {
-    precision: quantize(random_weights(random_config()), precision, group_size=32) for precision in PRECISIONS
-}
+SUITE = {precision: stored(random_weights(random_config()), precision) for precision in ALL}
 
 
 @pytest.mark.parametrize("check", CONFORMANCE_CHECKS, ids=lambda check: check.__name__)
@@ -241,7 +226,7 @@ def test_quantised_weights_pass_the_suite(precision, check):
 @pytest.mark.parametrize("what", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("precision", ALL)
 def test_numbers_that_are_not_finite_are_neither_hidden_nor_spread(precision, what):
-    weights = stored(random_weights(random_config()), precision)
+    weights = SUITE[precision]
     wpe = weights.wpe.copy()
     wpe[12] = what
     backend, sound = NativeBackend(replace(weights, wpe=wpe)), NativeBackend(weights)
@@ -256,7 +241,7 @@ def test_numbers_that_are_not_finite_are_neither_hidden_nor_spread(precision, wh
 
 # ------------------------------------------------------------------------------------------- other processors
 
-PROCESSORS = ["-O1", "-O1 -mno-avx512f", "-O1 -march=x86-64"] if platform.machine() == "x86_64" else ["-O1"]
+PROCESSORS = ["-O1 -mno-avx512f", "-O1 -march=x86-64"] if platform.machine() == "x86_64" else ["-O1"]
 
 
 @pytest.mark.parametrize("flags", PROCESSORS)
@@ -272,116 +257,6 @@ def test_code_for_lesser_processors_computes_the_same_numbers(flags, precision, 
     want = all_logits(NativeBackend(STORED[precision]), TOKENS)
     monkeypatch.setenv("GPT2CORE_CFLAGS", flags)
     off = all_logits(NativeBackend(STORED[precision]), TOKENS) - want
-    print("MEASURED", flags, precision, np.abs(off).max(), off.std())
-
-
-# ----------------------------------------------------------------------------------------- threads, processes
-
-START = """
-import gc, os, sys, time
-import numpy as np, psutil
-from gpt2core.backends.native_backend import NativeBackend
-from gpt2core.batch import Batch
-from gpt2core.testing import random_config, random_weights
-def logits(backend):
-    batch = Batch.of([(range(30), 0, 0), (range(5), 0, 1)])
-    return backend.forward(batch, backend.new_cache(2, 40)).tobytes()
-"""
-FORK = f"""{START}
-backend = NativeBackend(random_weights(random_config()), threads=3)
-want = logits(backend)
-for turn in range(3):  # the last child closes, too
-    read, write = os.pipe()
-    if (child := os.fork()) == 0:
-        got = [logits(backend) for _ in range(3)]
-        threads = psutil.Process().num_threads()
-        if turn == 2:
-            backend.close()
-        os.write(write, f"{{got == [want] * 3}} {{threads}}".encode())
-        os._exit(0)
-    print(os.read(read, 100).decode(), os.waitpid(child, 0)[1], logits(backend) == want)
-"""
-
-
-def test_a_forked_child_computes_the_same_and_the_parent_goes_on():
-    assert run(FORK) == ["True", "3", "0", "True"] * 3
-
-
-THREADS = f"""{START}
-def threads_like(count):
-    until = time.monotonic() + 10  # a thread that was joined is listed for a moment longer
-    while psutil.Process().num_threads() != count and time.monotonic() < until:
-        time.sleep(0.01)
-    return psutil.Process().num_threads() - count
-weights = random_weights(random_config())
-NativeBackend(weights, threads=1)
-before = psutil.Process().num_threads()
-closed, dropped = (NativeBackend(weights, threads=5) for _ in range(2))
-logits(closed), logits(dropped)
-print(threads_like(before + 8))
-closed.close()
-print(threads_like(before + 4))
-closed.close()
-del dropped
-print(threads_like(before))
-for _ in range(50):
-    NativeBackend(weights, threads=3)
-print(threads_like(before))
-"""
-
-
-def test_threads_end_with_close_and_with_the_last_reference():
-    assert run(THREADS) == ["0"] * 4
-
-
-def test_a_closed_backend_refuses_and_may_be_closed_again():
-    backend = NativeBackend(WIDE)
-    cache = backend.new_cache(1, 8)
-    backend.close()
-    backend.close()
-    with pytest.raises(RequestError, match="native backend is closed; load the model again"):
-        backend.forward(Batch.of([([1], 0, 0)]), cache)
-
-
-@pytest.mark.parametrize("device", ["cuda", "cuda:1", "tpu", ""])
-def test_other_devices_are_refused_by_name(device):
-    with pytest.raises(BackendUnavailableError, match=f"runs on device 'cpu' only, not '{device}'"):
-        create_backend("native", WIDE, device=device)
-
-
-# ----------------------------------------------------------------------------------------------------- memory
-
-MEMORY = """
-import sys
-from gpt2core import Batch, open_checkpoint
-from gpt2core.backends import create_backend
-from gpt2core.testing import random_config, random_weights
-def passed(weights):
-    backend = create_backend("native", weights, threads=2)
-    backend.forward(Batch.of([([1, 2], 0, 0)]), backend.new_cache(1, 8))
-    return backend
-def nbytes(name):
-    with open("/proc/self/status") as file:
-        return 1024 * next(int(line.split()[1]) for line in file if line.startswith(name))
-warm = passed(random_weights(random_config())), open_checkpoint(sys.argv[1])
-before = nbytes("VmRSS")
-weights = open_checkpoint(sys.argv[2]).stored
-backend = passed(weights)
-print((nbytes("VmRSS") - before) / weights.nbytes, (nbytes("VmHWM") - before) / weights.nbytes)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads the process's memory from Linux's /proc")
-@pytest.mark.parametrize("precision", ALL)
-def test_one_copy_of_a_checkpoint_stays_and_no_second_one_is_ever_there(precision, tmp_path):
-    """In a process of its own: 6.6 million parameters, whose pages of the file are given back."""
-    for name, vocab_size in (("warm", 16), ("folder", 16384)):
-        (tmp_path / name).mkdir()
-        weights = random_weights(random_config(n_embd=256, n_head=8, vocab_size=vocab_size))
-        if precision == "float32":
-            save_checkpoint(tmp_path / name, weights)
-        else:
-            save_quantized(tmp_path / name, quantize(weights, precision))
-    stays, most = map(float, run(MEMORY, tmp_path / "warm", tmp_path / "folder"))
-    print("MEASURED", precision, stays, most)
-    assert 0.8 < stays < 1.4
+    most, spread = (3e-5, 5e-6) if precision == "bfloat16" else (0.2, 0.02)
+    assert np.abs(off).max() < most  # 1.4e-5 measured; 0.083 where a number is rounded to the next step
+    assert off.std() < spread  # 1.6e-6 measured, and 0.0083
