@@ -14,6 +14,7 @@ import gpt2core
 from gpt2core import backends
 from gpt2core.backends import available, choose, create_backend, load_factory
 from gpt2core.backends.blas_threads import _openblas, blas_threads, check_threads
+from gpt2core.backends.native_backend import NativeBackend
 from gpt2core.backends.numpy_backend import NumpyBackend
 from gpt2core.backends.torch_backend import TorchBackend
 from gpt2core.batch import Batch
@@ -278,7 +279,7 @@ def test_a_bad_thread_count_is_refused(threads):
         check_threads(threads)
 
 
-@pytest.mark.parametrize("factory", [NumpyBackend, TorchBackend])
+@pytest.mark.parametrize("factory", [NumpyBackend, NativeBackend, TorchBackend])
 def test_backends_refuse_a_bad_thread_count(factory):
     with pytest.raises(RequestError, match="threads is 0"):
         factory(TINY, threads=0)
@@ -333,7 +334,7 @@ def test_torch_shares_the_weights_on_the_cpu_and_leaves_them_read_only():
     assert not TINY.wte.flags.writeable
 
 
-@pytest.mark.parametrize("factory", [NumpyBackend, TorchBackend])
+@pytest.mark.parametrize("factory", [NumpyBackend, NativeBackend, TorchBackend])
 def test_no_backend_writes_to_the_weights(factory):
     weights = random_weights(random_config())
     before = {name: array.copy() for name, array in weights.named()}

@@ -19,7 +19,7 @@ def test_lazy_zeros_are_writable_float32_zeros_and_private_to_each_array():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the process's memory from Linux's /proc")
-@pytest.mark.parametrize("backend", ["numpy", "torch", "onnx"])
+@pytest.mark.parametrize("backend", ["numpy", "native", "torch", "onnx"])
 def test_a_few_tokens_in_every_slot_do_not_make_the_whole_cache_resident(backend):
     code = f"""
 import numpy as np, psutil

@@ -843,8 +843,8 @@ def test_logits_and_score_agree_with_the_reference(folder, tiny):
     np.testing.assert_allclose(tiny.score(ids).logprobs, logprobs[np.arange(63), ids[1:]], atol=2e-4)
 
 
-@pytest.mark.parametrize("backend", ["numpy", "torch"])
-def test_the_same_seed_gives_the_same_text_batched_streamed_and_on_either_backend(folder, tiny, backend):
+@pytest.mark.parametrize("backend", ["numpy", "native", "torch"])
+def test_the_same_seed_gives_the_same_text_batched_streamed_and_on_every_backend(folder, tiny, backend):
     from gpt2core.checkpoint import open_checkpoint
 
     prompts = ["a", "Once upon", "b" * 20, "Zoë", "the end", "x", "yz"]

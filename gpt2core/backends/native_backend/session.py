@@ -92,6 +92,7 @@ class NativeBackend:
         self._team = c_void_p(team)
         self._end_team = weakref.finalize(self, self._library.team_free, self._team)
         self._lock = threading.Lock()  # a team takes one pass at a time
+        _alive.add(self)
 
     def new_cache(self, slots: int, capacity: int) -> NativeCache:
         """An empty cache for `slots` sequences of up to `capacity` tokens."""
@@ -150,6 +151,19 @@ class NativeBackend:
         with self._lock:
             self._end_team()
         self._packed = None
+
+
+_alive: Final[weakref.WeakSet[NativeBackend]] = weakref.WeakSet()
+
+
+def _unlock_all() -> None:
+    """In a forked child, which lacks the thread that may have been in a pass."""
+    for backend in _alive:
+        backend._lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_unlock_all)
 
 
 def _cut(pieces: np.ndarray, first: int, last: int) -> np.ndarray:
