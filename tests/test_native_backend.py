@@ -175,6 +175,24 @@ def test_every_precision_is_near_the_reference_on_every_shape(shape, precision, 
         assert off.std() < 0.045 * want.std()  # 0.026 measured
 
 
+def test_an_int8_product_is_exactly_that_of_the_rounded_row():
+    """The head's, of a model whose blocks add nothing: whole numbers times whole numbers."""
+    weights = random_weights(random_config(n_embd=42, n_head=3, n_layer=1, vocab_size=263), seed=9)
+    (block,) = weights.blocks
+    nothing = {
+        name: replace(part, weight=0 * part.weight, bias=0 * part.bias)
+        for name, part in (("attn_c_proj", block.attn_c_proj), ("mlp_c_proj", block.mlp_c_proj))
+    }
+    rounded = quantize(replace(weights, blocks=(replace(block, **nothing),)), "int8")
+    tokens = tokens_of(weights.config, 40, seed=10)
+    x = rounded.wte.float32()[tokens] + rounded.wpe[:40]
+    x = layer_norm(x, rounded.ln_f, weights.config.layer_norm_epsilon)
+    step = np.abs(x).max(1, keepdims=True) / 127
+    want = np.rint(x / step) @ rounded.lm_head.values.T.astype(float) * step * rounded.lm_head.scale[:, 0]
+    got = all_logits(NativeBackend(rounded, threads=1), tokens)
+    np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize("precision", ALL)
 def test_the_narrowest_models_run_in_passes_of_hundreds_of_tokens(precision):
     weights = stored(random_weights(random_config(**SHAPES["width 4"]), seed=1), precision)
