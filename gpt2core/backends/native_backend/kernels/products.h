@@ -245,7 +245,9 @@ PRODUCT(product_int4, INT4)
 static void multiply(Member *me, const Matrix *m, const Rows *in, long rows, const Result *out) {
   static void (*const products[])(const Matrix *, const Rows *, long, const Result *, Share) = {
       product_float32, product_bfloat16, product_int8, product_int4};
-  STAGE(me, rows ? (m->outputs + WIDE - 1) / WIDE : 0, 4, mine) products[m->kind](m, in, rows, out, mine);
+  const int fineness = rows > TILE_ROWS ? 2 : 4; /* the next strip is asked for, and had better be one's own */
+  STAGE(me, rows ? (m->outputs + WIDE - 1) / WIDE : 0, fineness, mine)
+  products[m->kind](m, in, rows, out, mine);
 }
 
 /* Round a row to int8, each group by its largest number; what is not finite makes its group's scale so. */
