@@ -11,6 +11,7 @@ from gpt2core.backends.native_backend import NativeBackend
 from gpt2core.batch import Batch
 from gpt2core.config import ACTIVATIONS
 from gpt2core.quantize import PRECISIONS, dequantize, quantize
+from gpt2core.quantized_weights import unpack_nibbles
 from gpt2core.reference import layer_norm, linear, reference_logits, reference_trace
 from gpt2core.subject import TOLERANCE
 from gpt2core.testing import CONFORMANCE_CHECKS, check_backend, random_config, random_weights
@@ -191,6 +192,39 @@ def test_an_int8_product_is_exactly_that_of_the_rounded_row():
     want = np.rint(x / step) @ rounded.lm_head.values.T.astype(float) * step * rounded.lm_head.scale[:, 0]
     got = all_logits(NativeBackend(rounded, threads=1), tokens)
     np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
+
+
+def rounded_inputs(x, size):
+    """Inputs in groups of `size`, as whole numbers (N, G, size) and the steps (N, G, 1) that they count."""
+    x = np.pad(x, [(0, 0), (0, -x.shape[1] % size)]).reshape(len(x), -1, size)
+    step = np.abs(x).max(2, keepdims=True) / 127
+    return np.rint(x / np.where(step > 0, step, 1)), step
+
+
+def int4_product(x, linear):
+    """`x @ weight + bias` with each group of inputs rounded by its largest."""
+    matrix, size = linear.weight, linear.weight.group_size
+    whole, step = rounded_inputs(x, size)
+    zero = unpack_nibbles(matrix.zero)[:, : matrix.scale.shape[1], None]
+    values = unpack_nibbles(matrix.packed).reshape(*matrix.scale.shape, size) - zero.astype(float)
+    return np.einsum("ngs,ogs,og->no", whole * step, values, matrix.scale.astype(float)) + linear.bias
+
+
+def test_int4_products_are_exactly_those_of_rows_rounded_by_groups():
+    """Those of the MLP, of a model whose attention adds nothing and whose activation is the identity."""
+    shape = dict(n_embd=72, n_head=3, n_inner=37, n_layer=1, vocab_size=263, activation_function="linear")
+    weights = random_weights(random_config(**shape), seed=9)
+    (block,) = weights.blocks
+    silent = replace(block.attn_c_proj, weight=0 * block.attn_c_proj.weight, bias=0 * block.attn_c_proj.bias)
+    rounded = quantize(replace(weights, blocks=(replace(block, attn_c_proj=silent),)), "int4", group_size=32)
+    (block,), epsilon = rounded.blocks, weights.config.layer_norm_epsilon
+    tokens = tokens_of(weights.config, 12, seed=10)
+    x = rounded.wte.float32()[tokens] + rounded.wpe[:12]
+    x = x + int4_product(int4_product(layer_norm(x, block.ln_2, epsilon), block.c_fc), block.mlp_c_proj)
+    whole, step = rounded_inputs(layer_norm(x, rounded.ln_f, epsilon), 72)
+    head = rounded.lm_head.values.T * rounded.lm_head.scale[:, 0].astype(float)
+    got = all_logits(NativeBackend(rounded, threads=1), tokens)
+    np.testing.assert_allclose(got, (whole * step)[:, 0] @ head, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("precision", ALL)
