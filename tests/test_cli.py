@@ -520,7 +520,10 @@ def test_ctrl_c_exits_130_and_leaves_what_was_streamed(tmp_path):
     folder = random_checkpoint(tmp_path, n_positions=20_000)
     args = ["generate", PROMPT, "--model", str(folder), "--seed", "7", "--max-new-tokens", "19000"]
     pipe = subprocess.PIPE
+    # A runner in the background ignores the signal, which its children would inherit.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen([*PROGRAM, *args], stdout=pipe, stderr=pipe, bufsize=0)
+    signal.signal(signal.SIGINT, before)
     start = process.stdout.read(1)  # unbuffered, so that communicate sees all of the rest
     process.send_signal(signal.SIGINT)
     rest, err = process.communicate(timeout=60)
