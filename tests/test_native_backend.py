@@ -227,6 +227,14 @@ def test_int4_products_are_exactly_those_of_rows_rounded_by_groups():
     np.testing.assert_allclose(got, (whole * step)[:, 0] @ head, rtol=0, atol=2e-5)
 
 
+def test_embeddings_may_lie_in_memory_by_columns():
+    weights = random_weights(random_config(tie_word_embeddings=False), seed=11)
+    by_columns = replace(weights, wte=np.asfortranarray(weights.wte))
+    tokens = tokens_of(weights.config, 20, seed=12)
+    got, want = (all_logits(NativeBackend(one, threads=1), tokens) for one in (by_columns, weights))
+    np.testing.assert_array_equal(got, want)
+
+
 @pytest.mark.parametrize("precision", ALL)
 def test_the_narrowest_models_run_in_passes_of_hundreds_of_tokens(precision):
     weights = stored(random_weights(random_config(**SHAPES["width 4"]), seed=1), precision)

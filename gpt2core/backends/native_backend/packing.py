@@ -147,10 +147,11 @@ class PackedModel:
 
     def _table(self, table: np.ndarray | Table) -> tuple[int, int, int | None]:
         if isinstance(table, Int8):
-            return _INT8, self._address(table.values), self._address(np.ascontiguousarray(table.scale[:, 0]))
+            scale = np.ascontiguousarray(table.scale[:, 0])
+            return _INT8, self._address(np.ascontiguousarray(table.values)), self._address(scale)
         if isinstance(table, BFloat16):
-            return _BFLOAT16, self._address(table.bits), None
-        return _FLOAT32, self._address(table), None
+            return _BFLOAT16, self._address(np.ascontiguousarray(table.bits)), None
+        return _FLOAT32, self._address(np.ascontiguousarray(table)), None
 
     def _packed_nbytes(self, matrix: AnyMatrix) -> int:
         inputs, outputs = _shape(matrix)

@@ -105,17 +105,17 @@ INLINE void attend_rows(const int bfloat16, const int rows, const Shape *shape, 
   }
 }
 
-#define ATTEND(name, bfloat16)                                                                                 \
-  static void name(int rows, const Shape *s, const void *keys, const void *values, const void *next,               \
-                   long position, const float *q, float *y, long stride, float *scores) {                      \
-    switch (rows) {                                                                                            \
-      case 1: attend_rows(bfloat16, 1, s, keys, values, next, position, q, y, stride, scores); break;                \
-      case 2: attend_rows(bfloat16, 2, s, keys, values, next, position, q, y, stride, scores); break;                \
-      case 3: attend_rows(bfloat16, 3, s, keys, values, next, position, q, y, stride, scores); break;                \
-      case 4: attend_rows(bfloat16, 4, s, keys, values, next, position, q, y, stride, scores); break;                \
-      case 5: attend_rows(bfloat16, 5, s, keys, values, next, position, q, y, stride, scores); break;                \
-      default: attend_rows(bfloat16, QUERIES, s, keys, values, next, position, q, y, stride, scores);                \
-    }                                                                                                          \
+#define ATTEND(name, bfloat16)                                                                         \
+  static void name(int rows, const Shape *s, const void *keys, const void *values, const void *next,   \
+                   long position, const float *q, float *y, long stride, float *scores) {              \
+    switch (rows) {                                                                                    \
+      case 1: attend_rows(bfloat16, 1, s, keys, values, next, position, q, y, stride, scores); break;  \
+      case 2: attend_rows(bfloat16, 2, s, keys, values, next, position, q, y, stride, scores); break;  \
+      case 3: attend_rows(bfloat16, 3, s, keys, values, next, position, q, y, stride, scores); break;  \
+      case 4: attend_rows(bfloat16, 4, s, keys, values, next, position, q, y, stride, scores); break;  \
+      case 5: attend_rows(bfloat16, 5, s, keys, values, next, position, q, y, stride, scores); break;  \
+      default: attend_rows(bfloat16, QUERIES, s, keys, values, next, position, q, y, stride, scores);  \
+    }                                                                                                  \
   }
 ATTEND(attend_float32, 0)
 ATTEND(attend_bfloat16, 1)

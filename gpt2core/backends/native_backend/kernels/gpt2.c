@@ -65,13 +65,6 @@ typedef struct {
 } Pass;
 
 long lanes(void) { return LANES; }
-int dots_in_hardware(void) {
-#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
-  return 1;
-#else
-  return 0;
-#endif
-}
 
 static void layer_norm(const float *x, long width, const Norm *norm, float epsilon, float *y) {
   f32v sums = splat(0), squares = splat(0);

@@ -89,7 +89,7 @@ INLINE void ask(Soon soon, long step) {
 
 /* sums[row][panel] of `rows` rows with `panels` vectors of outputs, `apart` elements from one another; `step`
    elements lie between the weights of one input and those of the next. */
-#define SUMS(name, type, load)                                                                                  \
+#define SUMS(name, type, load)                                                                                 \
   INLINE void name(const int rows, const int panels, const float *x, long stride, long inputs, const type *w,  \
                    long step, long apart, Soon soon, Tile sums) {                                              \
     EACH(r, rows)                                                                                              \
@@ -206,31 +206,31 @@ INLINE long steps(const int kind, const Matrix *m) {
 
 /* All rows with one strip, then with the next: a strip stays in the cache meanwhile, and the next is asked for
    by parts. */
-#define PRODUCT(name, kind)                                                                                    \
-  static void name(const Matrix *m, const Rows *in, long rows, const Result *out, Share strips) {              \
-    const long count = steps(kind, m), nbytes = count * step_nbytes(kind);                                     \
-    const long tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;                                                     \
-    for (long strip = strips.first; strip < strips.last; strip++) {                                            \
-      const char *here = (const char *)m->values + strip * nbytes;                                             \
-      for (long t = 0; t < tiles; t++) {                                                                       \
+#define PRODUCT(name, kind)                                                                                       \
+  static void name(const Matrix *m, const Rows *in, long rows, const Result *out, Share strips) {                 \
+    const long count = steps(kind, m), nbytes = count * step_nbytes(kind);                                        \
+    const long tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;                                                        \
+    for (long strip = strips.first; strip < strips.last; strip++) {                                               \
+      const char *here = (const char *)m->values + strip * nbytes;                                                \
+      for (long t = 0; t < tiles; t++) {                                                                          \
         const Soon soon = tiles == 1 ? (Soon){here + AHEAD, step_nbytes(kind), 0}                                 \
                                      : (Soon){here + nbytes + nbytes * t / tiles, step_nbytes(kind) / tiles, 0};  \
-        const Share mine = part_of(rows, t, tiles);                                                            \
-        switch (mine.last - mine.first) {                                                                      \
-          case 1: tile(kind, 1, m, in, mine.first, strip, soon, out); break;                                   \
-          case 2: tile(kind, 2, m, in, mine.first, strip, soon, out); break;                                   \
-          case 3: tile(kind, 3, m, in, mine.first, strip, soon, out); break;                                   \
-          case 4: tile(kind, 4, m, in, mine.first, strip, soon, out); break;                                   \
-          WIDE_CASES(kind)                                                                                     \
-        }                                                                                                      \
-      }                                                                                                        \
-    }                                                                                                          \
+        const Share mine = part_of(rows, t, tiles);                                                               \
+        switch (mine.last - mine.first) {                                                                         \
+          case 1: tile(kind, 1, m, in, mine.first, strip, soon, out); break;                                      \
+          case 2: tile(kind, 2, m, in, mine.first, strip, soon, out); break;                                      \
+          case 3: tile(kind, 3, m, in, mine.first, strip, soon, out); break;                                      \
+          case 4: tile(kind, 4, m, in, mine.first, strip, soon, out); break;                                      \
+          WIDE_CASES(kind)                                                                                        \
+        }                                                                                                         \
+      }                                                                                                           \
+    }                                                                                                             \
   }
 #if TILE_ROWS == 8
-#define WIDE_CASES(kind)                                               \
-  case 5: tile(kind, 5, m, in, mine.first, strip, soon, out); break;   \
-  case 6: tile(kind, 6, m, in, mine.first, strip, soon, out); break;   \
-  case 7: tile(kind, 7, m, in, mine.first, strip, soon, out); break;   \
+#define WIDE_CASES(kind)                                              \
+  case 5: tile(kind, 5, m, in, mine.first, strip, soon, out); break;  \
+  case 6: tile(kind, 6, m, in, mine.first, strip, soon, out); break;  \
+  case 7: tile(kind, 7, m, in, mine.first, strip, soon, out); break;  \
   case 8: tile(kind, 8, m, in, mine.first, strip, soon, out); break;
 #else
 #define WIDE_CASES(kind)
