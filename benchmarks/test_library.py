@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gpt2core import GPT2, Engine, SamplingParams
-from gpt2core.sampling import sample_token
+from gpt2core.sampling.draw import sample_token
 from gpt2core.testing import random_config
 
 VOCABULARIES = {"tiny": 257, "small": 50257}

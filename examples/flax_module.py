@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gpt2core import GPT2
-from gpt2core.backends.jax_backend import Gpt2Module
-from gpt2core.checkpoint import open_checkpoint
+from gpt2core.backends.jax import Gpt2Module
+from gpt2core.checkpoint.open import open_checkpoint
 
 
 def main(prompt: str) -> None:

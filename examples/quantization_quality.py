@@ -16,8 +16,8 @@ import numpy as np
 
 from gpt2core import GPT2, Checkpoint, RequestError, Tokenizer, open_checkpoint
 from gpt2core.backends import create_backend
-from gpt2core.quantize import PRECISIONS, dequantize, quantize
-from gpt2core.quantized_weights import QuantizedWeights
+from gpt2core.quantization.encodings import QuantizedWeights
+from gpt2core.quantization.rounding import PRECISIONS, dequantize, quantize
 from gpt2core.weights import Weights
 
 

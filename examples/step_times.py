@@ -28,7 +28,7 @@ import numpy as np
 from gpt2core import Batch, open_checkpoint
 from gpt2core.backends import create_backend
 from gpt2core.bench.bandwidth import read_bandwidth
-from gpt2core.quantized_weights import Int8, QuantizedWeights
+from gpt2core.quantization.encodings import Int8, QuantizedWeights
 from gpt2core.weights import Weights
 
 SMALL_VOCABULARY = 16

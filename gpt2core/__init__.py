@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from gpt2core.backends.base import Backend, BackendFactory, Cache, Traces
     from gpt2core.backends.export import export_onnx
     from gpt2core.batch import Batch
-    from gpt2core.checkpoint import Checkpoint, open_checkpoint
+    from gpt2core.checkpoint.open import Checkpoint, open_checkpoint
     from gpt2core.config import ModelConfig
-    from gpt2core.engine import Engine
+    from gpt2core.engine.engine import Engine
+    from gpt2core.engine.request import Piece, Request, Update
     from gpt2core.errors import (
         BackendError,
         BackendUnavailableError,
@@ -29,13 +30,14 @@ if TYPE_CHECKING:
     )
     from gpt2core.generation import Generation, Timing
     from gpt2core.model import GPT2
-    from gpt2core.params import SamplingParams
-    from gpt2core.sampling import TokenLogprob
+    from gpt2core.sampling.draw import TokenLogprob
+    from gpt2core.sampling.params import SamplingParams
     from gpt2core.scoring import Score
-    from gpt2core.sequence import Piece, Sequence, Update
-    from gpt2core.tokenizer import Tokenizer
+    from gpt2core.tokenizer.tokenizer import Tokenizer
     from gpt2core.trace import Trace
     from gpt2core.weights import Weights
+
+    Sequence = Request
 
 __version__ = "0.1.0"
 
@@ -47,31 +49,34 @@ _MODULE_OF = {
     "BackendUnavailableError": "errors",
     "Batch": "batch",
     "Cache": "backends.base",
-    "Checkpoint": "checkpoint",
+    "Checkpoint": "checkpoint.open",
     "CheckpointError": "errors",
     "ContextLengthError": "errors",
-    "Engine": "engine",
+    "Engine": "engine.engine",
     "Generation": "generation",
     "Gpt2CoreError": "errors",
     "InvalidSamplingError": "errors",
     "ModelConfig": "config",
     "NumericalError": "errors",
-    "Piece": "sequence",
+    "Piece": "engine.request",
+    "Request": "engine.request",
     "RequestError": "errors",
-    "SamplingParams": "params",
+    "SamplingParams": "sampling.params",
     "Score": "scoring",
-    "Sequence": "sequence",
     "Timing": "generation",
-    "TokenLogprob": "sampling",
-    "Tokenizer": "tokenizer",
+    "TokenLogprob": "sampling.draw",
+    "Tokenizer": "tokenizer.tokenizer",
     "Trace": "trace",
     "Traces": "backends.base",
     "UnsupportedCheckpointError": "errors",
-    "Update": "sequence",
+    "Update": "engine.request",
     "Weights": "weights",
     "export_onnx": "backends.export",
-    "open_checkpoint": "checkpoint",
+    "open_checkpoint": "checkpoint.open",
 }
+
+_RENAMED = {"Sequence": "Request"}
+"""Names that a later one has replaced: both are the same object."""
 
 __all__ = [
     "GPT2",
@@ -91,6 +96,7 @@ __all__ = [
     "ModelConfig",
     "NumericalError",
     "Piece",
+    "Request",
     "RequestError",
     "SamplingParams",
     "Score",
@@ -109,12 +115,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    module = _MODULE_OF.get(name)
+    module = _MODULE_OF.get(_RENAMED.get(name, name))
     if module is None:
         raise AttributeError(f"module 'gpt2core' has no attribute {name!r}")
     from importlib import import_module
 
-    value = globals()[name] = getattr(import_module(f"gpt2core.{module}"), name)
+    value = globals()[name] = getattr(import_module(f"gpt2core.{module}"), _RENAMED.get(name, name))
     return value
 
 

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from gpt2core._json import listed, shown, shown_name
+from gpt2core._json import parse_json_object as parse_json_object  # other modules import it from here
 from gpt2core.errors import CheckpointError, UnsupportedCheckpointError
-from gpt2core.strict_json import listed, shown, shown_name
-from gpt2core.strict_json import parse_json_object as parse_json_object  # other modules import it from here
 
 ACTIVATIONS: Final = frozenset({
     "gelu", "gelu_10", "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python", "gelu_python_tanh",

@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass
 
-from gpt2core import sequence
-from gpt2core.sampling import TokenLogprob
-from gpt2core.sequence import FinishReason
+from gpt2core.engine.request import FinishReason, Request
+from gpt2core.sampling.draw import TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +54,8 @@ class Generation:
     timing: Timing
 
 
-def generation_of(done: sequence.Sequence) -> Generation:
-    """The result of a sequence that has ended well."""
+def generation_of(done: Request) -> Generation:
+    """The result of a request that has ended well."""
     assert done.finish_reason is not None
     assert done.finished_s is not None
     ttft_s = tokens_per_s = None

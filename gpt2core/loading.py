@@ -6,10 +6,10 @@ from typing import Any
 
 from gpt2core import backends
 from gpt2core.backends.base import Backend
-from gpt2core.checkpoint import open_checkpoint
-from gpt2core.draft import check_draft
+from gpt2core.checkpoint.open import open_checkpoint
+from gpt2core.engine.draft import check_draft
 from gpt2core.errors import RequestError
-from gpt2core.tokenizer import Tokenizer
+from gpt2core.tokenizer.tokenizer import Tokenizer
 
 Name = str | os.PathLike[str]
 

@@ -9,11 +9,13 @@ from typing import Any, Literal, Self, Unpack, overload
 
 import numpy as np
 
-from gpt2core import sequence
 from gpt2core._shapes import Float32
 from gpt2core.backends.base import Backend
 from gpt2core.config import ModelConfig
-from gpt2core.engine import CACHE_NBYTES, Engine
+from gpt2core.engine.engine import CACHE_NBYTES, Engine
+from gpt2core.engine.request import LogitsReader, Piece, PromptLogprobs, Request
+from gpt2core.engine.speculation import SpeculationMode
+from gpt2core.engine.stepping import Stepping, raise_error, settled
 from gpt2core.errors import RequestError
 from gpt2core.generation import Generation, Timing, generation_of
 from gpt2core.loading import load_models
@@ -26,12 +28,9 @@ from gpt2core.prompts import (
     encode_prompt,
     with_options,
 )
-from gpt2core.sampling import SamplingParams
+from gpt2core.sampling.draw import SamplingParams
 from gpt2core.scoring import Score, score_of, score_windows
-from gpt2core.sequence import LogitsReader, Piece, PromptLogprobs
-from gpt2core.speculation import Mode
-from gpt2core.stepping import Stepping, raise_error, settled
-from gpt2core.tokenizer import Tokenizer
+from gpt2core.tokenizer.tokenizer import Tokenizer
 
 __all__ = ["GPT2", "Generation", "Piece", "Prompt", "SamplingOptions", "Score", "Timing"]
 
@@ -62,7 +61,7 @@ class GPT2:
         *,
         max_batch: int = 32,
         cache_nbytes: int = CACHE_NBYTES,
-        speculation: Mode = "off",
+        speculation: SpeculationMode = "off",
         draft: Backend | None = None,
     ) -> None:
         self.backend, self.draft = backend, draft
@@ -86,7 +85,7 @@ class GPT2:
         token: str | None = None,
         max_batch: int = 32,
         cache_nbytes: int = CACHE_NBYTES,
-        speculation: Mode = "off",
+        speculation: SpeculationMode = "off",
         draft_model: str | os.PathLike[str] | None = None,
     ) -> Self:
         """Load a checkpoint.
@@ -192,16 +191,16 @@ class GPT2:
         """
         params = with_options(params, sampling)
         prompts, single = self._prompts(prompt, params, allow_special)
-        sequences: list[sequence.Sequence] = []
+        requests: list[Request] = []
         try:
             for i, ids in enumerate(prompts):
-                sequences += self._engine.submit(ids, params, prompt=i)
-            self._stepping.run_until(lambda: settled(sequences))
+                requests += self._engine.submit(ids, params, prompt=i)
+            self._stepping.run_until(lambda: settled(requests))
         finally:
-            for one in sequences:
+            for one in requests:
                 self._engine.cancel(one)  # what has ended stays as it is
-        raise_error(sequences)
-        generations = [generation_of(one) for one in sequences]
+        raise_error(requests)
+        generations = [generation_of(one) for one in requests]
         return generations[0] if single and params.n == 1 else generations
 
     def stream(
@@ -300,11 +299,11 @@ class GPT2:
         self.close()
 
     def _pieces(self, prompts: list[list[int]], params: SamplingParams) -> Iterator[Piece]:
-        sequences: list[sequence.Sequence] = []
+        requests: list[Request] = []
         try:
             for i, ids in enumerate(prompts):
-                sequences += self._engine.submit(ids, params, prompt=i, stream=True)
-            open_ = list(sequences)
+                requests += self._engine.submit(ids, params, prompt=i, stream=True)
+            open_ = list(requests)
             while open_:
                 self._stepping.run_until(lambda: any(one.pieces or one.finished for one in open_))
                 for one in list(open_):
@@ -316,20 +315,20 @@ class GPT2:
                         open_.remove(one)
                         raise_error([one])
         finally:
-            for one in sequences:
+            for one in requests:
                 self._engine.cancel(one)
 
     def _read(self, ids: list[int], logits_from: int, reader: LogitsReader) -> None:
         """Let `reader` see the logits from position `logits_from` on."""
-        sequences: list[sequence.Sequence] = []
+        requests: list[Request] = []
         try:
-            sequences += self._engine.submit(ids, _READ_ONLY, logits_from=logits_from, on_logits=reader)
-            self._stepping.run_until(lambda: settled(sequences))
+            requests += self._engine.submit(ids, _READ_ONLY, logits_from=logits_from, on_logits=reader)
+            self._stepping.run_until(lambda: settled(requests))
         finally:
-            for one in sequences:
+            for one in requests:
                 self._engine.cancel(one)
-        raise_error(sequences)
-        if any(one.finish_reason == "cancelled" for one in sequences):
+        raise_error(requests)
+        if any(one.finish_reason == "cancelled" for one in requests):
             self._check_open()
 
     def _prompts(

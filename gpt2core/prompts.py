@@ -7,8 +7,8 @@ from typing import Any, TypeAlias, TypedDict, cast
 import numpy as np
 
 from gpt2core.errors import ContextLengthError, InvalidSamplingError, RequestError, in_short
-from gpt2core.params import SamplingParams
-from gpt2core.tokenizer import Tokenizer
+from gpt2core.sampling.params import SamplingParams
+from gpt2core.tokenizer.tokenizer import Tokenizer
 
 Prompt: TypeAlias = str | Sequence[int]
 """A text, or the token ids of one."""

@@ -19,12 +19,12 @@ from jaxtyping import install_import_hook
 
 SHAPE_CHECKED = (
     "gpt2core.reference",
-    "gpt2core.backends.numpy_kernels",
-    "gpt2core.backends.numpy_backend",
-    "gpt2core.backends.jax_backend.runs",
-    "gpt2core.backends.jax_backend.session",
-    "gpt2core.backends.ragged",
-    "gpt2core.backends.torch_backend",
+    "gpt2core.backends.numpy.kernels",
+    "gpt2core.backends.numpy.backend",
+    "gpt2core.backends.jax.runs",
+    "gpt2core.backends.jax.backend",
+    "gpt2core.backends._shared.ragged",
+    "gpt2core.backends.torch.backend",
 )
 
 

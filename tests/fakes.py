@@ -15,7 +15,7 @@ from tokenizers import Tokenizer as Inner
 
 from gpt2core.batch import Batch
 from gpt2core.config import ModelConfig
-from gpt2core.tokenizer import Tokenizer
+from gpt2core.tokenizer.tokenizer import Tokenizer
 
 END = 256
 LogitsOf = Callable[[tuple[int, ...], int], np.ndarray]

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from gpt2core.backends.numpy_backend import NumpyBackend
+from gpt2core.backends.numpy.backend import NumpyBackend
 
 
 def perturbed_mlp(weights, **options):

@@ -7,9 +7,9 @@ from transformers import GPT2LMHeadModel
 
 from gpt2core.backends import create_backend
 from gpt2core.batch import Batch
-from gpt2core.checkpoint import open_checkpoint
-from gpt2core.conformance import TOLERANCE
+from gpt2core.checkpoint.open import open_checkpoint
 from gpt2core.testing import VARIANTS, random_checkpoint
+from gpt2core.testing.conformance import TOLERANCE
 
 BACKENDS = ("numpy", "native", "torch", "onnx", "jax")
 

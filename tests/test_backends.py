@@ -13,10 +13,10 @@ import torch
 import gpt2core
 from gpt2core import backends
 from gpt2core.backends import available, choose, create_backend, load_factory
-from gpt2core.backends.blas_threads import _openblas, blas_threads, check_threads
-from gpt2core.backends.native_backend import NativeBackend
-from gpt2core.backends.numpy_backend import NumpyBackend
-from gpt2core.backends.torch_backend import TorchBackend
+from gpt2core.backends._shared.threads import _openblas, blas_threads, check_threads
+from gpt2core.backends.native import NativeBackend
+from gpt2core.backends.numpy.backend import NumpyBackend
+from gpt2core.backends.torch.backend import TorchBackend
 from gpt2core.batch import Batch
 from gpt2core.errors import BackendError, BackendUnavailableError, RequestError
 from gpt2core.reference import reference_logits
@@ -64,14 +64,14 @@ def test_asking_the_registry_neither_runs_a_compiler_nor_loads_what_would():
         "import sys, gpt2core\nbefore = {'subprocess', 'shutil', 'ctypes'} & set(sys.modules)\n"
         "from gpt2core.backends import available\n"
         "assert available(load_plugins=False)['native'].available\n"
-        "print(sorted(before), 'gpt2core.backends.native_backend' in sys.modules)"
+        "print(sorted(before), 'gpt2core.backends.native' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[] False\n"
 
 
 def test_making_a_backend_whose_framework_is_missing_names_its_pip_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "gpt2core.backends.torch_backend", None)
+    monkeypatch.setitem(sys.modules, "gpt2core.backends.torch.backend", None)
 
     def fail(module):
         raise ModuleNotFoundError("No module named 'torch'", name="torch")
@@ -101,7 +101,7 @@ def test_an_unknown_backend_is_refused_with_the_known_names():
 
 
 def test_a_plugin_is_found_and_conforms(monkeypatch):
-    plug_in(monkeypatch, mine="gpt2core.backends.numpy_backend:NumpyBackend")
+    plug_in(monkeypatch, mine="gpt2core.backends.numpy:NumpyBackend")
     assert available()["mine"].available
     check_backend(load_factory("mine"))
 
@@ -110,7 +110,7 @@ def test_a_plugin_is_found_and_conforms(monkeypatch):
     "target", ["no_such_module_anywhere:X", "gpt2core.errors:NoSuchName", "this:.is-bad"]
 )
 def test_a_broken_plugin_does_not_hide_the_others(monkeypatch, target):
-    plug_in(monkeypatch, broken=target, mine="gpt2core.backends.numpy_backend:NumpyBackend")
+    plug_in(monkeypatch, broken=target, mine="gpt2core.backends.numpy:NumpyBackend")
     infos = available()
     assert infos["mine"].available
     assert infos["numpy"].available
@@ -196,7 +196,7 @@ def test_the_environment_overrides_the_choice(monkeypatch):
 
 
 def test_a_plugin_may_be_named_by_the_environment(monkeypatch):
-    plug_in(monkeypatch, mine="gpt2core.backends.numpy_backend:NumpyBackend")
+    plug_in(monkeypatch, mine="gpt2core.backends.numpy:NumpyBackend")
     monkeypatch.setenv("GPT2CORE_BACKEND", "mine")
     assert choose(random_config("small")) == ("mine", "GPT2CORE_BACKEND names it")
 
@@ -244,7 +244,7 @@ def test_torch_conforms_on_cuda():
 
 
 def test_torch_without_onednn_conforms_too(monkeypatch):
-    monkeypatch.setattr("gpt2core.backends.torch_products._ONEDNN_LINEAR", None)
+    monkeypatch.setattr("gpt2core.backends.torch.products._ONEDNN_LINEAR", None)
     check_backend(TorchBackend)
     check_backend(TorchBackend, random_weights(random_config(activation_function="silu")))
 
@@ -318,7 +318,7 @@ def test_threads_are_put_back_when_the_pass_fails():
 
 
 def test_a_numpy_without_openblas_says_what_to_do(monkeypatch):
-    monkeypatch.setattr("gpt2core.backends.blas_threads._openblas", lambda: None)
+    monkeypatch.setattr("gpt2core.backends._shared.threads._openblas", lambda: None)
     with pytest.raises(BackendUnavailableError, match=r"threads=2: .* leave threads=None"):
         NumpyBackend(TINY, threads=2)
     NumpyBackend(TINY)

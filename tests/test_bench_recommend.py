@@ -9,9 +9,9 @@ import sys
 import pytest
 
 from gpt2core import GPT2, BackendUnavailableError, RequestError, backends
+from gpt2core._files import cache_folder
 from gpt2core.backends import choose, recommended
-from gpt2core.backends.recommended import Recommendation
-from gpt2core.backends.user_cache import cache_folder
+from gpt2core.backends.recommendation import Recommendation
 from gpt2core.bench import recommend as module
 from gpt2core.bench.recommend import TEXT_TOKENS, TEXTS, recommend
 from gpt2core.cli import main
@@ -229,7 +229,7 @@ def test_reading_it_loads_no_framework_and_nothing_of_the_benchmarks():
         "gpt2core.bench",
         "tempfile",
     }
-    assert "gpt2core.backends.recommended" in out
+    assert "gpt2core.backends.recommendation" in out
     assert heavy & {*out} - {"tempfile"} == set()
 
 

@@ -28,8 +28,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gpt2core import checkpoint
-from gpt2core.checkpoint import (
+from gpt2core.checkpoint import open as checkpoint
+from gpt2core.checkpoint.open import (
     Checkpoint,
     open_checkpoint,
     read_config,
@@ -738,7 +738,7 @@ def test_saving_asks_for_a_float_type_and_a_folder(tmp_path):
 # ---- memory
 
 MEASURE = """
-import sys, psutil, gpt2core.checkpoint as c
+import sys, psutil, gpt2core.checkpoint.open as c
 import numpy as np
 np.isfinite(np.ones(1 << 17, np.float32)).all()  # NumPy's own buffers
 process = psutil.Process()

@@ -11,9 +11,9 @@ from transformers import GPT2Config, PreTrainedConfig
 from transformers.activations import ACT2CLS
 from transformers.generation import GenerationConfig
 
+from gpt2core._json import listed, parse_json_object, read_json_object, shown, shown_name
 from gpt2core.config import ACTIVATIONS, ModelConfig, known_token_ids
 from gpt2core.errors import CheckpointError, UnsupportedCheckpointError
-from gpt2core.strict_json import listed, parse_json_object, read_json_object, shown, shown_name
 
 SUMMARY = {
     "summary_activation": None, "summary_first_dropout": 0.1, "summary_proj_to_labels": True,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gpt2core.backends import load_factory
-from gpt2core.backends.numpy_backend import NumpyBackend
+from gpt2core.backends.numpy.backend import NumpyBackend
 from gpt2core.batch import Batch
 from gpt2core.errors import RequestError
 from gpt2core.testing import CONFORMANCE_CHECKS, VARIANTS, check_backend, random_config, random_weights

@@ -14,9 +14,9 @@ import torch
 from checkpoint_files import TINY, random_tensors, write_config
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gpt2core.checkpoint import convert_pickle, open_checkpoint
+from gpt2core.checkpoint.open import convert_pickle, open_checkpoint
+from gpt2core.checkpoint.safetensors import SafetensorsFile
 from gpt2core.errors import BackendUnavailableError, CheckpointError, UnsupportedCheckpointError
-from gpt2core.safetensors_file import SafetensorsFile
 
 
 def torch_tensors(config=TINY, dtype=torch.float32, **options):
@@ -315,7 +315,7 @@ def test_neither_torch_nor_the_hub_is_imported_for_a_folder(tmp_path):
     write_pickle(tmp_path, torch_tensors())
     convert_pickle(tmp_path)
     script = (
-        "import sys, gpt2core.checkpoint as c; c.open_checkpoint(sys.argv[1]); "
+        "import sys, gpt2core.checkpoint.open as c; c.open_checkpoint(sys.argv[1]); "
         "print([m for m in ('torch', 'huggingface_hub', 'transformers', 'safetensors', 'tokenizers') "
         "if m in sys.modules])"
     )

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, GPT2LMHeadModel
 
 import gpt2core
 from gpt2core import GPT2, SamplingParams
-from gpt2core.engine import Engine
+from gpt2core.engine.engine import Engine
 
 DEMO = Path(gpt2core.__file__).parent / "demo"
 BACKENDS = ("numpy", "native", "torch", "onnx", "jax")

@@ -1,4 +1,4 @@
-"""submit, step, cancel: what each sequence gets does not depend on who else is there, and nothing leaks."""
+"""submit, step, cancel: what each request gets does not depend on who else is there, and nothing leaks."""
 
 import gc
 import random
@@ -12,7 +12,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gpt2core.engine import Engine
+from gpt2core.engine.engine import Engine
+from gpt2core.engine.request import PromptLogprobs, Request, TextStream, Update
 from gpt2core.errors import (
     BackendError,
     ContextLengthError,
@@ -20,9 +21,8 @@ from gpt2core.errors import (
     NumericalError,
     RequestError,
 )
-from gpt2core.params import SamplingParams
-from gpt2core.sampling import sample_token, token_logprobs
-from gpt2core.sequence import PromptLogprobs, Sequence, TextStream, Update
+from gpt2core.sampling.draw import sample_token, token_logprobs
+from gpt2core.sampling.params import SamplingParams
 
 TOKENIZER = fakes.byte_tokenizer()
 HOT = {"temperature": 1.0, "seed": 7}
@@ -32,21 +32,21 @@ def engine(backend=None, *, tokenizer=TOKENIZER, **options) -> Engine:
     return Engine(backend or fakes.FakeBackend(fakes.config(), fakes.endless), tokenizer, **options)
 
 
-def run(one: Engine, *sequences: Sequence) -> list[Update]:
-    """Step until these sequences (all, if none is named) have ended."""
+def run(one: Engine, *requests: Request) -> list[Update]:
+    """Step until these requests (all, if none is named) have ended."""
     updates: list[Update] = []
     while one.running or one.waiting:
         news = one.step()
         assert news or one.running, "nobody runs, yet somebody waits"
         assert one.steps < 10_000
         updates += news
-        if sequences and all(s.finished for s in sequences):
+        if requests and all(s.finished for s in requests):
             break
     return updates
 
 
 def alone(prompt, logits_of=fakes.endless, context=64, **params) -> list[int]:
-    """The loop that the engine is to be equal to, written out for one sequence."""
+    """The loop that the engine is to be equal to, written out for one request."""
     config = fakes.config(context)
     wanted = SamplingParams(**params)
     tokens = list(prompt)
@@ -67,69 +67,69 @@ def alone(prompt, logits_of=fakes.endless, context=64, **params) -> list[int]:
     return tokens[len(prompt) :]
 
 
-# One sequence
+# One request
 
 
 def test_a_sequence_equals_a_plain_loop_over_logits_and_sample_token():
     one = engine()
-    [sequence] = one.submit([1, 2, 3], SamplingParams(max_new_tokens=20, **HOT))
+    [request] = one.submit([1, 2, 3], SamplingParams(max_new_tokens=20, **HOT))
     run(one)
-    assert sequence.generated == alone([1, 2, 3], max_new_tokens=20, **HOT)
-    assert sequence.finish_reason == "length"
-    assert sequence.text == TOKENIZER.decode(sequence.generated, skip_special=True)
+    assert request.generated == alone([1, 2, 3], max_new_tokens=20, **HOT)
+    assert request.finish_reason == "length"
+    assert request.text == TOKENIZER.decode(request.generated, skip_special=True)
 
 
 def test_the_end_of_text_token_is_kept_as_a_token_and_gives_no_text():
     backend = fakes.FakeBackend(fakes.config(), fakes.scripted({b"ab": b"cd"}))
     one = engine(backend)
-    [sequence] = one.submit(iter(b"ab"), SamplingParams(max_new_tokens=10))
+    [request] = one.submit(iter(b"ab"), SamplingParams(max_new_tokens=10))
     run(one)
-    assert sequence.generated == [*b"cd", fakes.END]
-    assert (sequence.text, sequence.finish_reason) == ("cd", "stop")
+    assert request.generated == [*b"cd", fakes.END]
+    assert (request.text, request.finish_reason) == ("cd", "stop")
 
 
 def test_an_end_of_text_token_that_is_no_special_token_gives_no_text_either():
     one = engine(fakes.FakeBackend(fakes.config(eos=(ord("d"),)), fakes.scripted({b"ab": b"cde"})))
-    [sequence] = one.submit(list(b"ab"), SamplingParams(max_new_tokens=10))
+    [request] = one.submit(list(b"ab"), SamplingParams(max_new_tokens=10))
     run(one)
-    assert (sequence.generated, sequence.text, sequence.finish_reason) == ([*b"cd"], "c", "stop")
+    assert (request.generated, request.text, request.finish_reason) == ([*b"cd"], "c", "stop")
 
 
 def test_the_last_token_allowed_ends_with_length_also_in_the_middle_of_a_character():
     one = engine(fakes.FakeBackend(fakes.config(), fakes.scripted({b"a": "xé".encode()})))
-    [sequence] = one.submit(list(b"a"), SamplingParams(max_new_tokens=2))
+    [request] = one.submit(list(b"a"), SamplingParams(max_new_tokens=2))
     run(one)
-    assert (sequence.text, sequence.finish_reason) == ("x�", "length")
+    assert (request.text, request.finish_reason) == ("x�", "length")
 
 
 def test_a_context_can_be_filled_to_its_last_token():
     one = engine(fakes.FakeBackend(fakes.config(16), fakes.endless))
-    [sequence] = one.submit([1] * 10, SamplingParams(max_new_tokens=6))
+    [request] = one.submit([1] * 10, SamplingParams(max_new_tokens=6))
     run(one)
-    assert len(sequence.token_ids) == 16
-    assert sequence.generated == alone([1] * 10, context=16, max_new_tokens=6)
+    assert len(request.token_ids) == 16
+    assert request.generated == alone([1] * 10, context=16, max_new_tokens=6)
 
 
 def test_no_new_token_means_that_the_prompt_is_read_and_no_token_drawn():
     backend = fakes.FakeBackend(fakes.config())
     one = engine(backend)
-    [sequence] = one.submit([1, 2], SamplingParams(max_new_tokens=0))
+    [request] = one.submit([1, 2], SamplingParams(max_new_tokens=0))
     assert [(u.token_id, u.finish_reason) for u in run(one)] == [(None, "length")]
-    assert sequence.generated == []
-    assert sequence.first_token_s is None
+    assert request.generated == []
+    assert request.first_token_s is None
     assert [len(batch.logits_at) for batch in backend.batches] == [0]
 
 
 def test_echo_with_logprobs_gives_the_prompts_logprobs_and_then_each_tokens():
     prompt = list(b"hello")
     one = engine(step_tokens=2, max_slots=2)  # in chunks of 2
-    [sequence] = one.submit(prompt, SamplingParams(max_new_tokens=3, echo=True, logprobs=2, **HOT))
+    [request] = one.submit(prompt, SamplingParams(max_new_tokens=3, echo=True, logprobs=2, **HOT))
     updates = run(one)
-    assert sequence.text == "hello" + TOKENIZER.decode(sequence.generated)
+    assert request.text == "hello" + TOKENIZER.decode(request.generated)
     assert (updates[0].token_id, updates[0].text) == (None, "hello")
-    first, *rest = sequence.logprobs
+    first, *rest = request.logprobs
     assert (first.token_id, first.logprob, first.top) == (prompt[0], None, ())
-    tokens = sequence.token_ids
+    tokens = request.token_ids
     for i, entry in enumerate(rest, 1):
         assert entry == token_logprobs(fakes.endless(tuple(tokens[:i]), 257), tokens[i], 2)
     assert len(rest) == len(tokens) - 1
@@ -155,14 +155,14 @@ def test_echo_without_new_tokens_scores_the_prompt_only():
 
 def test_choices_share_the_seed_and_differ_by_their_number():
     one = engine()
-    sequences = one.submit([1], SamplingParams(max_new_tokens=12, n=3, temperature=1.0))
+    requests = one.submit([1], SamplingParams(max_new_tokens=12, n=3, temperature=1.0))
     run(one)
-    assert [s.choice for s in sequences] == [0, 1, 2]
-    assert len({s.seed for s in sequences}) == 1
-    assert len({tuple(s.generated) for s in sequences}) == 3
-    [again] = one.submit([1], SamplingParams(max_new_tokens=12, temperature=1.0, seed=sequences[0].seed))
+    assert [s.choice for s in requests] == [0, 1, 2]
+    assert len({s.seed for s in requests}) == 1
+    assert len({tuple(s.generated) for s in requests}) == 3
+    [again] = one.submit([1], SamplingParams(max_new_tokens=12, temperature=1.0, seed=requests[0].seed))
     run(one)
-    assert again.generated == sequences[0].generated
+    assert again.generated == requests[0].generated
 
 
 def test_without_a_seed_each_prompt_draws_its_own():
@@ -202,7 +202,7 @@ def test_a_reader_of_prompt_logits_that_fails_ends_its_own_sequence_only():
     assert good.generated == alone([2], max_new_tokens=2)
 
 
-# Many sequences
+# Many requests
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -235,19 +235,19 @@ def test_the_same_seed_gives_the_same_tokens_beside_anybody(seed):
         if doomed and rng.random() < 0.4:
             one.cancel(doomed.pop(rng.randrange(len(doomed))))
     assert len(kept) == 40
-    for (prompt, params), sequence in kept:
-        assert sequence.generated == alone(prompt, **params)
+    for (prompt, params), request in kept:
+        assert request.generated == alone(prompt, **params)
 
 
 def test_a_row_is_where_the_scheduler_says_and_free_slots_are_reused_lowest_first():
     backend = fakes.FakeBackend(fakes.config(), fakes.endless)
     one = engine(backend, max_slots=4)
-    sequences = [s for i in range(4) for s in one.submit([i], SamplingParams(max_new_tokens=30))]
+    requests = [s for i in range(4) for s in one.submit([i], SamplingParams(max_new_tokens=30))]
     one.step()
     one.step()
     assert backend.batches[-1].slots.tolist() == [0, 1, 2, 3]
-    one.cancel(sequences[1])
-    one.cancel(sequences[3])
+    one.cancel(requests[1])
+    one.cancel(requests[3])
     one.submit([9], SamplingParams(max_new_tokens=30))
     one.step()
     one.step()
@@ -290,7 +290,7 @@ def test_slots_are_as_many_as_the_cache_may_hold():
         ({"max_slots": 0}, "max_slots is 0; it must be a whole number of 1 or more"),
         ({"max_slots": True}, "max_slots is True"),
         ({"step_tokens": 2.5}, "step_tokens is 2.5; it must be a whole number of 1 or more"),
-        ({"cache_nbytes": 2047}, "cache_nbytes is 2047; one sequence .* 64 tokens needs 2048 bytes; raise"),
+        ({"cache_nbytes": 2047}, "cache_nbytes is 2047; one request .* 64 tokens needs 2048 bytes; raise"),
         ({"cache_nbytes": float("nan")}, "cache_nbytes is nan; it must be a whole number"),
     ],
 )
@@ -323,10 +323,10 @@ def test_a_prompt_that_is_not_token_ids_is_refused_by_value_and_limit(prompt, me
 
 def test_numpy_integers_are_token_ids():
     one = engine()
-    [sequence] = one.submit(np.array([1, 2], np.uint8), SamplingParams(max_new_tokens=4))
+    [request] = one.submit(np.array([1, 2], np.uint8), SamplingParams(max_new_tokens=4))
     [other] = one.submit([np.int64(1), 2], SamplingParams(max_new_tokens=4))
     run(one)
-    assert sequence.generated == other.generated == alone([1, 2], max_new_tokens=4)
+    assert request.generated == other.generated == alone([1, 2], max_new_tokens=4)
 
 
 def test_prompt_and_new_tokens_that_exceed_the_context_are_refused_with_all_numbers():
@@ -349,12 +349,12 @@ def test_what_needs_text_is_refused_without_a_tokenizer(params):
 
 def test_without_a_tokenizer_there_are_tokens_and_no_text():
     one = engine(tokenizer=None)
-    [sequence] = one.submit([1], SamplingParams(max_new_tokens=4))
+    [request] = one.submit([1], SamplingParams(max_new_tokens=4))
     [gone] = one.submit([1], SamplingParams(max_new_tokens=4))
     one.cancel(gone)
     updates = run(one)
-    assert [u.token_id for u in updates] == sequence.generated == alone([1], max_new_tokens=4)
-    assert sequence.text == gone.text == ""
+    assert [u.token_id for u in updates] == request.generated == alone([1], max_new_tokens=4)
+    assert request.text == gone.text == ""
 
 
 # Stop strings
@@ -390,15 +390,15 @@ STOPS = st.text("ab€é", min_size=1, max_size=5) | st.text("ab", min_size=1, m
 def test_streamed_pieces_join_to_the_text_cut_before_the_first_stop_string(text, broken, stops, new):
     script = [*text.encode(), *broken]
     one = engine(fakes.FakeBackend(fakes.config(128), fakes.scripted({b"p": script})))
-    [sequence] = one.submit(list(b"p"), SamplingParams(max_new_tokens=new, stop=stops))
+    [request] = one.submit(list(b"p"), SamplingParams(max_new_tokens=new, stop=stops))
     updates = run(one)
-    assert "".join(u.text for u in updates) == sequence.text
-    generated = sequence.generated
+    assert "".join(u.text for u in updates) == request.text
+    generated = request.generated
     assert generated == [*script, fakes.END][: len(generated)]
     whole = TOKENIZER.decode(generated, skip_special=True)
-    assert sequence.text == cut(whole, stops)[0]
+    assert request.text == cut(whole, stops)[0]
     reason = "stop" if cut(whole, stops)[1] or generated[-1] == fakes.END else "length"
-    assert sequence.finish_reason == reason
+    assert request.finish_reason == reason
     # Until then no stop string was complete, and the longest text that may begin one was held back, no more.
     decoder, certain, emitted = TOKENIZER.stream_decoder(), "", ""
     for update in updates[:-1]:
@@ -415,10 +415,10 @@ def starts_of(stops: list[str]) -> set[str]:
 
 def test_a_stop_string_in_the_prompt_does_not_count():
     one = engine(fakes.FakeBackend(fakes.config(), fakes.scripted({b"a.": b"b.c"})))
-    [sequence] = one.submit(list(b"a."), SamplingParams(max_new_tokens=9, stop=".", echo=True))
+    [request] = one.submit(list(b"a."), SamplingParams(max_new_tokens=9, stop=".", echo=True))
     run(one)
-    assert (sequence.text, sequence.finish_reason) == ("a.b", "stop")
-    assert sequence.generated == [*b"b."]
+    assert (request.text, request.finish_reason) == ("a.b", "stop")
+    assert request.generated == [*b"b."]
 
 
 def test_text_after_a_stop_string_is_never_given_out():
@@ -438,11 +438,11 @@ def test_cancel_ends_a_sequence_that_waits_that_reads_its_prompt_or_that_decodes
     [waits] = one.submit([3], SamplingParams(max_new_tokens=30))
     one.step()
     one.step()
-    for sequence in (decodes, reads, waits):
-        one.cancel(sequence)
-        assert sequence.finish_reason == "cancelled"
-        assert sequence.slot is None
-        assert sequence.finished_s is not None
+    for request in (decodes, reads, waits):
+        one.cancel(request)
+        assert request.finish_reason == "cancelled"
+        assert request.slot is None
+        assert request.finished_s is not None
     assert (one.running, one.waiting) == (0, 0)
     assert one.step() == []
     assert decodes.generated == alone([1], max_new_tokens=30)[:2]
@@ -452,17 +452,17 @@ def test_cancel_ends_a_sequence_that_waits_that_reads_its_prompt_or_that_decodes
 
 def test_cancel_gives_out_the_text_that_was_held_back():
     one = engine(fakes.FakeBackend(fakes.config(), fakes.scripted({b"p": b"xyzzy"})))
-    [sequence] = one.submit(
+    [request] = one.submit(
         list(b"p"), SamplingParams(max_new_tokens=30, stop="zzyz", logprobs=0), stream=True
     )
     for _ in range(4):
         one.step()
-    assert sequence.text == "xy"
-    one.cancel(sequence)
-    assert sequence.text == "xyzz"
-    assert "".join(piece.text for piece in sequence.pieces) == "xyzz"
-    assert [piece.finish_reason for piece in sequence.pieces] == [None] * 4 + ["cancelled"]
-    assert [entry.token_id for entry in sequence.logprobs] == [*b"xyzz"]
+    assert request.text == "xy"
+    one.cancel(request)
+    assert request.text == "xyzz"
+    assert "".join(piece.text for piece in request.pieces) == "xyzz"
+    assert [piece.finish_reason for piece in request.pieces] == [None] * 4 + ["cancelled"]
+    assert [entry.token_id for entry in request.logprobs] == [*b"xyzz"]
 
 
 def test_cancel_during_a_step_frees_the_slot_at_once_and_the_step_reports_nothing_of_it():
@@ -481,7 +481,7 @@ def test_cancel_during_a_step_frees_the_slot_at_once_and_the_step_reports_nothin
     updates = run(one)
     assert seen == [("cancelled", 1)]
     assert len(doomed.generated) == 2
-    assert [u.token_id for u in updates if u.sequence is doomed] == doomed.generated
+    assert [u.token_id for u in updates if u.request is doomed] == doomed.generated
     assert stays.generated == alone([2], max_new_tokens=6)
     assert waits.generated == alone([3], max_new_tokens=6)
 
@@ -520,13 +520,13 @@ def test_cancel_from_another_thread_does_not_wait_for_the_step():
         assert leave.wait(10)
 
     one = engine(fakes.FakeBackend(fakes.config(), before=wait))
-    [sequence] = one.submit([1], SamplingParams(max_new_tokens=5))
+    [request] = one.submit([1], SamplingParams(max_new_tokens=5))
     thread = threading.Thread(target=one.step)
     thread.start()
     assert entered.wait(10)
-    one.cancel(sequence)
+    one.cancel(request)
     [late] = one.submit([2], SamplingParams(max_new_tokens=1))
-    assert sequence.finished
+    assert request.finished
     assert (one.running, one.waiting) == (0, 1)
     leave.set()
     thread.join(10)
@@ -562,10 +562,10 @@ def test_a_backend_that_raises_ends_the_rows_of_that_step_and_the_engine_goes_on
     [waits] = one.submit([3], SamplingParams(max_new_tokens=5))
     one.step()
     updates = one.step()
-    assert [(u.sequence, u.finish_reason) for u in updates] == [(s, None) for s in hit]
+    assert [(u.request, u.finish_reason) for u in updates] == [(s, None) for s in hit]
     for update in updates:
         assert type(update.error) is kind
-        assert update.error is update.sequence.error
+        assert update.error is update.request.error
         assert update.error.__cause__ is raised
         assert "backend 'fake' failed in step 2" in str(update.error)
         assert type(raised).__name__ in str(update.error)
@@ -581,29 +581,27 @@ def test_logits_of_a_wrong_shape_are_a_backend_error():
             return super().forward(batch, cache)[:, :5]
 
     one = engine(Short(fakes.config()))
-    [sequence] = one.submit([1], SamplingParams())
+    [request] = one.submit([1], SamplingParams())
     run(one)
-    assert "returned logits of shape (1, 5) instead of (1, 257)" in str(sequence.error)
+    assert "returned logits of shape (1, 5) instead of (1, 257)" in str(request.error)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_logits_that_are_not_finite_end_only_their_own_sequence(value):
+def test_logits_that_are_not_finite_end_only_their_own_request(value):
     def poison(batch, logits):
         if len(backend.batches) == 3:
             logits[1, 100] = value
 
     backend = fakes.FakeBackend(fakes.config(), fakes.endless, after=poison)
     one = engine(backend)
-    sequences = [s for i in range(3) for s in one.submit([i], SamplingParams(max_new_tokens=6, **HOT))]
+    requests = [s for i in range(3) for s in one.submit([i], SamplingParams(max_new_tokens=6, **HOT))]
     updates = run(one)
-    assert isinstance(sequences[1].error, NumericalError)
-    assert "backend 'fake' returned logits that are not finite in step 3 at token 3" in str(
-        sequences[1].error
-    )
-    assert sequences[1].generated == alone([1], max_new_tokens=6, **HOT)[:2]
-    assert [u.finish_reason for u in updates if u.sequence is sequences[1]] == [None] * 3
+    assert isinstance(requests[1].error, NumericalError)
+    assert "backend 'fake' returned logits that are not finite in step 3 at token 3" in str(requests[1].error)
+    assert requests[1].generated == alone([1], max_new_tokens=6, **HOT)[:2]
+    assert [u.finish_reason for u in updates if u.request is requests[1]] == [None] * 3
     for i in (0, 2):
-        assert sequences[i].generated == alone([i], max_new_tokens=6, **HOT)
+        assert requests[i].generated == alone([i], max_new_tokens=6, **HOT)
 
 
 def test_logits_whose_sum_overflows_though_each_is_finite_are_accepted():
@@ -613,19 +611,19 @@ def test_logits_whose_sum_overflows_though_each_is_finite_are_accepted():
     with np.errstate(over="ignore"):
         assert huge((1,), 257).sum() == np.inf
     one = engine(fakes.FakeBackend(fakes.config(), huge))
-    [sequence] = one.submit([1], SamplingParams(max_new_tokens=3))
+    [request] = one.submit([1], SamplingParams(max_new_tokens=3))
     run(one)
-    assert sequence.generated == alone([1], huge, max_new_tokens=3)
+    assert request.generated == alone([1], huge, max_new_tokens=3)
 
 
 def test_a_request_for_which_every_token_is_banned_ends_alone():
     config = fakes.config(vocab_size=3, eos=())
     one = Engine(fakes.FakeBackend(config, lambda history, v: np.zeros(v, np.float32)))
-    [sequence] = one.submit([0], SamplingParams(max_new_tokens=50, no_repeat_ngram_size=1))
+    [request] = one.submit([0], SamplingParams(max_new_tokens=50, no_repeat_ngram_size=1))
     [other] = one.submit([0], SamplingParams(max_new_tokens=5))
     run(one)
-    assert isinstance(sequence.error, InvalidSamplingError)
-    assert sequence.generated == [1, 2]
+    assert isinstance(request.error, InvalidSamplingError)
+    assert request.generated == [1, 2]
     assert other.generated == [0] * 5
 
 
@@ -636,12 +634,12 @@ def test_an_interrupt_in_the_backend_propagates_and_the_next_step_repeats_the_pa
 
     backend = fakes.FakeBackend(fakes.config(), fakes.endless, before=interrupt)
     one = engine(backend)
-    [sequence] = one.submit([1], SamplingParams(max_new_tokens=5, **HOT))
+    [request] = one.submit([1], SamplingParams(max_new_tokens=5, **HOT))
     one.step()
     with pytest.raises(KeyboardInterrupt):
         one.step()
     run(one)
-    assert sequence.generated == alone([1], max_new_tokens=5, **HOT)
+    assert request.generated == alone([1], max_new_tokens=5, **HOT)
 
 
 def test_an_interrupt_between_reading_a_prompt_and_recording_it_counts_no_token_twice(monkeypatch):
@@ -652,19 +650,19 @@ def test_an_interrupt_between_reading_a_prompt_and_recording_it_counts_no_token_
             raise KeyboardInterrupt
         return sample_token(*args, **kwargs)
 
-    monkeypatch.setattr("gpt2core.rows.sample_token", interrupt)
+    monkeypatch.setattr("gpt2core.engine.rows.sample_token", interrupt)
     one = engine()
-    [sequence] = one.submit([1, 2, 3], SamplingParams(max_new_tokens=2, echo=True, logprobs=1))
+    [request] = one.submit([1, 2, 3], SamplingParams(max_new_tokens=2, echo=True, logprobs=1))
     with pytest.raises(KeyboardInterrupt):
         one.step()
     run(one)
-    assert [entry.token_id for entry in sequence.logprobs] == sequence.token_ids
-    assert sequence.generated == alone([1, 2, 3], max_new_tokens=2)
+    assert [entry.token_id for entry in request.logprobs] == request.token_ids
+    assert request.generated == alone([1, 2, 3], max_new_tokens=2)
 
 
 def test_an_interrupt_while_tokens_are_recorded_ends_that_steps_rows_and_leaves_the_engine_usable():
     one = engine(max_slots=2)
-    sequences = [s for i in (1, 2) for s in one.submit([i], SamplingParams(max_new_tokens=5))]
+    requests = [s for i in (1, 2) for s in one.submit([i], SamplingParams(max_new_tokens=5))]
     [waits] = one.submit([3], SamplingParams(max_new_tokens=5))
     one.step()
 
@@ -672,12 +670,12 @@ def test_an_interrupt_while_tokens_are_recorded_ends_that_steps_rows_and_leaves_
         def push(self, token_id):
             raise KeyboardInterrupt
 
-    sequences[1].stream = Interrupted(TOKENIZER.stream_decoder())
+    requests[1].stream = Interrupted(TOKENIZER.stream_decoder())
     with pytest.raises(KeyboardInterrupt):
         one.step()
-    for sequence in sequences:
-        assert sequence.finished
-        assert "interrupted in step 2: KeyboardInterrupt()" in str(sequence.error)
+    for request in requests:
+        assert request.finished
+        assert "interrupted in step 2: KeyboardInterrupt()" in str(request.error)
     [late] = one.submit([4], SamplingParams(max_new_tokens=5))
     run(one)
     assert waits.generated == alone([3], max_new_tokens=5)
@@ -707,12 +705,12 @@ def test_a_cache_that_cannot_be_made_is_an_error_of_submit_with_its_size_and_the
 
 def test_close_cancels_everybody_and_refuses_what_comes_after():
     one = engine(max_slots=1)
-    sequences = [s for i in range(3) for s in one.submit([i], SamplingParams(max_new_tokens=9))]
+    requests = [s for i in range(3) for s in one.submit([i], SamplingParams(max_new_tokens=9))]
     one.step()
     one.close()
     one.close()
     assert one.closed
-    assert [s.finish_reason for s in sequences] == ["cancelled"] * 3
+    assert [s.finish_reason for s in requests] == ["cancelled"] * 3
     assert one.step() == []
     with pytest.raises(RequestError, match="this model is closed; load it again"):
         one.submit([1], SamplingParams())
@@ -726,7 +724,7 @@ def test_close_waits_for_the_step_under_way():
         assert leave.wait(10)
 
     one = engine(fakes.FakeBackend(fakes.config(), before=wait))
-    [sequence] = one.submit([1], SamplingParams(max_new_tokens=5))
+    [request] = one.submit([1], SamplingParams(max_new_tokens=5))
     stepping = threading.Thread(target=one.step)
     closing = threading.Thread(target=one.close)
     stepping.start()
@@ -738,8 +736,8 @@ def test_close_waits_for_the_step_under_way():
     stepping.join(10)
     closing.join(10)
     assert one.closed
-    assert sequence.finish_reason == "cancelled"
-    assert len(sequence.generated) == 1
+    assert request.finish_reason == "cancelled"
+    assert len(request.generated) == 1
 
 
 def test_2000_requests_a_fifth_of_them_cancelled_leave_nothing_behind():
@@ -752,16 +750,16 @@ def test_2000_requests_a_fifth_of_them_cancelled_leave_nothing_behind():
     try:
         for i in range(2000):
             params = SamplingParams(max_new_tokens=rng.randint(0, 3), logprobs=0, echo=i % 3 == 0, stop="zz")
-            [sequence] = one.submit([rng.randrange(256)] * rng.randint(1, 9), params, stream=i % 2 == 0)
-            alive.append(weakref.ref(sequence))
-            pending.append(sequence)
+            [request] = one.submit([rng.randrange(256)] * rng.randint(1, 9), params, stream=i % 2 == 0)
+            alive.append(weakref.ref(request))
+            pending.append(request)
             if i % 5 == 0:
                 one.cancel(pending[rng.randrange(len(pending))])
             if i % 3 == 0:
                 one.step()
                 pending = [s for s in pending if not s.finished]
         run(one)
-        del sequence, pending
+        del request, pending
         assert sum(ref() is not None for ref in alive) == 0
     finally:
         gc.enable()

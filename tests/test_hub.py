@@ -14,8 +14,8 @@ from checkpoint_files import TINY, file_bytes, layout, random_tensors
 from fake_hub import FakeHub, Repository
 from huggingface_hub import constants
 
-from gpt2core import hub
-from gpt2core.checkpoint import open_checkpoint, resolve
+from gpt2core.checkpoint import hub
+from gpt2core.checkpoint.open import open_checkpoint, resolve
 from gpt2core.errors import CheckpointError, UnsupportedCheckpointError
 
 
@@ -304,7 +304,7 @@ def test_transfer_that_is_cut_now_and_then_is_resumed(server, monkeypatch):
 
 SCRIPT = """
 import sys
-from gpt2core.checkpoint import open_checkpoint
+from gpt2core.checkpoint.open import open_checkpoint
 from gpt2core.errors import CheckpointError
 try:
     print(open_checkpoint("owner/tiny", progress=sys.argv[1] == "progress").weights.wte.sum().item())

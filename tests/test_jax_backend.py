@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gpt2core.backends.jax_backend import Gpt2Module, JaxBackend
-from gpt2core.backends.jax_backend.runs import Buckets, plan_runs
+from gpt2core.backends.jax import Gpt2Module, JaxBackend
+from gpt2core.backends.jax.runs import Buckets, plan_runs
 from gpt2core.batch import Batch
 from gpt2core.errors import BackendError, BackendUnavailableError, RequestError
 from gpt2core.reference import reference_logits
@@ -245,7 +245,7 @@ def test_mesh_and_devices_exclude_each_other():
 
 MESH = """
 import jax, numpy as np
-from gpt2core.backends.jax_backend import JaxBackend
+from gpt2core.backends.jax import JaxBackend
 from gpt2core.testing import CONFORMANCE_CHECKS, check_backend, random_config, random_weights
 
 wanted = ("decoding_equals_prefilling", "batch_equals_single", "a_trace_shows_the_references_numbers")

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from gpt2core.backends.memory import lazy_zeros
+from gpt2core.backends._shared.memory import lazy_zeros
 
 
 def test_lazy_zeros_are_writable_float32_zeros_and_private_to_each_array():

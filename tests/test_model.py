@@ -29,9 +29,9 @@ from gpt2core.errors import (
     RequestError,
 )
 from gpt2core.model import GPT2
-from gpt2core.params import SamplingParams
 from gpt2core.reference import reference_logits
-from gpt2core.sampling import sample_token, token_logprobs
+from gpt2core.sampling.draw import sample_token, token_logprobs
+from gpt2core.sampling.params import SamplingParams
 from gpt2core.scoring import score_windows
 
 TOKENIZER = fakes.byte_tokenizer()
@@ -834,7 +834,7 @@ def test_greedy_text_equals_that_of_transformers(folder, tiny, request):
 
 
 def test_logits_and_score_agree_with_the_reference(folder, tiny):
-    from gpt2core.checkpoint import open_checkpoint
+    from gpt2core.checkpoint.open import open_checkpoint
 
     ids = [(11 * i) % 257 for i in range(64)]
     want = reference_logits(open_checkpoint(folder).weights, ids)
@@ -845,7 +845,7 @@ def test_logits_and_score_agree_with_the_reference(folder, tiny):
 
 @pytest.mark.parametrize("backend", ["numpy", "native", "torch"])
 def test_the_same_seed_gives_the_same_text_batched_streamed_and_on_every_backend(folder, tiny, backend):
-    from gpt2core.checkpoint import open_checkpoint
+    from gpt2core.checkpoint.open import open_checkpoint
 
     prompts = ["a", "Once upon", "b" * 20, "Zoë", "the end", "x", "yz"]
     want = [tiny.generate(p, max_new_tokens=25, temperature=0.9, seed=4).text for p in prompts]

@@ -7,14 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from gpt2core.backends.native_backend import NativeBackend
+from gpt2core.backends.native import NativeBackend
 from gpt2core.batch import Batch
 from gpt2core.config import ACTIVATIONS
-from gpt2core.quantize import PRECISIONS, dequantize, quantize
-from gpt2core.quantized_weights import unpack_nibbles
+from gpt2core.quantization.encodings import unpack_nibbles
+from gpt2core.quantization.rounding import PRECISIONS, dequantize, quantize
 from gpt2core.reference import layer_norm, linear, reference_logits, reference_trace
-from gpt2core.subject import TOLERANCE
 from gpt2core.testing import CONFORMANCE_CHECKS, check_backend, random_config, random_weights
+from gpt2core.testing.subject import TOLERANCE
 from gpt2core.weights import Weights
 
 ALL = ("float32", *PRECISIONS)

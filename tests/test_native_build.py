@@ -10,13 +10,13 @@ import time
 
 import pytest
 
-from gpt2core.backends import c_compiler
-from gpt2core.backends.native_backend import build
-from gpt2core.backends.native_backend.build import find_compiler, load_library
+from gpt2core.backends._shared import c_compiler
+from gpt2core.backends.native import build
+from gpt2core.backends.native.build import find_compiler, load_library
 from gpt2core.errors import BackendUnavailableError
 
 REAL_COMPILER = find_compiler()
-LOAD = "import pathlib, sys; from gpt2core.backends.native_backend.build import load_library; "
+LOAD = "import pathlib, sys; from gpt2core.backends.native.build import load_library; "
 LOAD += "print(load_library(pathlib.Path(sys.argv[1])).lanes())"
 
 

@@ -6,12 +6,12 @@ import sys
 import pytest
 
 from gpt2core.backends import create_backend
-from gpt2core.backends.native_backend import NativeBackend
+from gpt2core.backends.native import NativeBackend
 from gpt2core.batch import Batch
-from gpt2core.checkpoint import save_checkpoint
+from gpt2core.checkpoint.open import save_checkpoint
+from gpt2core.checkpoint.quantized import save_quantized
 from gpt2core.errors import BackendUnavailableError, RequestError
-from gpt2core.quantize import PRECISIONS, quantize
-from gpt2core.quantized_folder import save_quantized
+from gpt2core.quantization.rounding import PRECISIONS, quantize
 from gpt2core.testing import random_config, random_weights
 
 TINY = random_weights(random_config())
@@ -30,7 +30,7 @@ def run(script, *arguments):
 START = """
 import gc, os, sys, time
 import numpy as np, psutil
-from gpt2core.backends.native_backend import NativeBackend
+from gpt2core.backends.native import NativeBackend
 from gpt2core.batch import Batch
 from gpt2core.testing import random_config, random_weights
 def logits(backend):

@@ -10,16 +10,16 @@ import pytest
 from onnx import TensorProto
 
 from gpt2core.backends import create_backend, memory
-from gpt2core.backends.onnx_backend import OnnxBackend, networks, passes, session
-from gpt2core.backends.onnx_backend.graph import build_model, graph_weights
-from gpt2core.backends.onnx_backend.operators import padded_head_dim
-from gpt2core.backends.onnx_backend.runs import plan_runs
+from gpt2core.backends.onnx import OnnxBackend, networks, passes, session
+from gpt2core.backends.onnx.graph import build_model, graph_weights
+from gpt2core.backends.onnx.operators import padded_head_dim
+from gpt2core.backends.onnx.runs import plan_runs
 from gpt2core.batch import Batch
-from gpt2core.checkpoint import open_checkpoint
-from gpt2core.conformance import TOLERANCE
+from gpt2core.checkpoint.open import open_checkpoint
 from gpt2core.errors import BackendError, BackendUnavailableError, RequestError
 from gpt2core.reference import reference_logits, reference_trace
 from gpt2core.testing import VARIANTS, random_checkpoint, random_config, random_weights
+from gpt2core.testing.conformance import TOLERANCE
 
 TINY = random_weights(random_config())
 

@@ -12,14 +12,14 @@ import pytest
 
 from gpt2core import GPT2, export_onnx
 from gpt2core.backends.export import FORMS
-from gpt2core.backends.onnx_backend import export, run_exported
-from gpt2core.checkpoint import open_checkpoint
+from gpt2core.backends.onnx import export, run_exported
+from gpt2core.checkpoint.open import open_checkpoint
 from gpt2core.cli import main
-from gpt2core.conformance import TOLERANCE
 from gpt2core.errors import BackendError, CheckpointError, RequestError
-from gpt2core.random_model import random_config, random_weights
 from gpt2core.reference import reference_logits
 from gpt2core.testing import VARIANTS, random_checkpoint
+from gpt2core.testing.conformance import TOLERANCE
+from gpt2core.testing.random_model import random_config, random_weights
 
 OURS = ["config.json", "generate.py", "model.onnx", "model.onnx.data", "tokenizer.json"]
 

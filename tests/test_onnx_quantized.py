@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from gpt2core.backends.onnx_backend import OnnxBackend, passes
-from gpt2core.backends.onnx_backend.products import ByPass, ByToken, group_size
+from gpt2core.backends.onnx import OnnxBackend, passes
+from gpt2core.backends.onnx.products import ByPass, ByToken, group_size
 from gpt2core.batch import Batch
-from gpt2core.conformance import TOLERANCE
-from gpt2core.quantize import quantize
+from gpt2core.quantization.rounding import quantize
 from gpt2core.testing import random_config, random_weights
+from gpt2core.testing.conformance import TOLERANCE
 
 QUANTIZED = {p: quantize(random_weights(random_config()), p, group_size=32) for p in ("int8", "int4")}
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt2core.errors import ContextLengthError, InvalidSamplingError
-from gpt2core.sampling import SamplingParams
+from gpt2core.sampling.draw import SamplingParams
 
 EVERYTHING = {
     "max_new_tokens": 50,

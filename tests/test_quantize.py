@@ -13,18 +13,25 @@ import torch
 from gpt2core import GPT2, open_checkpoint
 from gpt2core.backends import available, choose, create_backend, load_factory, torch_products
 from gpt2core.backends.base import RunsPrecisions
-from gpt2core.backends.onnx_backend import products
+from gpt2core.backends.onnx import products
 from gpt2core.batch import Batch
+from gpt2core.checkpoint.quantized import save_quantized
 from gpt2core.cli import main
 from gpt2core.errors import BackendUnavailableError, CheckpointError, RequestError
-from gpt2core.gptq import round_for_inputs
-from gpt2core.quantize import PRECISIONS, best_rounding, dequantize, int8_columns, int8_rows, quantize
-from gpt2core.quantized_folder import save_quantized
-from gpt2core.quantized_weights import (
+from gpt2core.quantization.encodings import (
     pack_nibbles,
     round_to_bfloat16,
     unpack_nibbles,
     widen_bfloat16,
+)
+from gpt2core.quantization.gptq import round_for_inputs
+from gpt2core.quantization.rounding import (
+    PRECISIONS,
+    best_rounding,
+    dequantize,
+    int8_columns,
+    int8_rows,
+    quantize,
 )
 from gpt2core.reference import reference_logits
 from gpt2core.testing import CONFORMANCE_CHECKS, VARIANTS, check_backend, random_config, random_weights

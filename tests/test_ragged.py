@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt2core.backends.ragged import note_filled, plan_attention
+from gpt2core.backends._shared.ragged import note_filled, plan_attention
 from gpt2core.batch import Batch
 
 

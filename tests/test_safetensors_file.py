@@ -14,8 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 
-from gpt2core.errors import CheckpointError
-from gpt2core.safetensors_file import (
+from gpt2core.checkpoint.safetensors import (
     MAX_HEADER_NBYTES,
     SafetensorsFile,
     TensorData,
@@ -24,6 +23,7 @@ from gpt2core.safetensors_file import (
     replacing,
     write_safetensors,
 )
+from gpt2core.errors import CheckpointError
 
 A = np.arange(6, dtype=np.float32).reshape(2, 3)
 B = np.array([-1.5, 2.5], np.float32)

@@ -10,9 +10,9 @@ import scipy.stats
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from gpt2core import sampling
 from gpt2core.errors import InvalidSamplingError, NumericalError
-from gpt2core.sampling import (
+from gpt2core.sampling import draw as sampling
+from gpt2core.sampling.draw import (
     SamplingParams,
     TokenLogprob,
     sample_token,
@@ -101,7 +101,9 @@ def test_texts_of_other_choices_and_seeds_are_uncorrelated(one, two):
 
 
 def test_sampling_does_not_import_numpys_random_module():
-    code = "import sys, gpt2core.sampling; print([m for m in sys.modules if m.startswith('numpy.random')])"
+    code = (
+        "import sys, gpt2core.sampling.draw; print([m for m in sys.modules if m.startswith('numpy.random')])"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
 
 

@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt2core.params import SamplingParams
-from gpt2core.scheduler import Scheduler, fair_shares
-from gpt2core.sequence import LOGITS_CHUNK, Sequence
+from gpt2core.engine.request import LOGITS_CHUNK, Request
+from gpt2core.engine.scheduler import Scheduler, fair_shares
+from gpt2core.sampling.params import SamplingParams
 
 
-def sequence(prompt_tokens: int, *, new: int = 10, logits_from: int | None = None) -> Sequence:
-    return Sequence(
+def request(prompt_tokens: int, *, new: int = 10, logits_from: int | None = None) -> Request:
+    return Request(
         token_ids=[0] * prompt_tokens,
         prompt_tokens=prompt_tokens,
         prompt=0,
@@ -27,8 +27,8 @@ def sequence(prompt_tokens: int, *, new: int = 10, logits_from: int | None = Non
     )
 
 
-def advance(scheduler: Scheduler) -> dict[Sequence, int]:
-    """Do what the engine does with a plan; return how many tokens each sequence took."""
+def advance(scheduler: Scheduler) -> dict[Request, int]:
+    """Do what the engine does with a plan; return how many tokens each request took."""
     step = scheduler.plan()
     taken = {}
     for one in step.decode:
@@ -73,11 +73,11 @@ def test_shares_are_max_min_fair(budget, wants):
 
 def test_decoding_rows_get_a_token_in_every_step_while_a_long_prompt_is_read():
     scheduler = Scheduler(slots=4, step_tokens=64)
-    decoding = [sequence(1, new=100) for _ in range(3)]
+    decoding = [request(1, new=100) for _ in range(3)]
     for one in decoding:
         scheduler.add(one)
     advance(scheduler)
-    long = sequence(1000)
+    long = request(1000)
     scheduler.add(long)
     steps = 0
     while long.cached < 1000:
@@ -89,7 +89,7 @@ def test_decoding_rows_get_a_token_in_every_step_while_a_long_prompt_is_read():
 
 def test_a_short_prompt_beside_a_long_one_is_read_in_one_step():
     scheduler = Scheduler(slots=4, step_tokens=64)
-    long, short = sequence(1000), sequence(20)
+    long, short = request(1000), request(20)
     scheduler.add(long)
     advance(scheduler)
     scheduler.add(short)
@@ -100,18 +100,18 @@ def test_a_short_prompt_beside_a_long_one_is_read_in_one_step():
 def test_prefill_advances_in_every_step_when_decoding_rows_fill_the_budget():
     scheduler = Scheduler(slots=8, step_tokens=4)
     for _ in range(7):
-        scheduler.add(sequence(1, new=1000))
+        scheduler.add(request(1, new=1000))
     while scheduler.prefilling or scheduler.waiting:
         advance(scheduler)
-    late = sequence(100)
+    late = request(100)
     scheduler.add(late)
     assert advance(scheduler)[late] == 8  # one token per slot is kept for prompts
 
 
 def test_slots_are_given_in_order_of_arrival_and_lowest_first():
     scheduler = Scheduler(slots=3, step_tokens=64)
-    first = [sequence(1, new=new) for new in (5, 3, 5)]
-    later = [sequence(1) for _ in range(2)]
+    first = [request(1, new=new) for new in (5, 3, 5)]
+    later = [request(1) for _ in range(2)]
     for one in (*first, *later):
         scheduler.add(one)
     scheduler.plan()
@@ -125,12 +125,12 @@ def test_slots_are_given_in_order_of_arrival_and_lowest_first():
 
 def test_decoding_rows_stand_in_order_of_slots_whoever_came_last():
     scheduler = Scheduler(slots=3, step_tokens=64)
-    old = [sequence(1, new=100) for _ in range(3)]
+    old = [request(1, new=100) for _ in range(3)]
     for one in old:
         scheduler.add(one)
     advance(scheduler)
     scheduler.remove(old[0])
-    new = sequence(1, new=100)
+    new = request(1, new=100)
     scheduler.add(new)
     advance(scheduler)
     assert scheduler.plan().decode == [new, old[1], old[2]]
@@ -138,7 +138,7 @@ def test_decoding_rows_stand_in_order_of_slots_whoever_came_last():
 
 def test_a_sequence_that_leaves_the_queue_leaves_no_trace():
     scheduler = Scheduler(slots=1, step_tokens=64)
-    runs, waits, last = sequence(5), sequence(5), sequence(5)
+    runs, waits, last = request(5), request(5), request(5)
     for one in (runs, waits, last):
         scheduler.add(one)
     scheduler.plan()
@@ -151,7 +151,7 @@ def test_a_sequence_that_leaves_the_queue_leaves_no_trace():
 
 def test_a_prompt_whose_logits_are_read_comes_in_chunks_that_bound_their_memory():
     scheduler = Scheduler(slots=2, step_tokens=1000)
-    reads = sequence(700, new=0, logits_from=300)
+    reads = request(700, new=0, logits_from=300)
     scheduler.add(reads)
     assert advance(scheduler)[reads] == 300 + LOGITS_CHUNK
     assert advance(scheduler)[reads] == LOGITS_CHUNK
@@ -159,7 +159,7 @@ def test_a_prompt_whose_logits_are_read_comes_in_chunks_that_bound_their_memory(
 
 def test_repair_after_an_interrupted_admission_loses_no_sequence_and_no_slot():
     scheduler = Scheduler(slots=2, step_tokens=64)
-    one, two = sequence(5), sequence(5)
+    one, two = request(5), request(5)
     scheduler.add(one)
     scheduler.add(two)
     scheduler.prefilling.append(one)  # where `plan` may be interrupted: admitted, the slot not given yet
@@ -178,11 +178,11 @@ def test_nobody_starves_and_no_slot_is_given_twice(seed):
     rng = random.Random(seed)
     slots, step_tokens = rng.randint(1, 6), rng.randint(1, 40)
     scheduler = Scheduler(slots=slots, step_tokens=step_tokens)
-    arrived: list[Sequence] = []
-    admitted: list[Sequence] = []
+    arrived: list[Request] = []
+    admitted: list[Request] = []
     for _ in range(300):
         if rng.random() < 0.3:
-            one = sequence(rng.choice([1, 3, 90]), new=rng.randint(1, 20))
+            one = request(rng.choice([1, 3, 90]), new=rng.randint(1, 20))
             arrived.append(one)
             scheduler.add(one)
         before = {one: one.cached for one in (*scheduler.prefilling, *scheduler.decoding)}

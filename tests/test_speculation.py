@@ -16,12 +16,12 @@ import pytest
 from gpt2core import testing
 from gpt2core.backends import available, create_backend
 from gpt2core.backends.base import PricesTokens
-from gpt2core.engine import Engine
+from gpt2core.engine.engine import Engine
+from gpt2core.engine.request import Request, Update
+from gpt2core.engine.speculation import ALLOWANCE, LENGTHS, MOST_TOKENS, PromptLookup, further_cost
 from gpt2core.errors import BackendError, RequestError
 from gpt2core.model import GPT2
-from gpt2core.params import SamplingParams
-from gpt2core.sequence import Sequence, Update
-from gpt2core.speculation import ALLOWANCE, LENGTHS, MOST_TOKENS, PromptLookup, further_cost
+from gpt2core.sampling.params import SamplingParams
 
 TOKENIZER = fakes.byte_tokenizer()
 LETTERS = [*b"abcdef"]
@@ -80,21 +80,21 @@ def run(one: Engine) -> list[Update]:
     return updates
 
 
-def outcome(sequence: Sequence) -> tuple:
+def outcome(request: Request) -> tuple:
     return (
-        sequence.generated,
-        sequence.text,
-        sequence.finish_reason,
-        sequence.logprobs,
-        repr(sequence.error),
+        request.generated,
+        request.text,
+        request.finish_reason,
+        request.logprobs,
+        repr(request.error),
     )
 
 
 def generated(logits_of=walk, prompt=PROMPT, *, params=None, **options) -> tuple[list[tuple], Engine]:
     one = engine(logits_of, **options)
-    sequences = one.submit(prompt, SamplingParams(**{"max_new_tokens": 50, "seed": 1, **(params or {})}))
+    requests = one.submit(prompt, SamplingParams(**{"max_new_tokens": 50, "seed": 1, **(params or {})}))
     run(one)
-    return [outcome(sequence) for sequence in sequences], one
+    return [outcome(request) for request in requests], one
 
 
 SOURCES = {
@@ -177,26 +177,26 @@ def test_in_batches_with_chunks_arrivals_and_cancelled_neighbours_nothing_change
             one.cancel(doomed.pop(rng.randrange(len(doomed))))
     assert len(kept) == 30
     assert one.proposed_tokens > 0
-    for (prompt, params), sequence in kept:
-        assert outcome(sequence) == generated(prompt=prompt, params=params)[0][0]
+    for (prompt, params), request in kept:
+        assert outcome(request) == generated(prompt=prompt, params=params)[0][0]
 
 
 def test_one_step_holds_rows_with_and_without_proposals_and_a_chunk_of_a_prompt():
     backend_batches = []
     one = engine(before=backend_batches.append, speculation="prompt_lookup", step_tokens=40)
-    sequences = one.submit(PROMPT, SamplingParams(max_new_tokens=50))
-    while not sequences[0].accepted:
+    requests = one.submit(PROMPT, SamplingParams(max_new_tokens=50))
+    while not requests[0].accepted:
         one.step()
-    sequences += one.submit([*b"bd"], SamplingParams(max_new_tokens=30))
+    requests += one.submit([*b"bd"], SamplingParams(max_new_tokens=30))
     one.step()
     one.step()
-    sequences += one.submit([*b"ace"] * 4, SamplingParams(max_new_tokens=20))
+    requests += one.submit([*b"ace"] * 4, SamplingParams(max_new_tokens=20))
     run(one)
     lengths = [sorted(batch.lengths.tolist()) for batch in backend_batches]
     assert any(row[0] == 1 and row[-1] > 1 and len(row) == 2 for row in lengths)
     assert any(len(row) == 3 for row in lengths)
-    for sequence, prompt, most in zip(sequences, (PROMPT, b"bd", b"ace" * 4), (50, 30, 20), strict=True):
-        assert outcome(sequence) == generated(prompt=[*prompt], params={"max_new_tokens": most})[0][0]
+    for request, prompt, most in zip(requests, (PROMPT, b"bd", b"ace" * 4), (50, 30, 20), strict=True):
+        assert outcome(request) == generated(prompt=[*prompt], params={"max_new_tokens": most})[0][0]
 
 
 # How often
@@ -259,9 +259,9 @@ def test_what_cannot_pay_by_the_backends_own_price_is_not_proposed(price, length
     script = fakes.scripted({bytes(PROMPT): b"abcdefgh" * 30})
     backend = Priced(big(256), script)
     one = Engine(backend, TOKENIZER, speculation="prompt_lookup")
-    [sequence] = one.submit(PROMPT, SamplingParams(max_new_tokens=240))
+    [request] = one.submit(PROMPT, SamplingParams(max_new_tokens=240))
     run(one)
-    assert sequence.generated == [*b"abcdefgh" * 30]
+    assert request.generated == [*b"abcdefgh" * 30]
     assert {int(batch.lengths[0]) - 1 for batch in backend.batches[1:-1]} - {0} == lengths
 
 
@@ -280,12 +280,12 @@ def test_prompts_come_first_in_a_steps_budget():
 
 
 def test_prompt_lookup_copies_on_beyond_the_end_of_the_text():
-    [sequence] = engine().submit([*b"q", *b"abcde" * 2], SamplingParams(max_new_tokens=5))
-    assert PromptLookup().propose([(sequence, 12)]) == [[*b"abcdeabcdeab"]]
-    [sequence] = engine().submit([*b"abcdxyabcdzzbcd"], SamplingParams(max_new_tokens=5))
-    assert PromptLookup().propose([(sequence, 4)]) == [[*b"zzbc"]]  # the latest occurrence
-    [sequence] = engine().submit([*b"abcdab"], SamplingParams(max_new_tokens=5))
-    assert PromptLookup().propose([(sequence, 4)]) == [[]]
+    [request] = engine().submit([*b"q", *b"abcde" * 2], SamplingParams(max_new_tokens=5))
+    assert PromptLookup().propose([(request, 12)]) == [[*b"abcdeabcdeab"]]
+    [request] = engine().submit([*b"abcdxyabcdzzbcd"], SamplingParams(max_new_tokens=5))
+    assert PromptLookup().propose([(request, 4)]) == [[*b"zzbc"]]  # the latest occurrence
+    [request] = engine().submit([*b"abcdab"], SamplingParams(max_new_tokens=5))
+    assert PromptLookup().propose([(request, 4)]) == [[]]
 
 
 # The distribution
@@ -353,13 +353,13 @@ def test_a_text_without_a_token_left_fails_at_the_same_token():
     for draft in (None, fakes.FakeBackend(fakes.config(vocab_size=3, eos=()), fakes.hashed)):
         backend = fakes.FakeBackend(replace(big(), vocab_size=3, eos_token_ids=()), fakes.hashed)
         one = Engine(backend, draft=draft)
-        sequences = []
+        requests = []
         for seed in range(20):
             params = SamplingParams(no_repeat_ngram_size=2, temperature=0.8, seed=seed)
-            sequences += one.submit([0, 1], params)
+            requests += one.submit([0, 1], params)
             run(one)
-        assert all("no token can be drawn" in str(sequence.error) for sequence in sequences)
-        outcomes.append([outcome(sequence) for sequence in sequences])
+        assert all("no token can be drawn" in str(request.error) for request in requests)
+        outcomes.append([outcome(request) for request in requests])
         accepted += one.accepted_tokens
     assert outcomes[0] == outcomes[1]
     assert accepted > 20
@@ -375,12 +375,12 @@ def test_a_pass_that_fails_ends_its_sequences_and_the_next_request_works():
 
     one = engine(before=before, speculation="prompt_lookup")
     broken.append(True)
-    [sequence] = one.submit(PROMPT, SamplingParams(max_new_tokens=50))
+    [request] = one.submit(PROMPT, SamplingParams(max_new_tokens=50))
     run(one)
-    assert isinstance(sequence.error, BackendError)
-    [sequence] = one.submit(PROMPT, SamplingParams(max_new_tokens=50, seed=1))
+    assert isinstance(request.error, BackendError)
+    [request] = one.submit(PROMPT, SamplingParams(max_new_tokens=50, seed=1))
     run(one)
-    assert [outcome(sequence)] == generated()[0]
+    assert [outcome(request)] == generated()[0]
 
 
 def test_an_interrupted_pass_with_proposals_is_repeated():
@@ -392,7 +392,7 @@ def test_an_interrupted_pass_with_proposals_is_repeated():
             raise KeyboardInterrupt
 
     one = engine(before=before, speculation="prompt_lookup")
-    [sequence] = one.submit(PROMPT, SamplingParams(max_new_tokens=50, seed=1))
+    [request] = one.submit(PROMPT, SamplingParams(max_new_tokens=50, seed=1))
     caught = 0
     while one.running or one.waiting:
         try:
@@ -400,7 +400,7 @@ def test_an_interrupted_pass_with_proposals_is_repeated():
         except KeyboardInterrupt:
             caught += 1
     assert caught == 2
-    assert [outcome(sequence)] == generated()[0]
+    assert [outcome(request)] == generated()[0]
 
 
 @pytest.mark.parametrize("where", ["model", "draft"])
@@ -426,10 +426,10 @@ def test_who_is_cancelled_while_proposals_are_made_or_read_ends_there_and_leaves
 @pytest.mark.parametrize("source", SOURCES)
 def test_an_ended_sequence_is_not_kept(source):
     one = engine(**SOURCES[source])
-    [sequence] = one.submit(PROMPT, SamplingParams(max_new_tokens=30))
+    [request] = one.submit(PROMPT, SamplingParams(max_new_tokens=30))
     run(one)
-    ended = weakref.ref(sequence)
-    del sequence
+    ended = weakref.ref(request)
+    del request
     gc.collect()
     assert ended() is None
 
@@ -485,10 +485,10 @@ def test_a_draft_that_fails_is_given_up_with_a_warning_and_the_text_goes_on():
 
     draft = fakes.FakeBackend(fakes.config(), walk, before=before)
     one = engine(draft=draft)
-    [sequence] = one.submit(PROMPT, SamplingParams(max_new_tokens=50, seed=1))
+    [request] = one.submit(PROMPT, SamplingParams(max_new_tokens=50, seed=1))
     with pytest.warns(RuntimeWarning, match=r"speculation is off.*ZeroDivisionError\('in the draft'\)"):
         run(one)
-    assert [outcome(sequence)] == generated()[0]
+    assert [outcome(request)] == generated()[0]
     assert len(draft.batches) == 5
 
 
@@ -558,7 +558,7 @@ def test_leaving_a_stream_in_the_midst_of_an_accepted_proposal_frees_its_slot():
 
 @pytest.mark.parametrize("backend", available())
 def test_every_backend_has_a_price_at_which_a_single_text_gains(folder, backend):
-    from gpt2core.checkpoint import open_checkpoint
+    from gpt2core.checkpoint.open import open_checkpoint
 
     made = create_backend(backend, open_checkpoint(folder).weights, threads=1)
     assert isinstance(made, PricesTokens)
@@ -569,7 +569,7 @@ def test_every_backend_has_a_price_at_which_a_single_text_gains(folder, backend)
 
 @pytest.mark.parametrize("backend", available())
 def test_every_backend_gives_the_same_tokens_with_and_without(folder, backend):
-    from gpt2core.checkpoint import open_checkpoint
+    from gpt2core.checkpoint.open import open_checkpoint
 
     weights = open_checkpoint(folder).weights
     prompts = [[5, 6, 7, 8] * 5, [9] * 12]
@@ -580,9 +580,9 @@ def test_every_backend_gives_the_same_tokens_with_and_without(folder, backend):
         results.append([])
         for prompt, temperature in product(prompts, (0, 0.5)):
             params = SamplingParams(max_new_tokens=60, temperature=temperature, seed=1, logit_bias={0: -100})
-            [sequence] = one.submit(prompt, params)
+            [request] = one.submit(prompt, params)
             run(one)
-            results[-1].append(sequence.generated)
+            results[-1].append(request.generated)
         if options:
             assert one.proposed_tokens > 0
     assert results[1] == results[0]

@@ -8,7 +8,7 @@ from tokenizer_folders import gpt2_tokenizer, small_tokenizer, stream, texts
 from tokenizers import decoders, models, pre_tokenizers
 
 from gpt2core.errors import UnsupportedCheckpointError
-from gpt2core.tokenizer import Tokenizer
+from gpt2core.tokenizer.tokenizer import Tokenizer
 
 IDS = st.lists(st.integers(0, 50300) | st.sampled_from([50256, 50257, 2**31 - 1]), max_size=30)
 TEXTS = texts(st.characters(exclude_categories=["Cs"]))

@@ -28,7 +28,7 @@ from tokenizer_folders import (
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 from gpt2core.errors import RequestError
-from gpt2core.tokenizer import UNBOUNDED_TOKEN_BYTES, Tokenizer, _byte_alphabet
+from gpt2core.tokenizer.tokenizer import UNBOUNDED_TOKEN_BYTES, Tokenizer, _byte_alphabet
 
 CORPUS = {
     "prose": "It was the best of times, it wasn't the worst; I'll say they've we're I'd — “quoted” … 1984.",
@@ -424,7 +424,7 @@ def test_a_raw_model_without_a_split_is_bounded_by_its_longest_token():
 
 def test_importing_the_tokenizer_loads_no_framework_and_no_hub():
     code = (
-        "import sys, gpt2core.tokenizer; "
+        "import sys, gpt2core.tokenizer.tokenizer; "
         "print({'huggingface_hub', 'transformers', 'torch', 'requests', 'httpx'} & set(sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"

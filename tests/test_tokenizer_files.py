@@ -18,7 +18,7 @@ from tokenizer_folders import (
 from transformers import AutoTokenizer, logging
 
 from gpt2core.errors import CheckpointError, RequestError, UnsupportedCheckpointError
-from gpt2core.tokenizer import Tokenizer
+from gpt2core.tokenizer.tokenizer import Tokenizer
 
 REMEDY = "; download the checkpoint again, or save its tokenizer anew with transformers"
 SAMPLES = ["the cat", " the cat sat\n", "théâtre 日本 😀", "", f"x{END}y <pad><mask>z", "<tab>a b"]
@@ -366,7 +366,7 @@ def test_an_interrupt_is_no_broken_file(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     save(small_byte_level(), tmp_path)
-    monkeypatch.setattr("gpt2core.tokenizer_files.Tokenizer.from_buffer", interrupted, raising=False)
+    monkeypatch.setattr("gpt2core.tokenizer.files.Tokenizer.from_buffer", interrupted, raising=False)
     with pytest.raises(KeyboardInterrupt):
         Tokenizer.from_folder(tmp_path)
 

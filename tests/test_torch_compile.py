@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from gpt2core.backends.torch_backend import TorchBackend
-from gpt2core.backends.torch_products import ACTIVATIONS, EAGER
+from gpt2core.backends.torch.backend import TorchBackend
+from gpt2core.backends.torch.products import ACTIVATIONS, EAGER
 from gpt2core.batch import Batch
-from gpt2core.conformance import TOLERANCE
 from gpt2core.errors import RequestError
 from gpt2core.reference import reference_logits
 from gpt2core.testing import random_config, random_weights
+from gpt2core.testing.conformance import TOLERANCE
 
 # PyTorch's compiler uses parts of PyTorch that PyTorch calls deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

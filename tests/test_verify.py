@@ -12,16 +12,16 @@ import pytest
 from faulty import perturbed_mlp
 
 from gpt2core import GPT2, BackendUnavailableError, CheckpointError, RequestError, open_checkpoint
-from gpt2core.backends.torch_backend import TorchBackend
+from gpt2core.backends.torch.backend import TorchBackend
 from gpt2core.cli import main
-from gpt2core.conformance import a_trace_shows_the_references_numbers
-from gpt2core.engine import Engine
-from gpt2core.logits import temper
-from gpt2core.params import SamplingParams
+from gpt2core.engine.engine import Engine
 from gpt2core.reference import reference_logits, reference_trace
-from gpt2core.sampling import sample_token, uniform
-from gpt2core.subject import TOLERANCE
+from gpt2core.sampling.draw import sample_token, uniform
+from gpt2core.sampling.params import SamplingParams
+from gpt2core.sampling.transforms import temper
 from gpt2core.testing import VARIANTS, check_backend, random_checkpoint, random_config, random_weights
+from gpt2core.testing.conformance import a_trace_shows_the_references_numbers
+from gpt2core.testing.subject import TOLERANCE
 from gpt2core.trace import Trace
 from gpt2core.verify import verify, worker
 from gpt2core.verify.cases import Case, Row, cases_of, texts_of

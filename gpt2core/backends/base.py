@@ -14,7 +14,7 @@ import numpy as np
 from gpt2core._shapes import Float32
 from gpt2core.batch import Batch
 from gpt2core.config import ModelConfig
-from gpt2core.quantized_weights import QuantizedWeights
+from gpt2core.quantization.encodings import QuantizedWeights
 from gpt2core.trace import Trace
 from gpt2core.weights import Weights
 
@@ -90,7 +90,7 @@ class RunsPrecisions(Protocol):
 
 @runtime_checkable
 class PricesTokens(Protocol):
-    """A capability: say what guesses cost; without it `gpt2core.speculation.further_cost` is assumed."""
+    """A capability: say what guesses cost; else `engine.speculation.further_cost` holds."""
 
     def further_cost(self, tokens: int, rows: int) -> float:
         """What a decode step of `rows` rows takes longer when one of them has `tokens` further tokens.

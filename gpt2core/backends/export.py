@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Final
 
 from gpt2core.backends import load_factory
-from gpt2core.checkpoint import open_checkpoint
+from gpt2core.checkpoint.open import open_checkpoint
 from gpt2core.errors import RequestError, in_short
 
 FORMS: Final = ("fast", "portable")
@@ -48,7 +48,7 @@ def export_onnx(
     if form not in FORMS:
         raise RequestError(f"form is {in_short(form)}; use {' or '.join(map(repr, FORMS))}")
     load_factory("onnx")  # says what is missing
-    writer = importlib.import_module("gpt2core.backends.onnx_backend.export")
+    writer = importlib.import_module("gpt2core.backends.onnx.export")
     checkpoint = open_checkpoint(model, revision=revision, local_files_only=local_files_only)
     written: Path = writer.write_export(checkpoint, Path(folder), form=form, force=force)
     return written

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from gpt2core import ModelConfig, open_checkpoint
+from gpt2core._files import cache_folder
 from gpt2core.backends import PRECISIONS as OWN_PRECISIONS
 from gpt2core.backends import available
-from gpt2core.backends.user_cache import cache_folder
 from gpt2core.bench import bandwidth, correctness, worker
 from gpt2core.bench.environment import fingerprint
 from gpt2core.bench.folder import ResultsFolder

@@ -17,7 +17,7 @@ def backends(threads: int | None, as_json: bool) -> None:
     GPT2CORE_BACKEND names no engine there is no choice to show; a line says so.
     """
     from gpt2core.backends import available, choose
-    from gpt2core.checkpoint import read_config, resolve
+    from gpt2core.checkpoint.open import read_config, resolve
     from gpt2core.config import ModelConfig
     from gpt2core.errors import BackendUnavailableError, CheckpointError
 

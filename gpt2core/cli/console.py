@@ -76,7 +76,7 @@ def options(*groups: Callable[[Command], Command]) -> Callable[[Command], Comman
 
 def find(model: str, *, revision: str | None, offline: bool) -> Path:
     """The folder of the model that the options name; a download shows its progress on a terminal."""
-    from gpt2core.checkpoint import resolve
+    from gpt2core.checkpoint.open import resolve
 
     return resolve(model, revision=revision, local_files_only=offline, progress=sys.stderr.isatty())
 

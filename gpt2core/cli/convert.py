@@ -22,7 +22,7 @@ def convert(folder: Path, output: Path | None, force: bool) -> None:
     Reading a pickle can run code that it contains. PyTorch reads it here with weights_only=True, which
     refuses everything but tensors; convert only files that you trust all the same. Needs the extra `torch`.
     """
-    from gpt2core.checkpoint import convert_pickle
+    from gpt2core.checkpoint.open import convert_pickle
 
     with Status(f"converting {folder}"):
         path = convert_pickle(folder, output, force=force)

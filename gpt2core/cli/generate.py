@@ -24,7 +24,7 @@ from gpt2core.errors import RequestError
 
 if TYPE_CHECKING:
     from gpt2core.model import GPT2, Generation
-    from gpt2core.sampling import SamplingParams
+    from gpt2core.sampling.draw import SamplingParams
 
 PROMPT_LIMIT_NBYTES = 2**20  # several times what the longest tokens could fit into any GPT-2's context
 
@@ -85,7 +85,7 @@ def generate(
     `-`, or no PROMPT where stdin is not a terminal, reads the prompt from stdin; one line break at its end
     is left out. With --json nothing is streamed, and each text is what was generated, without the prompt.
     """
-    from gpt2core.sampling import SamplingParams
+    from gpt2core.sampling.draw import SamplingParams
 
     if sampling["seed"] is None:
         sampling["seed"] = int.from_bytes(os.urandom(4))  # drawn here so that --stats can tell it

@@ -22,8 +22,8 @@ from gpt2core.cli.console import (
 @options(*checkpoint_options, json_option)
 def info(model: str, revision: str | None, offline: bool, as_json: bool) -> None:
     """Describe MODEL: the demo model, a folder, or a model's id on the hub."""
-    from gpt2core.checkpoint import read_config
-    from gpt2core.tokenizer import Tokenizer
+    from gpt2core.checkpoint.open import read_config
+    from gpt2core.tokenizer.tokenizer import Tokenizer
 
     folder = find(model, revision=revision, offline=offline)
     config = read_config(folder)

@@ -47,12 +47,12 @@ def quantize(
 
     OUT then is a model like any other: it is loaded by mapping its file, and runs in that precision.
     """
-    from gpt2core.checkpoint import open_checkpoint
-    from gpt2core.checkpoint_folder import SMALL_FILES, WEIGHTS
+    from gpt2core.checkpoint.folder import SMALL_FILES, WEIGHTS
+    from gpt2core.checkpoint.open import open_checkpoint
+    from gpt2core.checkpoint.quantized import save_quantized
     from gpt2core.errors import CheckpointError, RequestError
-    from gpt2core.quantize import quantize as rounded
-    from gpt2core.quantized_folder import save_quantized
-    from gpt2core.quantized_weights import QuantizedWeights
+    from gpt2core.quantization.encodings import QuantizedWeights
+    from gpt2core.quantization.rounding import quantize as rounded
 
     checkpoint = open_checkpoint(find(model, revision=revision, offline=offline))
     if isinstance(checkpoint.stored, QuantizedWeights):

@@ -4,10 +4,11 @@ import codecs
 import time
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
+from fastapi import Request as HttpRequest
 from fastapi.responses import Response
 
-from gpt2core import Sequence, Tokenizer, TokenLogprob, Update, __version__
+from gpt2core import Request, Tokenizer, TokenLogprob, Update, __version__
 from gpt2core.serve.body import read_body
 from gpt2core.serve.errors import Refusal, invalid, json_response, json_text, refusal_of
 from gpt2core.serve.events import EventStream, event
@@ -51,7 +52,7 @@ def router(service: Service) -> APIRouter:
         responses=answers(Completion, stream=True, bad_parameter=400),
         response_model=None,
     )
-    async def completions(request: Request) -> Response:
+    async def completions(request: HttpRequest) -> Response:
         """Continue prompts, given as texts or as token ids; `echo` with `logprobs` scores them."""
         asked = await read_body(request, CompletionRequest, service.settings)
         if asked.model != name:
@@ -108,7 +109,7 @@ class _Form:
         self._tokenizer = engine.tokenizer
         self._with_logprobs = asked.logprobs is not None
         self._with_usage = asked.stream_options is not None and asked.stream_options.include_usage
-        self._lists: dict[Sequence, LogprobLists] = {}
+        self._lists: dict[Request, LogprobLists] = {}
         self._head: dict[str, Any] = {
             "id": f"cmpl-{job.request.scope['state']['request_id']}",
             "object": "text_completion",
@@ -121,7 +122,7 @@ class _Form:
         """One event per token that says something."""
         if not (update.text or update.finish_reason or update.logprobs):
             return b""
-        one = update.sequence
+        one = update.request
         logprobs = None
         if self._with_logprobs:
             lists = self._lists.setdefault(one, LogprobLists(self._tokenizer))
@@ -141,7 +142,7 @@ class _Form:
         """The answer without a stream; of `best_of` texts the likeliest per token."""
         choices = []
         for prompt in range(len(self._job.prompt_lengths)):
-            texts = [one for one in self._job.sequences if one.prompt == prompt]
+            texts = [one for one in self._job.requests if one.prompt == prompt]
             if len(texts) > self._n:
                 texts = sorted(texts, key=_mean_logprob, reverse=True)[: self._n]
             for i, one in enumerate(texts):
@@ -193,7 +194,7 @@ def _choice(text: str, index: int, logprobs: object, reason: str | None) -> dict
     return {"text": text, "index": index, "logprobs": logprobs, "finish_reason": reason}
 
 
-def _mean_logprob(one: Sequence) -> float:
+def _mean_logprob(one: Request) -> float:
     """Of the generated tokens only: the prompt's are the same for all."""
     count = len(one.token_ids) - one.prompt_tokens
     own = [entry.logprob or 0.0 for entry in one.logprobs[len(one.logprobs) - count :]]

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final, Literal
 
-from gpt2core import GPT2, BackendError, Engine, NumericalError, SamplingParams, Sequence, Update
+from gpt2core import GPT2, BackendError, Engine, NumericalError, Request, SamplingParams, Update
 from gpt2core.serve import logs
 from gpt2core.serve.errors import Refusal, engine_failed, unavailable
 from gpt2core.serve.metrics import Metrics
@@ -31,11 +31,11 @@ class Driver:
         self._settings = settings
         self._metrics = metrics
         self._tickets: set[Ticket] = set()
-        self._ticket_of: dict[Sequence, Ticket] = {}
+        self._ticket_of: dict[Request, Ticket] = {}
         self._inbox: deque[tuple[Ticket, list[list[int]], SamplingParams]] = deque()
         self._bell = threading.Event()
         self._stopping = False
-        self._places = 0  # sequences of all tickets
+        self._places = 0  # requests of all tickets
         self._watch: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop
         self._thread: threading.Thread
@@ -54,7 +54,7 @@ class Driver:
         self._watch = asyncio.create_task(self._look())
 
     def reserve(self, count: int, begun_s: float) -> Ticket:
-        """A place for `count` sequences.
+        """A place for `count` requests.
 
         Raises:
             Refusal: 503 while nothing can run, 429 when the queue is full.
@@ -135,16 +135,16 @@ class Driver:
         """The part of the KV cache that holds tokens."""
         if self.engine is None:
             return 0.0
-        cached = sum(sequence.cached for sequence in list(self._ticket_of) if sequence.slot is not None)
+        cached = sum(request.cached for request in list(self._ticket_of) if request.slot is not None)
         return cached / (self.engine.slots * self.engine.config.n_positions)
 
     def _release(self, ticket: Ticket) -> None:
         """Cancel what still runs of a ticket and give its place back; twice is harmless."""
-        ticket.cancelled = True  # before its sequences are read: see `_submit`
-        for sequence in list(ticket.sequences):
+        ticket.cancelled = True  # before its requests are read: see `_submit`
+        for request in list(ticket.requests):
             if self.engine is not None:
-                self.engine.cancel(sequence)
-            self._ticket_of.pop(sequence, None)
+                self.engine.cancel(request)
+            self._ticket_of.pop(request, None)
         if ticket in self._tickets:
             self._tickets.remove(ticket)
             self._places -= ticket.count
@@ -154,17 +154,17 @@ class Driver:
             ticket.fail(unavailable("draining", f"the server is stopping, and {why}"))
 
     def _deliver(self, updates: list[Update]) -> None:
-        rows = len({update.sequence for update in updates})  # with speculation one may have several
+        rows = len({update.request for update in updates})  # with speculation one may have several
         self._metrics.step(rows, sum(update.token_id is not None for update in updates))
         for update in updates:
-            ticket = self._ticket_of.get(update.sequence)
+            ticket = self._ticket_of.get(update.request)
             if ticket is None:  # cancelled meanwhile
                 continue
             if ticket.waits_for_token and update.token_id is not None:
                 ticket.waits_for_token = False
                 self._metrics.ttft_s.observe(time.perf_counter() - ticket.begun_s)
             if update.finish_reason is not None:
-                self._metrics.ended(update.sequence)
+                self._metrics.ended(update.request)
             ticket.take(update)
 
     def _become_ready(self) -> None:
@@ -240,14 +240,14 @@ class Driver:
         for i, ids in enumerate(prompts):
             if ticket.cancelled:
                 break
-            sequences = engine.submit(ids, params, prompt=i)
-            ticket.sequences += sequences
-            for sequence in sequences:
-                self._ticket_of[sequence] = ticket
+            requests = engine.submit(ids, params, prompt=i)
+            ticket.requests += requests
+            for request in requests:
+                self._ticket_of[request] = ticket
         if ticket.cancelled:  # since it was looked at; `_release` may have missed the last of them
-            for sequence in ticket.sequences:
-                engine.cancel(sequence)
-                self._ticket_of.pop(sequence, None)
+            for request in ticket.requests:
+                engine.cancel(request)
+                self._ticket_of.pop(request, None)
 
     def _call(self, function: Callable[..., None], *args: object) -> None:
         try:
@@ -258,8 +258,8 @@ class Driver:
 
 def _warm_up(engine: Engine) -> None:
     """Generate one token: the cache is made and the first request finds an engine that works."""
-    [sequence] = engine.submit([0], SamplingParams(max_new_tokens=1))
-    while not sequence.finished:
+    [request] = engine.submit([0], SamplingParams(max_new_tokens=1))
+    while not request.finished:
         engine.step()
-    if sequence.error is not None:
-        raise sequence.error
+    if request.error is not None:
+        raise request.error

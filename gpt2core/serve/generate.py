@@ -3,10 +3,11 @@
 import time
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
+from fastapi import Request as HttpRequest
 from fastapi.responses import Response
 
-from gpt2core import Sequence, Tokenizer, TokenLogprob, Update
+from gpt2core import Request, Tokenizer, TokenLogprob, Update
 from gpt2core.serve.body import read_body
 from gpt2core.serve.errors import json_text
 from gpt2core.serve.events import EventStream, event
@@ -41,7 +42,7 @@ def router(service: Service) -> APIRouter:
         responses=answers(GenerateResponse, stream=True),
         response_model=None,
     )
-    async def generate(request: Request) -> Response:
+    async def generate(request: HttpRequest) -> Response:
         """Continue a prompt, or several as one batch. With `"stream": true` as server-sent events."""
         asked = await read_body(request, GenerateRequest, service.settings)
         job = await service.accept(
@@ -79,8 +80,8 @@ class _Form:
     def piece(self, update: Update) -> bytes:
         """One event per token."""
         one: dict[str, Any] = {
-            "index": update.sequence.prompt,
-            "choice": update.sequence.choice,
+            "index": update.request.prompt,
+            "choice": update.request.choice,
             "text": update.text,
             "token_id": update.token_id,
         }
@@ -98,20 +99,20 @@ class _Form:
 
     def whole(self) -> bytes:
         """The answer without a stream."""
-        job, sequences = self._job, self._job.sequences
-        head = json_text({"generated_text": sequences[0].text})[:-1]
+        job, requests = self._job, self._job.requests
+        head = json_text({"generated_text": requests[0].text})[:-1]
         tail = json_text(
             {
                 **self._names,
-                "seed": sequences[0].seed,
+                "seed": requests[0].seed,
                 "elapsed_s": round(time.perf_counter() - job.ticket.begun_s, 6),
                 "usage": job.usage(job.generated_tokens()),
             }
         )
-        texts = b",".join(json_text(self._text(one)) for one in sequences)
+        texts = b",".join(json_text(self._text(one)) for one in requests)
         return head + b',"generations":[' + texts + b"]," + tail[1:]
 
-    def _text(self, one: Sequence) -> dict[str, Any]:
+    def _text(self, one: Request) -> dict[str, Any]:
         result: dict[str, Any] = {
             "text": one.text,
             "finish_reason": one.finish_reason,

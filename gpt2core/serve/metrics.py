@@ -5,7 +5,7 @@ from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from gpt2core import Sequence
+from gpt2core import Request
 
 SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 TOKEN_SECONDS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
@@ -55,12 +55,12 @@ class Metrics:
         self._rows.observe(rows)
         self._generated.inc(tokens)
 
-    def ended(self, sequence: Sequence) -> None:
+    def ended(self, request: Request) -> None:
         """A text is complete."""
-        self._prompt.inc(sequence.prompt_tokens)
-        later = len(sequence.token_ids) - sequence.prompt_tokens - 1
-        if later > 0 and sequence.first_token_s is not None and sequence.last_token_s is not None:
-            self._token_s.observe((sequence.last_token_s - sequence.first_token_s) / later)
+        self._prompt.inc(request.prompt_tokens)
+        later = len(request.token_ids) - request.prompt_tokens - 1
+        if later > 0 and request.first_token_s is not None and request.last_token_s is not None:
+            self._token_s.observe((request.last_token_s - request.first_token_s) / later)
 
     def lag(self, lag_s: float) -> None:
         """The event loop woke up late by so much."""

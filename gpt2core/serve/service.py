@@ -6,10 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from starlette.requests import Request
+from starlette.requests import Request as HttpRequest
 from starlette.types import Message
 
-from gpt2core import ContextLengthError, RequestError, SamplingParams, Sequence
+from gpt2core import ContextLengthError, Request, RequestError, SamplingParams
 from gpt2core.serve.driver import Driver
 from gpt2core.serve.errors import Disconnected, invalid, refusal_of
 from gpt2core.serve.settings import Settings
@@ -30,7 +30,7 @@ class Service:
 
     async def accept(
         self,
-        request: Request,
+        request: HttpRequest,
         prompts: list[Prompt],
         params: SamplingParams,
         *,
@@ -93,7 +93,7 @@ class Job:
     ticket: Ticket
     params: SamplingParams
     prompt_lengths: list[int]
-    request: Request
+    request: HttpRequest
 
     def __post_init__(self) -> None:
         self._watch = asyncio.create_task(self._until_gone())
@@ -104,9 +104,9 @@ class Job:
         return sum(self.prompt_lengths)
 
     @property
-    def sequences(self) -> list[Sequence]:
+    def requests(self) -> list[Request]:
         """By prompt, then by choice."""
-        return self.ticket.sequences
+        return self.ticket.requests
 
     def usage(self, completion_tokens: int) -> dict[str, int]:
         """As OpenAI counts."""
@@ -118,7 +118,7 @@ class Job:
 
     def generated_tokens(self) -> int:
         """So far, of all choices."""
-        return sum(len(one.token_ids) - one.prompt_tokens for one in self.sequences)
+        return sum(len(one.token_ids) - one.prompt_tokens for one in self.requests)
 
     def close(self) -> None:
         """Free what it holds; what still runs is cancelled."""

@@ -1,6 +1,6 @@
-"""One request's way through the engine: its sequences, what they have given so far, and how it ends.
+"""One request's way through the engine: its requests, what they have given so far, and how it ends.
 
-Belongs to the event loop. The engine thread only appends to `sequences` and reads `cancelled`.
+Belongs to the event loop. The engine thread only appends to `requests` and reads `cancelled`.
 """
 
 import asyncio
@@ -9,18 +9,18 @@ from collections.abc import AsyncIterator, Callable
 from types import TracebackType
 from typing import Self
 
-from gpt2core import Sequence, Update
+from gpt2core import Request, Update
 from gpt2core.serve.errors import deadline_exceeded
 
 
 class Ticket:
-    """A place in the engine for `count` sequences, held until `close`."""
+    """A place in the engine for `count` requests, held until `close`."""
 
     def __init__(self, count: int, *, begun_s: float, deadline_s: float, release: Callable[["Ticket"], None]):
         loop = asyncio.get_running_loop()
         self.count = count
         self.begun_s = begun_s
-        self.sequences: list[Sequence] = []
+        self.requests: list[Request] = []
         self.cancelled = False
         self.stream = False
         self.waits_for_token = True
@@ -44,7 +44,7 @@ class Ticket:
         return self._error
 
     def take(self, update: Update) -> None:
-        """What a step did to one of its sequences."""
+        """What a step did to one of its requests."""
         if update.error is not None:
             self.fail(update.error)
             return
@@ -62,7 +62,7 @@ class Ticket:
             self._wake()
 
     async def done(self) -> None:
-        """Wait until all sequences have ended.
+        """Wait until all requests have ended.
 
         Raises:
             Exception: what it failed with.

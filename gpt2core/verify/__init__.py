@@ -18,12 +18,12 @@ from typing import Any, Final
 import numpy as np
 
 from gpt2core import backends as registry
-from gpt2core.checkpoint import open_checkpoint
+from gpt2core.checkpoint.open import open_checkpoint
 from gpt2core.errors import BackendUnavailableError, Gpt2CoreError, RequestError
-from gpt2core.params import SamplingParams
 from gpt2core.reference import reference_logits, reference_trace
-from gpt2core.subject import TOLERANCE
-from gpt2core.tokenizer import Tokenizer
+from gpt2core.sampling.params import SamplingParams
+from gpt2core.testing.subject import TOLERANCE
+from gpt2core.tokenizer.tokenizer import Tokenizer
 from gpt2core.trace import Trace
 from gpt2core.verify.cases import STORY, Case, cases_of, texts_of
 from gpt2core.verify.compare import combine, compare_logits, compare_texts, first_departure

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gpt2core import logits as _logits
 from gpt2core._shapes import Float
 from gpt2core.reference import reference_logits
-from gpt2core.sampling import uniform
+from gpt2core.sampling import transforms as _logits
+from gpt2core.sampling.draw import uniform
 from gpt2core.trace import Trace
 from gpt2core.verify.cases import Case
 from gpt2core.verify.report import Agreement, Comparison, Departure, Disagreement
@@ -115,7 +115,7 @@ def _explain(
     expected: int | None,
     got: int | None,
 ) -> Disagreement:
-    """Follow the draw to where both tokens part (see `gpt2core.sampling.sample_token`) and measure there."""
+    """Follow the draw to where both tokens part (see `sampling.draw.sample_token`) and measure there."""
     if expected is None or got is None:
         return Disagreement(seed, index, expected, got, None, None, None, None, within=False)
     with np.errstate(all="ignore"):

@@ -18,10 +18,10 @@ import numpy as np
 from gpt2core.backends import load_factory
 from gpt2core.backends.base import Backend, BackendFactory, Traces
 from gpt2core.batch import Batch
-from gpt2core.checkpoint import open_checkpoint
-from gpt2core.engine import Engine
+from gpt2core.checkpoint.open import open_checkpoint
+from gpt2core.engine.engine import Engine
 from gpt2core.errors import BackendError, BackendUnavailableError
-from gpt2core.params import SamplingParams
+from gpt2core.sampling.params import SamplingParams
 from gpt2core.verify.cases import Case, cases_of
 
 

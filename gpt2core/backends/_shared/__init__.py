@@ -1,0 +1,1 @@
+"""What several backends use: ragged batches, memory, threads, the C compiler."""

@@ -1,0 +1,197 @@
+"""The backend: what C is given and what it gives back."""
+
+# M wanted logits, V vocabulary, L layers, S cache slots, H heads, K head width, C cache capacity
+
+import ctypes
+import os
+import threading
+import weakref
+from ctypes import POINTER, Structure, byref, c_long, c_void_p
+from typing import Any, Final, final
+
+import numpy as np
+
+from gpt2core._shapes import Float32
+from gpt2core.backends._shared.memory import private_memory
+from gpt2core.backends._shared.threads import check_threads
+from gpt2core.backends.native.build import load_library
+from gpt2core.backends.native.packing import CModel, PackedModel
+from gpt2core.batch import Batch
+from gpt2core.config import ModelConfig
+from gpt2core.errors import BackendError, BackendUnavailableError, RequestError
+from gpt2core.quantization.encodings import QuantizedWeights
+from gpt2core.quantization.rounding import PRECISIONS
+from gpt2core.weights import Weights
+
+_CLOSED: Final = "the native backend is closed; load the model again"
+_COST_OF_TOKEN: Final = {"float32": 0.06, "bfloat16": 0.1, "int8": 0.08, "int4": 0.13}
+_MOST_TOKENS: Final = 512
+"""Of one pass in C: what it works with stays small, and products gain nothing from more."""
+
+
+class _CCache(Structure):
+    """`Cache` of gpt2.c."""
+
+    _fields_ = [("keys", c_void_p), ("values", c_void_p), ("slots", c_long), ("capacity", c_long)]
+
+
+@final
+class NativeCache:
+    """Keys and values, float32 or bfloat16; zeroed lazily, so unused slots take no memory."""
+
+    def __init__(self, config: ModelConfig, slots: int, capacity: int, *, itemsize: int, lanes: int) -> None:
+        self.slots, self.capacity = slots, capacity
+        positions = -(-capacity // lanes) * lanes
+        widths = config.head_dim, -(-config.head_dim // lanes) * lanes  # keys, values
+        each = config.n_layer * slots * config.n_head * positions * itemsize
+        self._memory = private_memory(each * sum(widths))
+        start = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+        self.there = _CCache(start, start + each * widths[0], slots, positions)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a full cache takes."""
+        return len(self._memory)
+
+
+@final
+class NativeBackend:
+    """GPT-2 in C, compiled for this processor when first used; needs a C compiler and no framework.
+
+    A sequence's logits do not depend, to the last bit, on what is computed beside it.
+
+    Args:
+        weights: float32 or quantised. A rearranged copy of the matrices is kept; pages of a memory-mapped
+            checkpoint are given back as they are copied, so that one copy stays.
+        device: only "cpu".
+        threads: of a forward pass; None takes one per core. They wait actively within a pass and
+            up to 0.2 ms after it.
+
+    Raises:
+        BackendUnavailableError: another device, no C compiler, or one that fails.
+    """
+
+    name = "native"
+    precisions = ("float32", *PRECISIONS)
+
+    def __init__(
+        self, weights: Weights | QuantizedWeights, *, device: str = "cpu", threads: int | None = None
+    ) -> None:
+        check_threads(threads)
+        if device != "cpu":
+            raise BackendUnavailableError(
+                f"the native backend runs on device 'cpu' only, not {device!r}; use backend='torch' for it"
+            )
+        self.config = weights.config
+        self.precision = weights.precision if isinstance(weights, QuantizedWeights) else "float32"
+        self._library = _declared(load_library())
+        self._packed: PackedModel | None = PackedModel(weights, self._library)
+        team = self._library.team_new(threads or _cores())
+        if not team:
+            raise BackendError("the native backend found no memory for its threads")
+        self._team = c_void_p(team)
+        self._end_team = weakref.finalize(self, self._library.team_free, self._team)
+        self._lock = threading.Lock()  # a team takes one pass at a time
+        _alive.add(self)
+
+    def new_cache(self, slots: int, capacity: int) -> NativeCache:
+        """An empty cache for `slots` sequences of up to `capacity` tokens."""
+        itemsize = 2 if self.precision in ("int8", "int4") else 4
+        lanes = self._library.lanes()
+        return NativeCache(self.config, slots, capacity, itemsize=itemsize, lanes=lanes)
+
+    def forward(self, batch: Batch, cache: NativeCache) -> Float32[np.ndarray, "M V"]:
+        """See `gpt2core.backends.base.Backend.forward`."""
+        packed = self._packed
+        if packed is None:
+            raise RequestError(_CLOSED)
+        batch.check(vocab_size=self.config.vocab_size, slots=cache.slots, capacity=cache.capacity)
+        logits = np.empty((len(batch.logits_at), self.config.vocab_size), np.float32)
+        firsts = np.cumsum(batch.lengths, dtype=np.int32) - batch.lengths
+        pieces = np.stack([firsts, batch.lengths, batch.starts, batch.slots], 1)  # (B, 4)
+        if len(batch.tokens) <= _MOST_TOKENS:
+            self._pass(packed, cache, batch.tokens, pieces, batch.logits_at, logits)
+            return logits
+        for first in range(0, len(batch.tokens), _MOST_TOKENS):
+            last = min(first + _MOST_TOKENS, len(batch.tokens))
+            here = np.flatnonzero((batch.logits_at >= first) & (batch.logits_at < last))
+            part = np.empty((len(here), logits.shape[1]), np.float32)
+            wanted = (batch.logits_at[here] - first).astype(np.int32)
+            self._pass(packed, cache, batch.tokens[first:last], _cut(pieces, first, last), wanted, part)
+            logits[here] = part
+        return logits
+
+    def _pass(
+        self,
+        packed: PackedModel,
+        cache: NativeCache,
+        tokens: np.ndarray,
+        pieces: np.ndarray,
+        wanted: np.ndarray,
+        logits: np.ndarray,
+    ) -> None:
+        tokens, pieces, wanted = map(np.ascontiguousarray, (tokens, pieces, wanted))
+        with self._lock:
+            if not self._end_team.alive:
+                raise RequestError(_CLOSED)
+            failed = self._library.forward(
+                *(self._team, byref(packed.model), byref(cache.there)),
+                *(tokens.ctypes.data, len(tokens), pieces.ctypes.data, len(pieces)),
+                *(wanted.ctypes.data, len(wanted), logits.ctypes.data),
+            )
+        if failed:
+            raise BackendError(f"the native backend found no memory for a pass of {len(tokens)} tokens")
+
+    def further_cost(self, tokens: int, rows: int) -> float:
+        """See `gpt2core.backends.base.PricesTokens.further_cost`; the weights are read once for all rows."""
+        return 0.05 + _COST_OF_TOKEN[self.precision] * tokens
+
+    def close(self) -> None:
+        """Let go of the weights and the threads."""
+        with self._lock:
+            self._end_team()
+        self._packed = None
+
+
+_alive: Final[weakref.WeakSet[NativeBackend]] = weakref.WeakSet()
+
+
+def _unlock_all() -> None:
+    """In a forked child, which lacks the thread that may have been in a pass."""
+    for backend in _alive:
+        backend._lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_unlock_all)
+
+
+def _cut(pieces: np.ndarray, first: int, last: int) -> np.ndarray:
+    """The parts of pieces (B, 4) that lie in the tokens `first` to `last`."""
+    begins = np.maximum(pieces[:, 0], first)
+    counts = np.minimum(pieces[:, 0] + pieces[:, 1], last) - begins
+    cut = np.stack([begins - first, counts, pieces[:, 2] + begins - pieces[:, 0], pieces[:, 3]], 1)
+    return cut[counts > 0].astype(np.int32)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _declared(library: Any) -> Any:
+    """The kernels with the types of what they take and give."""
+    library.lanes.restype = library.strip_width.restype = c_long
+    library.activation_named.argtypes = [ctypes.c_char_p]
+    library.team_new.restype = c_void_p
+    library.team_free.argtypes = [c_void_p]
+    library.forward.argtypes = [
+        *(c_void_p, POINTER(CModel), POINTER(_CCache)),
+        *(c_void_p, c_long, c_void_p, c_long, c_void_p, c_long, c_void_p),
+    ]
+    for name in ("pack_float32", "pack_bfloat16"):
+        getattr(library, name).argtypes = [c_void_p, *[c_long] * 4, c_void_p]
+        getattr(library, name).restype = None
+    library.pack_int8.argtypes = [c_void_p, *[c_long] * 5, c_void_p]
+    library.pack_int4.argtypes = [c_void_p, *[c_long] * 2, c_void_p]
+    library.pack_int8.restype = library.pack_int4.restype = None
+    return library

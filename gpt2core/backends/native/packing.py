@@ -1,0 +1,261 @@
+"""A model's weights in the layout of the C kernels, as structures that C reads.
+
+The structures have the fields of those in `kernels/products.h` and `kernels/gpt2.c`, in the same order.
+"""
+
+# V vocabulary, D width, I inputs, O outputs, G groups of inputs
+
+import ctypes
+import mmap
+from collections.abc import Iterator, Sequence
+from ctypes import POINTER, Structure, c_float, c_int, c_long, c_void_p
+from typing import Any, Final
+
+import numpy as np
+
+from gpt2core.backends._shared.memory import giving_back, private_memory
+from gpt2core.errors import BackendUnavailableError
+from gpt2core.quantization.encodings import (
+    BFloat16,
+    Int4,
+    Int8,
+    QuantizedBlock,
+    QuantizedLinear,
+    QuantizedWeights,
+    Table,
+    unpack_nibbles,
+)
+from gpt2core.weights import Block, LayerNorm, Linear, Weights
+
+AnyMatrix = np.ndarray | Int8 | Int4 | BFloat16
+AnyBlock = Block | QuantizedBlock
+_FLOAT32, _BFLOAT16, _INT8, _INT4 = range(4)
+_ALIGNMENT: Final = 64  # bytes; a line of the processor's cache
+_MOST_INT8_INPUTS: Final = 66_000  # more of 255 * 127 would not fit in 32 bits
+
+
+class CMatrix(Structure):
+    """`Matrix` of products.h."""
+
+    _fields_ = [
+        ("kind", c_int),
+        ("group", c_int),
+        ("inputs", c_long),
+        ("outputs", c_long),
+        ("values", c_void_p),
+        ("scale", c_void_p),
+        ("zero", c_void_p),
+    ]
+
+
+class CLinear(Structure):
+    """`Linear` of gpt2.c."""
+
+    _fields_ = [("weight", CMatrix), ("bias", c_void_p)]
+
+
+class CNorm(Structure):
+    """`Norm` of gpt2.c."""
+
+    _fields_ = [("weight", c_void_p), ("bias", c_void_p)]
+
+
+class CBlock(Structure):
+    """`Block` of gpt2.c."""
+
+    _fields_ = [
+        ("ln_1", CNorm),
+        ("ln_2", CNorm),
+        ("c_attn", CLinear),
+        ("attn_c_proj", CLinear),
+        ("c_fc", CLinear),
+        ("mlp_c_proj", CLinear),
+        ("attention_scale", c_float),
+    ]
+
+
+class CModel(Structure):
+    """`Model` of gpt2.c."""
+
+    _fields_ = [
+        *((name, c_long) for name in ("layers", "heads", "width", "mlp", "vocabulary")),
+        ("epsilon", c_float),
+        *((name, c_int) for name in ("activation", "table_kind", "bfloat16_cache")),
+        *((name, c_void_p) for name in ("wte", "wte_scale", "wpe")),
+        ("blocks", POINTER(CBlock)),
+        ("ln_f", CNorm),
+        ("head", CMatrix),
+    ]
+
+
+class PackedModel:
+    """The weights, packed; they live as long as this does.
+
+    Args:
+        weights: float32 or quantised. Matrices are copied; the table of embeddings is read where it lies.
+        library: the compiled kernels.
+    """
+
+    def __init__(self, weights: Weights | QuantizedWeights, library: Any) -> None:
+        self._library, self._wide = library, library.strip_width()
+        self._kept: list[Any] = []
+        self._arena = _Arena(sum(self._packed_nbytes(m) for m in _matrices(weights)))
+        config = weights.config
+        with giving_back(array for _, array in weights.named()):
+            parts: Sequence[AnyBlock] = weights.blocks
+            blocks = [self._block(part, config.attention_scale(i)) for i, part in enumerate(parts)]
+            self._blocks = (CBlock * config.n_layer)(*blocks)
+            head = self._matrix(_transposed(weights.lm_head))
+        kind, wte, wte_scale = self._table(weights.wte)
+        self.nbytes = self._arena.nbytes
+        self.model = CModel(
+            *(config.n_layer, config.n_head, config.n_embd, config.mlp_dim, config.vocab_size),
+            config.layer_norm_epsilon,
+            library.activation_named(config.activation_function.encode()),
+            *(kind, _small_cache(weights)),
+            *(wte, wte_scale, self._address(np.ascontiguousarray(weights.wpe, np.float32))),
+            self._blocks,
+            self._norm(weights.ln_f),
+            head,
+        )
+
+    def _address(self, array: np.ndarray) -> int:
+        self._kept.append(array)
+        return array.ctypes.data
+
+    def _padded(self, vector: np.ndarray) -> int:
+        """The address of a copy in whole strips."""
+        size = _whole(len(vector), self._wide)
+        return self._address(np.pad(np.asarray(vector, np.float32), (0, size - len(vector))))
+
+    def _block(self, block: AnyBlock, attention_scale: float) -> CBlock:
+        return CBlock(
+            self._norm(block.ln_1),
+            self._norm(block.ln_2),
+            self._linear(block.c_attn),
+            self._linear(block.attn_c_proj),
+            self._linear(block.c_fc),
+            self._linear(block.mlp_c_proj),
+            attention_scale,
+        )
+
+    def _norm(self, norm: LayerNorm) -> CNorm:
+        return CNorm(self._padded(norm.weight), self._padded(norm.bias))
+
+    def _linear(self, linear: Linear | QuantizedLinear) -> CLinear:
+        return CLinear(self._matrix(linear.weight), self._padded(linear.bias))
+
+    def _table(self, table: np.ndarray | Table) -> tuple[int, int, int | None]:
+        if isinstance(table, Int8):
+            scale = np.ascontiguousarray(table.scale[:, 0])
+            return _INT8, self._address(np.ascontiguousarray(table.values)), self._address(scale)
+        if isinstance(table, BFloat16):
+            return _BFLOAT16, self._address(np.ascontiguousarray(table.bits)), None
+        return _FLOAT32, self._address(np.ascontiguousarray(table)), None
+
+    def _packed_nbytes(self, matrix: AnyMatrix) -> int:
+        inputs, outputs = _shape(matrix)
+        outputs = _whole(outputs, self._wide)
+        if isinstance(matrix, Int4):
+            size = _int4_inputs(matrix) * outputs // 2
+        elif isinstance(matrix, Int8):
+            size = _whole(inputs, 4) * outputs
+        else:
+            size = inputs * outputs * (2 if isinstance(matrix, BFloat16) else 4)
+        return _whole(size, _ALIGNMENT)
+
+    def _matrix(self, matrix: AnyMatrix) -> CMatrix:
+        """Pack a matrix (I, O), of any strides."""
+        inputs, outputs = _shape(matrix)
+        to = self._arena.take(self._packed_nbytes(matrix))
+        pack = self._library
+        if isinstance(matrix, Int4):
+            padded, size = _int4_inputs(matrix), matrix.group_size
+            pack.pack_int4(np.ascontiguousarray(matrix.packed).ctypes.data, padded, outputs, to)
+            zero = unpack_nibbles(matrix.zero)[:, : matrix.scale.shape[1]].astype(np.float32)
+            return CMatrix(
+                _INT4, size, padded, outputs, to, self._per_group(matrix.scale), self._per_group(zero)
+            )
+        if isinstance(matrix, Int8):
+            padded = _whole(inputs, 4)
+            pack.pack_int8(*_strided(matrix.values), inputs, padded, outputs, to)
+            scale = self._padded(matrix.scale.reshape(-1))
+            return CMatrix(_INT8, padded, padded, outputs, to, scale, None)
+        if isinstance(matrix, BFloat16):
+            pack.pack_bfloat16(*_strided(matrix.bits), inputs, outputs, to)
+            return CMatrix(_BFLOAT16, inputs, inputs, outputs, to, None, None)
+        pack.pack_float32(*_strided(matrix), inputs, outputs, to)
+        return CMatrix(_FLOAT32, inputs, inputs, outputs, to, None, None)
+
+    def _per_group(self, numbers: np.ndarray) -> int:
+        """(O, G) as (strips, G, outputs of a strip)."""
+        outputs, groups = numbers.shape
+        padded = np.zeros((_whole(outputs, self._wide), groups), np.float32)
+        padded[:outputs] = numbers
+        strips = padded.reshape(-1, self._wide, groups).transpose(0, 2, 1)
+        return self._address(np.ascontiguousarray(strips))
+
+
+class _Arena:
+    """Zeroed memory in huge pages where the system has them: fewer addresses to look up while reading."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes, self._used = nbytes, 0
+        self._memory = private_memory(nbytes)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            self._memory.madvise(mmap.MADV_HUGEPAGE)
+        self._start = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+
+    def take(self, nbytes: int) -> int:
+        self._used += nbytes
+        assert self._used <= self.nbytes
+        return self._start + self._used - nbytes
+
+
+def _matrices(weights: Weights | QuantizedWeights) -> Iterator[AnyMatrix]:
+    blocks: Sequence[AnyBlock] = weights.blocks
+    for block in blocks:
+        for linear in (block.c_attn, block.attn_c_proj, block.c_fc, block.mlp_c_proj):
+            yield linear.weight
+    yield _transposed(weights.lm_head)
+
+
+def _transposed(table: np.ndarray | Table) -> AnyMatrix:
+    """The head as a matrix (D, V)."""
+    if isinstance(table, Int8):
+        return Int8(table.values.T, table.scale[:, 0])
+    if isinstance(table, BFloat16):
+        return BFloat16(table.bits.T)
+    return table.T
+
+
+def _shape(matrix: AnyMatrix) -> tuple[int, int]:
+    if isinstance(matrix, Int4):
+        return matrix.inputs, len(matrix.packed)
+    if isinstance(matrix, Int8) and matrix.values.shape[0] > _MOST_INT8_INPUTS:
+        raise BackendUnavailableError(
+            f"the native backend multiplies int8 matrices of up to {_MOST_INT8_INPUTS} inputs, not "
+            f"{matrix.values.shape[0]}; use precision='float32' or backend='numpy'"
+        )
+    values = matrix.values if isinstance(matrix, Int8) else matrix
+    inputs, outputs = (values.bits if isinstance(values, BFloat16) else values).shape
+    return inputs, outputs
+
+
+def _int4_inputs(matrix: Int4) -> int:
+    return 2 * matrix.packed.shape[1]
+
+
+def _strided(array: np.ndarray) -> tuple[int, int, int]:
+    """Address and strides in elements of (I, O)."""
+    first, second = (stride // array.itemsize for stride in array.strides)
+    return array.ctypes.data, first, second
+
+
+def _small_cache(weights: Weights | QuantizedWeights) -> int:
+    """Whether keys and values are kept in bfloat16: where the weights are rounded more than that anyway."""
+    return int(isinstance(weights, QuantizedWeights) and weights.precision in ("int8", "int4"))
+
+
+def _whole(size: int, unit: int) -> int:
+    return -(-size // unit) * unit

@@ -1,0 +1,195 @@
+"""Checkpoints: a folder, a model's id on the Hugging Face Hub or "demo" in, configuration and weights out."""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from gpt2core._json import listed, shown
+from gpt2core.checkpoint.convert import convert_pickle
+from gpt2core.checkpoint.folder import WEIGHTS, read_config, read_weights
+from gpt2core.checkpoint.quantized import read_quantization, read_quantized
+from gpt2core.checkpoint.safetensors import TensorData, replacing, write_safetensors
+from gpt2core.config import ModelConfig
+from gpt2core.errors import CheckpointError, RequestError
+from gpt2core.quantization.encodings import QuantizedWeights, round_to_bfloat16
+from gpt2core.quantization.rounding import dequantize
+from gpt2core.weights import Weights
+
+__all__ = [
+    "Checkpoint", "convert_pickle", "open_checkpoint", "read_config", "read_weights", "resolve",
+    "save_checkpoint",
+]  # fmt: skip
+
+DEMO: Final = Path(__file__).parent / "demo"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A model that was read and checked.
+
+    Attributes:
+        source: what was asked for: "demo", a folder, a hub id.
+        folder: the local folder that holds the files, the tokenizer's too.
+        config: the same as `stored.config`.
+        stored: read-only; float32 weights are memory-mapped where the file holds aligned float32, quantised
+            ones always.
+    """
+
+    source: str
+    folder: Path
+    config: ModelConfig
+    stored: Weights | QuantizedWeights
+
+    @property
+    def weights(self) -> Weights:
+        """The float32 weights; of a quantised checkpoint what its numbers stand for, made at each access."""
+        return dequantize(self.stored) if isinstance(self.stored, QuantizedWeights) else self.stored
+
+
+def open_checkpoint(
+    model: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    token: str | bool | None = None,
+    progress: bool = True,
+) -> Checkpoint:
+    """Find a model, read its configuration and its weights, and check them; see `resolve` for the arguments.
+
+    Raises:
+        CheckpointError: it is not there, or not whole; all faults of its tensors are listed at once.
+        UnsupportedCheckpointError: it is pickled, or asks for what gpt2core does not compute.
+    """
+    folder = resolve(
+        model,
+        revision=revision,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+        token=token,
+        progress=progress,
+    )
+    config, quantization = read_config(folder), read_quantization(folder)
+    stored: Weights | QuantizedWeights
+    if quantization is None:
+        stored = read_weights(folder, config)
+    else:
+        stored = read_quantized(folder, config, quantization)
+    return Checkpoint(source=os.fspath(model), folder=folder, config=stored.config, stored=stored)
+
+
+def resolve(
+    model: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    token: str | bool | None = None,
+    progress: bool = True,
+) -> Path:
+    """The local folder of a model; downloads it if it is a hub id that the cache does not hold.
+
+    Args:
+        model: "demo" for the bundled model, an existing folder, or else a hub id, `name` or `owner/name`. A
+            path object always means a folder; "./demo" is a folder too.
+        revision: branch, tag or commit on the hub; None for the main branch.
+        cache_dir: instead of huggingface_hub's own cache.
+        local_files_only: never use the network.
+        token: for private and gated repositories; None for the one that `hf auth login` stored.
+        progress: show a download's progress on stderr.
+
+    Raises:
+        CheckpointError: there is no such model; says what was tried and what would help.
+    """
+    if not isinstance(model, str | os.PathLike) or not isinstance(name := os.fspath(model), str):
+        raise CheckpointError(f"model is {shown(model)}, expected 'demo', a folder or a hub id")
+    if name == "demo" and isinstance(model, str):
+        if not (DEMO / "config.json").is_file():
+            raise CheckpointError(
+                f"the demo model is not in {DEMO}; install gpt2core again, or name another model"
+            )
+        folder = DEMO
+    else:
+        folder = Path(os.path.expanduser(name))
+    if name and os.path.isdir(folder):  # unlike Path.is_dir, no error for a name too long for the file system
+        if revision is not None:
+            raise CheckpointError(
+                f"{name} is a local folder, which has no revision {revision!r}; leave it out"
+            )
+        return folder
+    if name and os.path.exists(folder):
+        raise CheckpointError(f"{name} is a file; name the folder that holds it")
+
+    from gpt2core.checkpoint import hub
+
+    if not isinstance(model, str) or not hub.is_hub_id(name):
+        kind = "" if not isinstance(model, str) else ", and no hub id (name or owner/name) either"
+        raise CheckpointError(f"{shown(name)} is not an existing folder{kind}; check the path")
+    return hub.download(
+        name,
+        revision=revision,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+        token=token,
+        progress=progress,
+    )
+
+
+# What a dtype cannot hold rounds to infinity from here on; NaN is in no range.
+_LIMITS: Final = {"float32": np.inf, "float16": 65520.0, "bfloat16": (2 - 2**-8) * 2.0**127}
+_STORED: Final = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+def save_checkpoint(folder: str | os.PathLike[str], weights: Weights, *, dtype: str = "float32") -> None:
+    """Write `model.safetensors` and `config.json` as transformers writes them; no tokenizer.
+
+    Each file is replaced as a whole, so that a reader finds the complete old or the complete new one, and
+    weights that are mapped from the old file stay what they are.
+
+    Args:
+        folder: made if it does not exist.
+        weights: arrays of any float type.
+        dtype: "float32", "float16" or "bfloat16"; numbers are rounded to the nearest.
+
+    Raises:
+        RequestError: another dtype.
+        CheckpointError: a tensor holds a number that `dtype` cannot hold, or the folder cannot be written.
+    """
+    if dtype not in _STORED:
+        raise RequestError(f"dtype is {shown(dtype)}, expected one of {', '.join(_STORED)}")
+    faults = [
+        f"{name} reaches {extreme:.6g}"
+        for name, array in weights.named()
+        if not (extreme := max(float(array.max()), -float(array.min()))) < _LIMITS[dtype]
+    ]
+    if faults:
+        raise CheckpointError(f"{dtype} cannot hold these weights: {listed(faults)}; save them as float32")
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be made: {error.strerror}") from error
+    with replacing(folder / WEIGHTS) as file:
+        write_safetensors(file, dict(_stored(weights, dtype)))
+    config = weights.config.to_dict() | {"torch_dtype": dtype}
+    with replacing(folder / "config.json") as file:
+        file.write((json.dumps(config, indent=2) + "\n").encode())
+
+
+def _stored(weights: Weights, dtype: str) -> Iterator[tuple[str, TensorData]]:
+    for name, array in weights.named():
+        full_name = name if name.startswith("lm_head") else f"transformer.{name}"
+        yield full_name, TensorData(_STORED[dtype], array.shape, partial(_encode, array, dtype))
+
+
+def _encode(array: np.ndarray[Any, Any], dtype: str) -> np.ndarray[Any, Any]:
+    """The bytes of an array in the file's type, little-endian."""
+    if dtype != "bfloat16":
+        return np.ascontiguousarray(array, "<f4" if dtype == "float32" else "<f2")
+    return round_to_bfloat16(array)

@@ -1,0 +1,1 @@
+"""The loop that writes all text: requests, who runs next, rows of a batch, speculation."""

@@ -1,0 +1,340 @@
+"""The only generation loop: submit, step, cancel.
+
+Each step is one forward pass over all rows that run (continuous batching): the scheduler says who, the
+backend returns logits, `sampling` draws each row's token, the request decides whether it goes on. Text,
+randomness and stopping do not depend on what else is in the batch.
+"""
+
+# n logits rows of one request, M of the whole batch, V vocabulary
+
+import math
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any, Final, TypeVar
+
+import numpy as np
+
+from gpt2core._shapes import Float32
+from gpt2core.backends.base import Backend, Cache
+from gpt2core.batch import Batch
+from gpt2core.engine.draft import draft_nbytes, speculation_of
+from gpt2core.engine.request import LogitsReader, PromptLogprobs, Request, TextStream, Update
+from gpt2core.engine.rows import Drawn, Row, count_accepted, decode_batch, draw_row, failure, mixed_batch
+from gpt2core.engine.scheduler import Scheduler, Step
+from gpt2core.engine.speculation import SpeculationMode
+from gpt2core.errors import BackendError, Gpt2CoreError, RequestError
+from gpt2core.prompts import check_token_ids
+from gpt2core.sampling.params import SamplingParams
+from gpt2core.tokenizer.tokenizer import Tokenizer
+
+T = TypeVar("T")
+
+CACHE_NBYTES: Final = 4 * 2**30
+"""Default limit on the KV cache of one engine, bytes."""
+
+
+class Engine:
+    """Runs many requests on one backend, batched.
+
+    `submit`, `cancel` and `close` may be called from any thread, also during a step; steps run one at a time,
+    and a second caller of `step` waits for the first.
+
+    Args:
+        backend: what computes; the engine does not close it.
+        tokenizer: turns tokens into text; without one there is no text, and stop strings and echo are
+            refused.
+        max_slots: most requests that run at once; more of them wait in order of arrival.
+        cache_nbytes: limit on the KV cache, bytes, counted in float32; lowers the number of slots where it
+            must.
+        step_tokens: about how many tokens one step takes; what decoding rows leave of it is shared by
+            prompts.
+        speculation: "prompt_lookup" reads what followed the last tokens before, several tokens in one pass;
+            the tokens stay the same (`gpt2core.engine.speculation`).
+        draft: a smaller model of the same vocabulary, whose tokens are read so; the engine does not close it.
+
+    Raises:
+        RequestError: a limit is not a whole number of 1 or more, not even one request fits `cache_nbytes`,
+            or `speculation` and `draft` are unknown, contradict each other or do not fit the model.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        tokenizer: Tokenizer | None = None,
+        *,
+        max_slots: int = 32,
+        cache_nbytes: int = CACHE_NBYTES,
+        step_tokens: int = 512,
+        speculation: SpeculationMode = "off",
+        draft: Backend | None = None,
+    ) -> None:
+        limits = {"max_slots": max_slots, "cache_nbytes": cache_nbytes, "step_tokens": step_tokens}
+        for name, value in limits.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise RequestError(f"{name} is {value!r}; it must be a whole number of 1 or more")
+        self.config = backend.config
+        one_nbytes = self.config.cache_nbytes(1, self.config.n_positions) + draft_nbytes(draft, self.config)
+        if cache_nbytes < one_nbytes:
+            raise RequestError(
+                f"cache_nbytes is {cache_nbytes!r}; one request of this model's context of "
+                f"{self.config.n_positions} tokens needs {one_nbytes} bytes; raise cache_nbytes to that much"
+            )
+        self.backend = backend
+        self.tokenizer = tokenizer
+        self.slots = min(max_slots, cache_nbytes // one_nbytes)
+        self.steps = 0
+        self._scheduler = Scheduler(slots=self.slots, step_tokens=step_tokens)
+        self._speculation = speculation_of(speculation, draft, backend, self.slots, step_tokens)
+        self._cache: Cache | None = None
+        self._closed = False
+        self._eos = frozenset(self.config.eos_token_ids)
+        self._stepping = threading.Lock()  # one step at a time; held while the backend computes
+        # Guards the scheduler and the requests; held for microseconds. Re-entrant, because a finaliser that
+        # cancels may run in the very thread that holds it.
+        self._lock = threading.RLock()
+        self._changing = False
+        self._to_cancel: deque[Request] = deque()
+        self._ones = np.ones(self.slots, np.int32)
+        self._indices = np.arange(self.slots, dtype=np.int32)
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait for a slot."""
+        return len(self._scheduler.waiting)
+
+    @property
+    def running(self) -> int:
+        """How many requests hold a slot."""
+        return self._scheduler.running
+
+    @property
+    def proposed_tokens(self) -> int:
+        """How many tokens speculation has proposed so far."""
+        return self._speculation.proposed if self._speculation else 0
+
+    @property
+    def accepted_tokens(self) -> int:
+        """How many of the proposed tokens were drawn, so that no pass of their own was needed."""
+        return self._speculation.accepted if self._speculation else 0
+
+    def check(self, prompt_ids: Iterable[int], params: SamplingParams) -> tuple[list[int], int]:
+        """Refuse what cannot run; return the token ids as a new list, and how many tokens may be generated.
+
+        Raises:
+            RequestError: the prompt is empty or holds what is not a token id; stop strings or echo are asked
+                for without a tokenizer.
+            ContextLengthError: prompt and new tokens exceed the context.
+            InvalidSamplingError: `logit_bias` names an id outside the vocabulary.
+        """
+        ids = check_token_ids(prompt_ids, self.config.vocab_size)
+        params.check_vocabulary(self.config.vocab_size)
+        if self.tokenizer is None and (params.stop or params.echo):
+            raise RequestError("stop strings and echo need text; make the engine with a tokenizer")
+        return ids, params.resolve_max_new_tokens(len(ids), self.config.n_positions)
+
+    def submit(
+        self,
+        prompt_ids: Iterable[int],
+        params: SamplingParams,
+        *,
+        prompt: int = 0,
+        stream: bool = False,
+        logits_from: int = 0,
+        on_logits: LogitsReader | None = None,
+    ) -> list[Request]:
+        """Queue a prompt; return one request per choice (`params.n`), in order of choice.
+
+        Args:
+            prompt_ids: at least one token id; prompt and new tokens must fit the context.
+            params: how to sample; `seed=None` draws a seed, which the requests name.
+            prompt: number of the prompt in the caller's list, for the pieces.
+            stream: whether to collect `Piece`s in `request.pieces`, for the caller to take.
+            logits_from: first prompt position whose logits `on_logits` reads.
+            on_logits: is called in a step with a position and the logits from there on, (n, V) float32, chunk
+                by chunk in order, until the prompt's last. It must not call the engine.
+
+        Raises:
+            RequestError: what `check` raises, or the engine is closed.
+            BackendError: the cache cannot be made.
+        """
+        ids, max_new_tokens = self.check(prompt_ids, params)
+        scored = on_logits is None and params.echo and params.logprobs is not None
+        seed = int.from_bytes(os.urandom(8)) >> 1 if params.seed is None else params.seed
+        now_s = time.perf_counter()
+        requests = [
+            Request(
+                token_ids=ids.copy(),
+                prompt_tokens=len(ids),
+                prompt=prompt,
+                choice=choice,
+                params=params,
+                seed=seed,
+                max_new_tokens=max_new_tokens,
+                eos_token_ids=self._eos,
+                stream=TextStream(self.tokenizer.stream_decoder(), params.stop) if self.tokenizer else None,
+                echo=self.tokenizer.decode(ids) if self.tokenizer and params.echo else "",
+                logits_from=0 if scored else None if on_logits is None else logits_from,
+                on_logits=PromptLogprobs(ids, params.logprobs or 0) if scored else on_logits,
+                pieces=deque() if stream else None,
+                submitted_s=now_s,
+            )
+            for choice in range(params.n)
+        ]
+        self._change(self._add, requests)
+        return requests
+
+    def cancel(self, request: Request) -> None:
+        """End a request wherever it stands, with `finish_reason` "cancelled", and free its slot.
+
+        It has ended when this returns, and no later step reports it; what ended before stays as it is. Never
+        waits for a step, and may be called by a finaliser.
+        """
+        if request.finished:
+            return
+        self._to_cancel.append(request)
+        with self._lock:
+            if not self._changing:  # otherwise this thread is in the middle of `_change`, which ends it
+                self._change(self._end_cancelled)
+
+    def step(self) -> list[Update]:
+        """Run one forward pass and return what it did, in the order of the batch; [] if nothing is to do.
+
+        A backend that raises ends the requests of this step with `BackendError`, and logits that are not
+        finite end only their own request with `NumericalError`; the others go on. An interrupt
+        (`KeyboardInterrupt`) during the pass propagates and changes nothing: the next step repeats it.
+        """
+        with self._stepping:
+            planned = self._next_batch()
+            if planned is None:
+                return []
+            rows, batch = planned
+            logits = self._forward(batch)
+            if isinstance(logits, Exception):
+                failures = [failure(logits, self.backend.name, self.steps) for _ in rows]
+                return self._change(self._commit, rows, failures)
+            with np.errstate(invalid="ignore", over="ignore"):
+                finite = math.isfinite(logits.sum())  # else a look at each row decides: a sum may overflow
+            drawn = [draw_row(row, logits, finite, self.backend, self.steps) for row in rows]
+            return self._change(self._commit, rows, drawn)
+
+    def close(self) -> None:
+        """Cancel whatever waits or runs, once a step under way has ended, and let go of the cache."""
+        with self._stepping:
+            self._change(self._end_all)
+
+    def _change(self, change: Callable[..., T], *args: Any) -> T:
+        """Change the scheduler's and the requests' state, one thread at a time."""
+        with self._lock:
+            self._changing = True
+            try:
+                return change(*args)
+            except BaseException:
+                self._scheduler.repair()
+                raise
+            finally:
+                self._changing = False
+                if self._to_cancel:
+                    self._change(self._end_cancelled)
+
+    def _add(self, requests: list[Request]) -> None:
+        if self._closed:
+            raise RequestError("this model is closed; load it again")
+        if self._cache is None:
+            try:
+                self._cache = self.backend.new_cache(self.slots, self.config.n_positions)
+            except Exception as error:  # of whatever type the framework has for too little memory
+                nbytes = self.config.cache_nbytes(self.slots, self.config.n_positions)
+                raise BackendError(
+                    f"backend {self.backend.name!r} cannot make a cache of {self.slots} slots (some {nbytes} "
+                    f"bytes): {error!r}; lower max_batch or cache_nbytes"
+                ) from error
+        for request in requests:
+            self._scheduler.add(request)
+
+    def _end_cancelled(self) -> None:
+        while self._to_cancel:
+            request = self._to_cancel.popleft()
+            if not request.finished:
+                request.cancel(time.perf_counter())
+                self._scheduler.remove(request)
+
+    def _end_all(self) -> None:
+        scheduler = self._scheduler
+        self._to_cancel.extend((*scheduler.waiting, *scheduler.prefilling, *scheduler.decoding))
+        self._end_cancelled()
+        self._closed = True
+        self._cache = None
+        if self._speculation is not None:
+            self._speculation.close()
+
+    def _next_batch(self) -> tuple[list[Row], Batch] | None:
+        if self._speculation is None:
+            return self._change(lambda: self._batch(self._scheduler.plan(), {}))
+        step = self._change(self._scheduler.plan)
+        proposals = self._speculation.propose(step)  # without the lock: a draft model takes its time
+        return self._change(lambda: self._batch(step.without_ended(), proposals))
+
+    def _batch(self, step: Step, proposals: dict[Request, list[int]]) -> tuple[list[Row], Batch] | None:
+        if not step.prefill and not step.decode:
+            return None
+        self.steps += 1
+        if step.prefill or proposals:
+            return mixed_batch(step, proposals)
+        return decode_batch(step.decode, self._ones, self._indices)
+
+    def _forward(self, batch: Batch) -> Float32[np.ndarray, "M V"] | Exception:
+        try:
+            assert self._cache is not None
+            logits = self.backend.forward(batch, self._cache)
+            if logits.shape != (len(batch.logits_at), self.config.vocab_size):
+                wanted = f"({len(batch.logits_at)}, {self.config.vocab_size})"
+                raise BackendError(f"it returned logits of shape {logits.shape} instead of {wanted}")
+            return logits
+        except Exception as error:
+            return error
+
+    def _commit(self, rows: list[Row], drawn: list[list[Drawn] | Gpt2CoreError]) -> list[Update]:
+        now_s = time.perf_counter()
+        try:
+            return self._record(rows, drawn, now_s)
+        except BaseException as error:
+            # Which of these requests took its token is not known any more, so none may go on.
+            for row in rows:
+                if not row.request.finished:
+                    row.request.fail(BackendError(f"interrupted in step {self.steps}: {error!r}"), now_s)
+            raise  # to `_change`, which repairs the scheduler
+
+    def _record(
+        self, rows: list[Row], drawn: list[list[Drawn] | Gpt2CoreError], now_s: float
+    ) -> list[Update]:
+        updates: list[Update] = []
+        for row, result in zip(rows, drawn, strict=True):
+            request = row.request
+            if request.finished:  # cancelled while the backend computed: its slot is free already
+                continue
+            if isinstance(result, Gpt2CoreError):
+                updates.append(request.fail(result, now_s))
+            else:
+                prefilling = request.cached < request.prompt_tokens
+                request.cached += row.tokens if prefilling else len(result)  # what was refused is forgotten
+                if prefilling and request.cached == request.prompt_tokens:
+                    if (update := request.take_prompt(now_s)) is not None:
+                        updates.append(update)
+                    if not request.finished:
+                        self._scheduler.begin_decoding(request)
+                if row.proposed and self._speculation is not None:
+                    self._speculation.settle(request, len(row.proposed), count_accepted(row, result))
+                for token in result:
+                    if not request.finished:
+                        updates.append(request.take_token(*token, now_s))
+            if request.finished:
+                self._scheduler.remove(request)
+        return updates

@@ -1,0 +1,250 @@
+"""One choice of one request: its tokens, its text, where it stands in the cache and how it ended."""
+
+# n logits rows, V vocabulary
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Literal, NamedTuple
+
+import numpy as np
+
+from gpt2core._shapes import Float32
+from gpt2core.errors import Gpt2CoreError
+from gpt2core.sampling.draw import SamplingParams, TokenLogprob, token_logprobs
+from gpt2core.tokenizer.tokenizer import StreamDecoder
+
+FinishReason = Literal["stop", "length", "cancelled"]
+LogitsReader = Callable[[int, Float32[np.ndarray, "n V"]], None]
+"""Is called with the position of the first row and the logits there and at the positions after it."""
+
+LOGITS_CHUNK: Final = 128
+"""Prompt positions per step whose logits one request may ask for: 26 MB of float32 at GPT-2's vocabulary."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one token added to a stream; the texts of a stream join to exactly `Generation.text`."""
+
+    text: str  # may be empty: a split character or the possible start of a stop string is held back
+    token_id: int | None  # None for the echoed prompt, and when no token was asked for
+    logprobs: tuple[TokenLogprob, ...]  # () unless asked for; all of the prompt's for the echoed prompt
+    finish_reason: FinishReason | None  # on the last piece
+    prompt: int  # which prompt of the call, from 0
+    choice: int  # which of the `n` choices, from 0
+
+
+class Update(NamedTuple):
+    """What one step did to one request; the last one has a `finish_reason` or an `error`.
+
+    One per token drawn; the echoed prompt is one before the first, with `token_id` None.
+    """
+
+    request: "Request"
+    token_id: int | None
+    text: str
+    logprobs: tuple[TokenLogprob, ...]
+    finish_reason: FinishReason | None
+    error: Gpt2CoreError | None
+
+
+class TextStream:
+    """Turns tokens into text that is certain: whole characters, and nothing that a stop string may still cut.
+
+    The text is cut before the stop string that is complete first; of several that end at the same character,
+    before the longest. So the cut depends on the text alone, not on how tokens divide it. Each stop string is
+    matched by the automaton of Knuth, Morris and Pratt (1977): its state is the length of the longest suffix
+    of the text that may begin it, which is what must be held back.
+    """
+
+    __slots__ = ("_borders", "_decoder", "_held", "_matched", "_stops", "stopped")
+
+    def __init__(self, decoder: StreamDecoder, stops: Sequence[str] = ()) -> None:
+        self._decoder = decoder
+        self._stops = stops
+        self._borders = [_borders(stop) for stop in stops]
+        self._matched = [0] * len(stops)  # per stop string: how much of it the text's end may be
+        self._held = ""
+        self.stopped = False
+
+    def push(self, token_id: int) -> str:
+        """Take a token; return the text that is now certain."""
+        text = self._decoder.push(token_id)
+        return self._until_stop(text) if self._stops else text
+
+    def flush(self) -> str:
+        """Return the rest: no token follows."""
+        text = self._decoder.flush()
+        if not self._stops:
+            return text
+        text = self._until_stop(text)
+        held, self._held = self._held, ""
+        return text + held
+
+    def _until_stop(self, text: str) -> str:
+        if self.stopped:
+            return ""
+        for i, character in enumerate(text):
+            longest = 0
+            for s, stop in enumerate(self._stops):
+                matched = self._matched[s]
+                while matched and stop[matched] != character:
+                    matched = self._borders[s][matched - 1]
+                matched += stop[matched] == character
+                self._matched[s] = matched
+                if matched == len(stop):
+                    longest = max(longest, matched)
+            if longest:
+                self.stopped = True
+                text = (self._held + text[: i + 1])[:-longest]
+                self._held = ""
+                return text
+        text = self._held + text
+        certain = len(text) - max(self._matched)
+        self._held = text[certain:]
+        return text[:certain]
+
+
+def _borders(stop: str) -> list[int]:
+    """For each prefix of `stop`, the length of its longest proper prefix that is also its suffix."""
+    borders = [0] * len(stop)
+    length = 0
+    for i in range(1, len(stop)):
+        while length and stop[i] != stop[length]:
+            length = borders[length - 1]
+        length += stop[i] == stop[length]
+        borders[i] = length
+    return borders
+
+
+class PromptLogprobs:
+    """A `LogitsReader` that keeps the log probability of each token that follows a position read."""
+
+    def __init__(self, token_ids: Sequence[int], top: int) -> None:
+        self._token_ids = token_ids
+        self._top = top
+        self._first: int | None = None  # the first position read
+        self.entries: list[TokenLogprob] = []
+
+    def __call__(self, position: int, logits: Float32[np.ndarray, "n V"]) -> None:
+        """Score the tokens after `position` and after the positions that follow it."""
+        if self._first is None:
+            self._first = position
+        del self.entries[position - self._first :]  # a pass that was interrupted is repeated
+        for row, token_id in zip(logits, self._token_ids[position + 1 :], strict=False):
+            self.entries.append(token_logprobs(row, token_id, self._top))
+
+
+@dataclass(eq=False, repr=False, slots=True, weakref_slot=True, kw_only=True)
+class Request:
+    """One choice of one request. The engine writes, others read; `_s`: of `time.perf_counter()`."""
+
+    token_ids: list[int]  # the prompt, then what was generated
+    prompt_tokens: int
+    prompt: int  # which prompt of its call, from 0
+    choice: int
+    params: SamplingParams
+    seed: int
+    max_new_tokens: int
+    eos_token_ids: frozenset[int]
+    stream: TextStream | None  # None without a tokenizer: then there is no text
+    echo: str  # the prompt's text, when the parameters ask for it
+    logits_from: int | None = None  # first prompt position whose logits `on_logits` reads
+    on_logits: LogitsReader | None = None
+    pieces: deque[Piece] | None = None  # not yet taken by the one who streams; None when nobody does
+
+    slot: int | None = None  # in the cache; None while waiting
+    cached: int = 0  # tokens in the cache
+    proposed: int = 0  # tokens that speculation proposed
+    accepted: int = 0  # and how many of them were drawn
+    texts: list[str] = field(default_factory=list)  # one per update
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    error: Gpt2CoreError | None = None
+    submitted_s: float = 0.0
+    first_token_s: float | None = None
+    last_token_s: float | None = None
+    finished_s: float | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has ended, well or not."""
+        return self.finished_s is not None
+
+    @property
+    def generated(self) -> list[int]:
+        """The tokens after the prompt, an end-of-text token included."""
+        return self.token_ids[self.prompt_tokens :]
+
+    @property
+    def text(self) -> str:
+        """The text so far, as far as it is certain; with `echo` it begins with the prompt's."""
+        return "".join(self.texts)
+
+    @property
+    def prefill_tokens(self) -> int:
+        """How many prompt tokens the next step may take: all that are left, or fewer if logits are wanted."""
+        left = self.prompt_tokens - self.cached
+        if self.logits_from is None:
+            return left
+        return min(left, max(0, self.logits_from - self.cached) + LOGITS_CHUNK)
+
+    def take_prompt(self, now_s: float) -> Update | None:
+        """The prompt is in the cache: emit the echo, and end here when no new token is wanted."""
+        logprobs: tuple[TokenLogprob, ...] = ()
+        if self.params.echo and isinstance(self.on_logits, PromptLogprobs):
+            logprobs = (TokenLogprob(self.token_ids[0], None, ()), *self.on_logits.entries)
+        if self.max_new_tokens > 0:
+            return self._record(None, self.echo, logprobs, None, now_s) if self.params.echo else None
+        return self._record(None, self.echo, logprobs, "length", now_s)
+
+    def take_token(self, token_id: int, logprobs: tuple[TokenLogprob, ...], now_s: float) -> Update:
+        """Append a drawn token; end at an end-of-text token, a stop string or the last token allowed."""
+        self.token_ids.append(token_id)
+        self.last_token_s = now_s
+        if self.first_token_s is None:
+            self.first_token_s = now_s
+        text = ""
+        reason: FinishReason | None = None
+        if token_id in self.eos_token_ids:
+            reason = "stop"
+        elif self.stream is not None:
+            text = self.stream.push(token_id)
+            if self.stream.stopped:
+                reason = "stop"
+        if reason is None and len(self.token_ids) - self.prompt_tokens >= self.max_new_tokens:
+            reason = "length"
+        if reason is not None and self.stream is not None and not self.stream.stopped:
+            text += self.stream.flush()
+            if self.stream.stopped:  # the end of a split character completed a stop string
+                reason = "stop"
+        return self._record(token_id, text, logprobs, reason, now_s)
+
+    def cancel(self, now_s: float) -> None:
+        """End where it stands; text that was held back is given out."""
+        text = "" if self.stream is None else self.stream.flush()
+        self._record(None, text, (), "cancelled", now_s)
+
+    def fail(self, error: Gpt2CoreError, now_s: float) -> Update:
+        """End with an error."""
+        self.error = error
+        self.finished_s = now_s
+        return Update(self, None, "", (), None, error)
+
+    def _record(
+        self,
+        token_id: int | None,
+        text: str,
+        logprobs: tuple[TokenLogprob, ...],
+        reason: FinishReason | None,
+        now_s: float,
+    ) -> Update:
+        self.texts.append(text)
+        if logprobs:
+            self.logprobs.extend(logprobs)
+        if self.pieces is not None:
+            self.pieces.append(Piece(text, token_id, logprobs, reason, self.prompt, self.choice))
+        if reason is not None:
+            self.finish_reason = reason
+            self.finished_s = now_s  # last: who reads without a lock sees all of the rest then
+        return Update(self, token_id, text, logprobs, reason, None)

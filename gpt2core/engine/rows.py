@@ -1,0 +1,180 @@
+"""From the scheduler's plan to a batch, and from logits to tokens: a request's part of a forward pass."""
+
+# n logits rows of one request, M of the whole batch, V vocabulary
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from gpt2core._shapes import Float32, Int32
+from gpt2core.backends.base import Backend
+from gpt2core.batch import Batch
+from gpt2core.engine.request import Request
+from gpt2core.engine.scheduler import Step
+from gpt2core.errors import BackendError, Gpt2CoreError, NumericalError
+from gpt2core.sampling.draw import TokenLogprob, sample_token, token_logprobs
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One request's part of a forward pass; its logits are those from `first` to `end` of the batch's."""
+
+    request: Request
+    tokens: int
+    first: int
+    end: int
+    reads_at: int | None = None  # prompt position of the first of its logits, when somebody reads them
+    draws: bool = True  # whether its last logits give a token
+    proposed: Sequence[int] = ()  # the last of its tokens: guesses, kept as far as they are drawn
+
+
+Drawn = tuple[int, tuple[TokenLogprob, ...]]
+"""A token id, and what is known of its probability when that was asked for."""
+
+
+def decode_batch(
+    decode: list[Request], ones: Int32[np.ndarray, "S"], indices: Int32[np.ndarray, "S"]
+) -> tuple[list[Row], Batch]:
+    """One token per request. `ones` and `indices` (0, 1, 2...) never change, so the caller keeps them."""
+    rows = [Row(request, 1, i, i + 1) for i, request in enumerate(decode)]
+    batch = Batch(
+        tokens=np.array([request.token_ids[-1] for request in decode], np.int32),
+        lengths=ones[: len(rows)],
+        starts=np.array([request.cached for request in decode], np.int32),
+        slots=np.array([request.slot for request in decode], np.int32),
+        logits_at=indices[: len(rows)],
+    )
+    return rows, batch
+
+
+def mixed_batch(step: Step, proposals: Mapping[Request, Sequence[int]]) -> tuple[list[Row], Batch]:
+    """The rows that decode, each with what is proposed for it, then chunks of prompts."""
+    rows: list[Row] = []
+    tokens: list[int] = []
+    for request in step.decode:
+        proposed, first = proposals.get(request, ()), len(tokens)
+        tokens += (request.token_ids[-1], *proposed)
+        rows.append(Row(request, len(tokens) - first, first, len(tokens), proposed=proposed))
+    logits_at = list(range(len(tokens)))
+    for request, count in step.prefill:
+        start, end, first = request.cached, request.cached + count, len(logits_at)
+        at = len(tokens) - start  # where the request's position 0 would be among the tokens
+        tokens += request.token_ids[start:end]
+        draws = end == request.prompt_tokens and request.max_new_tokens > 0
+        reads_at = None
+        if request.logits_from is not None and request.logits_from < end:
+            reads_at = max(request.logits_from, start)
+            logits_at += range(at + reads_at, at + end)
+        elif draws:
+            logits_at.append(at + end - 1)
+        rows.append(Row(request, count, first, len(logits_at), reads_at, draws))
+    batch = Batch(
+        tokens=np.array(tokens, np.int32),
+        lengths=np.array([row.tokens for row in rows], np.int32),
+        starts=np.array([row.request.cached for row in rows], np.int32),
+        slots=np.array([row.request.slot for row in rows], np.int32),
+        logits_at=np.array(logits_at, np.int32),
+    )
+    return rows, batch
+
+
+def draw_row(
+    row: Row, logits: Float32[np.ndarray, "M V"], finite: bool, backend: Backend, step: int
+) -> list[Drawn] | Gpt2CoreError:
+    """The row's tokens, none in the middle of a prompt, or an error that is its request's alone."""
+    if row.request.finished:  # cancelled while the backend computed
+        return []
+    try:
+        mine = logits[row.first : row.end]  # (n, V)
+        if not finite and len(mine) > 0:
+            mine = mine[: _finite_rows(row, mine)]
+            if len(mine) == 0:
+                return NumericalError(
+                    f"backend {backend.name!r} returned logits that are not finite in step {step} at token "
+                    f"{row.request.cached + row.tokens - len(row.proposed)} of a request; check the "
+                    "checkpoint with `gpt2core verify`, or take another backend"
+                )
+        return _read_row(row, mine, backend.config.eos_token_ids)
+    except Gpt2CoreError as error:
+        return error
+    except Exception as error:
+        return failure(error, backend.name, step)
+
+
+def failure(error: Exception, backend: str, step: int) -> BackendError:
+    """A new error for each request, since each is raised in its own caller's thread."""
+    kind = NumericalError if isinstance(error, NumericalError) else BackendError
+    result = kind(
+        f"backend {backend!r} failed in step {step}: {type(error).__name__}: {error}; "
+        "the requests in that step ended, others go on"
+    )
+    result.__cause__ = error
+    return result
+
+
+def count_accepted(row: Row, drawn: list[Drawn]) -> int:
+    """How many of the proposed tokens were drawn."""
+    return sum(token_id == proposed for (token_id, _), proposed in zip(drawn, row.proposed, strict=False))
+
+
+def _finite_rows(row: Row, logits: Float32[np.ndarray, "n V"]) -> int:
+    """How many of the row's logits, from the first on, can be used; 0: its request must end.
+
+    Beyond a proposed token that is refused nothing matters, so there what is not finite is only cut off: if
+    it stands where the text goes on, the next step meets it first.
+    """
+    finite = np.isfinite(logits).all(axis=1)  # (n,)
+    if finite.all():
+        return len(logits)
+    return int(finite.argmin()) if row.proposed else 0
+
+
+def _read_row(row: Row, logits: Float32[np.ndarray, "n V"], eos_token_ids: Sequence[int]) -> list[Drawn]:
+    """Hand the row's logits to who reads them, and draw its token, or tokens as far as they were proposed.
+
+    None in the middle of a prompt. Each token is drawn as if it were the only one: the proposal decides only
+    whether its logits, and those after it, are of this text.
+    """
+    request = row.request
+    if row.reads_at is not None and request.on_logits is not None:
+        request.on_logits(row.reads_at, logits)
+    if not row.draws:
+        return []
+    if not row.proposed:
+        return [_draw(request, request.token_ids, logits[-1], eos_token_ids)]
+    drawn: list[Drawn] = []
+    token_ids = request.token_ids.copy()
+    for i, own in enumerate(logits):
+        try:
+            drawn.append(_draw(request, token_ids, own, eos_token_ids))
+        except Gpt2CoreError:
+            if not drawn:
+                raise
+            break  # the next step meets it first, unless the text has ended by then
+        token_id = drawn[-1][0]
+        if i == len(row.proposed) or token_id != row.proposed[i] or token_id in eos_token_ids:
+            break
+        token_ids.append(token_id)
+    return drawn
+
+
+def _draw(
+    request: Request,
+    token_ids: list[int],
+    logits: Float32[np.ndarray, "V"],
+    eos_token_ids: Sequence[int],
+) -> Drawn:
+    params = request.params
+    token_id = sample_token(
+        logits,
+        params,
+        token_ids=token_ids,
+        prompt_tokens=request.prompt_tokens,
+        eos_token_ids=eos_token_ids,
+        seed=request.seed,
+        choice=request.choice,
+    )
+    if params.logprobs is None:
+        return token_id, ()
+    return token_id, (token_logprobs(logits, token_id, params.logprobs),)

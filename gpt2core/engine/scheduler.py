@@ -1,0 +1,114 @@
+"""Who runs in the next step, with how many tokens, and in which cache slot.
+
+Continuous batching with chunked prefill, after Orca (Yu et al. 2022, section 3: iteration-level scheduling)
+and Sarathi-Serve (Agrawal et al. 2024, section 4: decode first, prefill in chunks out of what is left).
+
+What it guarantees, whatever arrives:
+
+- Every request that decodes gets its token in every step: a long prompt does not stall the others.
+- Every request that holds a slot and still has prompt left advances by at least one token in every step, and
+  by an equal share of the budget or all that it needs: a short prompt does not wait for a long one beside it.
+- Waiting requests get slots in the order in which they came; each slot comes free, since no request
+  outlives the context. So nobody starves.
+- A step takes at most `step_tokens` tokens, or two per slot where that is more.
+"""
+
+import heapq
+from bisect import insort
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gpt2core.engine.request import Request
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """The rows of one forward pass; a request stands in at most one of the two lists."""
+
+    prefill: list[tuple[Request, int]]  # with the number of prompt tokens to take, in order of arrival
+    decode: list[Request]  # one token each, by slot
+
+    def without_ended(self) -> "Step":
+        """The same without those that were cancelled since it was planned."""
+        return Step(
+            [(request, count) for request, count in self.prefill if not request.finished],
+            [request for request in self.decode if not request.finished],
+        )
+
+
+class Scheduler:
+    """Queues, slots and the token budget. Not thread-safe: the engine calls it under its lock."""
+
+    def __init__(self, *, slots: int, step_tokens: int) -> None:
+        self._slots = slots
+        self._step_tokens = step_tokens
+        self._free = list(range(slots))  # a heap; lowest slot first: keeps cache[:B] a view
+        self.waiting: deque[Request] = deque()
+        self.prefilling: list[Request] = []  # in order of arrival
+        self.decoding: list[Request] = []  # by slot: lets a backend see that its rows are cache[:B]
+
+    @property
+    def running(self) -> int:
+        """How many requests hold a slot."""
+        return len(self.prefilling) + len(self.decoding)
+
+    def add(self, request: Request) -> None:
+        """Queue a request behind those that wait."""
+        self.waiting.append(request)
+
+    def plan(self) -> Step:
+        """Give free slots to those that wait, and share out the next step's tokens; a list may be empty."""
+        while self.waiting and self._free:
+            request = self.waiting[0]
+            self.prefilling.append(request)
+            request.slot = heapq.heappop(self._free)
+            self.waiting.popleft()  # last: `repair` can tell how far an interrupted admission came
+        if not self.prefilling:
+            return Step([], self.decoding.copy())
+        # The floor of one token per slot is what keeps decoding rows from starving prefill.
+        budget = max(self._step_tokens - len(self.decoding), self._slots)
+        shares = fair_shares(budget, [request.prefill_tokens for request in self.prefilling])
+        return Step(list(zip(self.prefilling, shares, strict=True)), self.decoding.copy())
+
+    def begin_decoding(self, request: Request) -> None:
+        """The prompt is in the cache: from the next step on the request takes one token a step."""
+        self.prefilling.remove(request)
+        insort(self.decoding, request, key=_slot)
+
+    def remove(self, request: Request) -> None:
+        """Forget a request that ended, wherever it stands, and free its slot for the next `plan`."""
+        if request.slot is None:
+            self.waiting.remove(request)
+            return
+        (self.prefilling if request in self.prefilling else self.decoding).remove(request)
+        heapq.heappush(self._free, request.slot)
+        request.slot = None
+
+    def repair(self) -> None:
+        """After an interrupt in the midst of a change: drop what has ended, find which slots are free."""
+        self.waiting = deque(s for s in self.waiting if s.slot is None and not s.finished)
+        for queue in (self.prefilling, self.decoding):
+            queue[:] = [s for s in queue if s.slot is not None and not s.finished]
+        held = {s.slot for s in (*self.prefilling, *self.decoding)}
+        self._free = [slot for slot in range(self._slots) if slot not in held]
+
+
+def fair_shares(budget: int, wants: Sequence[int]) -> list[int]:
+    """Divide `budget` as equally as the wants allow (max-min fairness, by water-filling).
+
+    Nobody gets more than it wants; what the modest leave goes to the others in equal parts, odd units to the
+    smaller want and then to the earlier. With a budget of at least `len(wants)` everybody gets at least 1.
+    """
+    shares = [0] * len(wants)
+    left = len(wants)
+    for i in sorted(range(left), key=wants.__getitem__):
+        shares[i] = min(wants[i], -(-budget // left))
+        budget -= shares[i]
+        left -= 1
+    return shares
+
+
+def _slot(request: Request) -> int:
+    assert request.slot is not None
+    return request.slot

@@ -1,0 +1,263 @@
+"""SamplingParams: how tokens are drawn and when generation ends, validated when made."""
+
+import math
+import numbers
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from gpt2core.errors import ContextLengthError, InvalidSamplingError, in_short
+
+DEFAULT_NEW_TOKENS: Final = 100
+MAX_COUNT: Final = 2**31 - 1
+MAX_SEED: Final = 2**63 - 1
+MAX_N: Final = 128
+MAX_LOGPROBS: Final = 20
+MAX_LOGIT_BIAS: Final = 1024
+MAX_STOPS: Final = 16
+MAX_STOP_CHARACTERS: Final = 1024
+
+
+class _FrozenBias(Mapping[int, float]):
+    """A mapping that can be hashed, so that SamplingParams can."""
+
+    __slots__ = ("_values",)
+
+    def __init__(self, values: Mapping[int, float]) -> None:
+        self._values = dict(sorted(values.items()))
+
+    def __getitem__(self, token_id: int) -> float:
+        return self._values[token_id]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._values.items()))
+
+    def __repr__(self) -> str:
+        return repr(self._values)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How tokens are drawn and when generation ends. Validated when made; frozen, hashable, picklable.
+
+    Names and meaning follow Hugging Face's `GenerationConfig` where it has the parameter, else OpenAI's API.
+    `gpt2core.sampling.draw.transform_logits` says in which order they act.
+
+    Attributes:
+        max_new_tokens: at most so many tokens, from 0; None = what `max_length` leaves, or else 100 as far as
+            the context reaches.
+        min_new_tokens: the end-of-text token is not drawn before so many tokens.
+        max_length: at most so many tokens with the prompt; not together with `max_new_tokens`.
+        temperature: 0 = greedy, the likeliest token (then `top_k`, `top_p` and `min_p` change nothing).
+        top_k: only the k likeliest tokens; None or 0 = all.
+        top_p: only the likeliest tokens that together reach this probability; in (0, 1], 1 = all.
+        min_p: only tokens at least this many times as likely as the likeliest; in [0, 1], 0 = all.
+        repetition_penalty: above 0; above 1 makes tokens of prompt and text less likely, 1 = off.
+        no_repeat_ngram_size: no n-gram of this many tokens occurs twice in prompt and text; 0 = off.
+        presence_penalty: subtracted from the logit of each generated token; in [-2, 2].
+        frequency_penalty: the same, times how often the token was generated; in [-2, 2].
+        logit_bias: token id -> added to its logit, in [-100, 100]; at most 1024 tokens.
+        stop: literal strings that end the text and are not part of it; one string or up to 16.
+        n: how many texts per prompt, 1 to 128.
+        seed: in [0, 2**63); None = a fresh one.
+        logprobs: also report the logarithm of each token's probability, and those of so many of the
+            likeliest tokens, 0 to 20; None = report nothing.
+        echo: the result begins with the prompt.
+
+    Raises:
+        InvalidSamplingError: a value of the wrong type or out of its range, or two that contradict.
+    """
+
+    max_new_tokens: int | None = None
+    min_new_tokens: int = 0
+    max_length: int | None = None
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = _FrozenBias({})
+    stop: str | Sequence[str] = ()
+    n: int = 1
+    seed: int | None = None
+    logprobs: int | None = None
+    echo: bool = False
+
+    def __post_init__(self) -> None:
+        def integer(name: str, least: int, most: int, *, optional: bool = False) -> None:
+            value = getattr(self, name)
+            if not (optional and value is None):
+                object.__setattr__(self, name, _integer(name, value, least, most))
+
+        def real(name: str, least: float, most: float, *, above: bool = False, remedy: str = "") -> None:
+            value = _real(name, getattr(self, name), least, most, above=above, remedy=remedy)
+            object.__setattr__(self, name, value)
+
+        integer("max_new_tokens", 0, MAX_COUNT, optional=True)
+        integer("min_new_tokens", 0, MAX_COUNT)
+        integer("max_length", 1, MAX_COUNT, optional=True)
+        real(
+            "temperature",
+            0,
+            math.inf,
+            remedy="; 0 always takes the likeliest token, 1 leaves the model's distribution",
+        )
+        integer("top_k", 0, MAX_COUNT, optional=True)
+        real("top_p", 0, 1, above=True, remedy="; 1 turns it off")
+        real("min_p", 0, 1, remedy="; 0 turns it off")
+        real("repetition_penalty", 0, math.inf, above=True, remedy="; 1 turns it off")
+        integer("no_repeat_ngram_size", 0, MAX_COUNT)
+        real("presence_penalty", -2, 2, remedy="; 0 turns it off")
+        real("frequency_penalty", -2, 2, remedy="; 0 turns it off")
+        object.__setattr__(self, "logit_bias", _bias(self.logit_bias))
+        object.__setattr__(self, "stop", _stops(self.stop))
+        integer("n", 1, MAX_N)
+        integer("seed", 0, MAX_SEED, optional=True)
+        integer("logprobs", 0, MAX_LOGPROBS, optional=True)
+        if not isinstance(self.echo, bool):
+            raise InvalidSamplingError(f"echo is {in_short(self.echo)}; it must be True or False")
+        if self.max_new_tokens is not None and self.max_length is not None:
+            raise InvalidSamplingError(
+                f"max_new_tokens {self.max_new_tokens} and max_length {self.max_length} (prompt + new) are "
+                "both given; leave one of them out"
+            )
+        most = self.max_new_tokens if self.max_new_tokens is not None else self.max_length
+        if most is not None and self.min_new_tokens > most:
+            name = "max_new_tokens" if self.max_new_tokens is not None else "max_length"
+            raise InvalidSamplingError(
+                f"min_new_tokens {self.min_new_tokens} is more than {name} {most}; lower it or raise {name}"
+            )
+
+    def resolve_max_new_tokens(self, prompt_tokens: int, context: int) -> int:
+        """How many tokens at most a prompt of `prompt_tokens` gets in a model whose context is `context`.
+
+        Raises:
+            ContextLengthError: prompt and new tokens exceed the context, or the prompt exceeds `max_length`.
+            InvalidSamplingError: `min_new_tokens` is more than what is left.
+        """
+        if prompt_tokens > context:
+            raise ContextLengthError(
+                f"prompt has {prompt_tokens} tokens; this model's context is {context}; "
+                f"shorten the prompt by {prompt_tokens - context} tokens or more"
+            )
+        room = context - prompt_tokens
+        if self.max_new_tokens is not None:
+            if self.max_new_tokens > room:
+                raise ContextLengthError(
+                    f"prompt has {prompt_tokens} tokens and max_new_tokens is {self.max_new_tokens}, "
+                    f"{prompt_tokens + self.max_new_tokens} in all; this model's context is {context}; "
+                    f"shorten the prompt or pass max_new_tokens={room} or less"
+                )
+            most = self.max_new_tokens
+        elif self.max_length is not None:
+            if self.max_length > context:
+                raise ContextLengthError(
+                    f"max_length is {self.max_length}; this model's context is {context}; "
+                    f"pass max_length={context} or less"
+                )
+            if prompt_tokens > self.max_length:
+                raise ContextLengthError(
+                    f"prompt has {prompt_tokens} tokens; max_length (prompt + new) is {self.max_length}; "
+                    "shorten the prompt or pass max_new_tokens instead"
+                )
+            most = self.max_length - prompt_tokens
+        else:
+            if room == 0:
+                raise ContextLengthError(
+                    f"prompt has {prompt_tokens} tokens and fills this model's context of {context}; "
+                    "shorten it, or pass max_new_tokens=0 if nothing is to be generated"
+                )
+            most = min(DEFAULT_NEW_TOKENS, room)
+        if self.min_new_tokens > most:
+            raise InvalidSamplingError(
+                f"min_new_tokens is {self.min_new_tokens}; a prompt of {prompt_tokens} tokens gets at most "
+                f"{most} new ones here (context {context}); lower it or pass max_new_tokens"
+            )
+        return most
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Refuse a `logit_bias` for tokens that the model does not have.
+
+        Raises:
+            InvalidSamplingError: naming the first such token id.
+        """
+        for token_id in self.logit_bias:
+            if token_id >= vocab_size:
+                raise InvalidSamplingError(
+                    f"logit_bias names token {token_id}; this model's vocabulary has {vocab_size} tokens, "
+                    f"0 to {vocab_size - 1}"
+                )
+
+
+def _integer(name: str, value: object, least: int, most: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise InvalidSamplingError(
+            f"{name} is {in_short(value)}; it must be a whole number from {least} to {most}"
+        )
+    number = int(value)
+    if not least <= number <= most:
+        raise InvalidSamplingError(f"{name} is {in_short(number)}; it must be from {least} to {most}")
+    return number
+
+
+def _real(
+    name: str, value: object, least: float, most: float, *, above: bool = False, remedy: str = ""
+) -> float:
+    low = f"above {least}" if above else f"at least {least}"
+    limit = f"it must be a finite number {low}{'' if most == math.inf else f' and at most {most}'}{remedy}"
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise InvalidSamplingError(f"{name} is {in_short(value)}; {limit}")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number) or not least <= number <= most or (above and number == least):
+        raise InvalidSamplingError(f"{name} is {in_short(value)}; {limit}")
+    return number
+
+
+def _bias(value: object) -> _FrozenBias:
+    if isinstance(value, _FrozenBias):
+        return value
+    if not isinstance(value, Mapping):
+        raise InvalidSamplingError(
+            f"logit_bias is {in_short(value)}; it must map token ids to numbers, as {{50256: -100}}"
+        )
+    if len(value) > MAX_LOGIT_BIAS:
+        raise InvalidSamplingError(
+            f"logit_bias has {len(value)} entries; at most {MAX_LOGIT_BIAS} are allowed"
+        )
+    return _FrozenBias({
+        _integer("a token id in logit_bias", token_id, 0, MAX_COUNT): _real(
+            f"logit_bias of token {token_id}", bias, -100, 100
+        )
+        for token_id, bias in value.items()
+    })  # fmt: skip
+
+
+def _stops(value: object) -> tuple[str, ...]:
+    if isinstance(value, str):
+        value = (value,)
+    if not isinstance(value, Sequence) or isinstance(value, bytes | bytearray | memoryview):
+        raise InvalidSamplingError(f"stop is {in_short(value)}; it must be a string or a list of strings")
+    if len(value) > MAX_STOPS:
+        raise InvalidSamplingError(f"stop has {len(value)} strings; at most {MAX_STOPS} are allowed")
+    for i, text in enumerate(value):
+        if not isinstance(text, str):
+            raise InvalidSamplingError(f"stop[{i}] is {in_short(text)}; it must be a string")
+        if not 1 <= len(text) <= MAX_STOP_CHARACTERS:
+            raise InvalidSamplingError(
+                f"stop[{i}] has {len(text)} characters; it must have 1 to {MAX_STOP_CHARACTERS}"
+            )
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise InvalidSamplingError(f"stop[{i}] holds a lone surrogate, which no text contains; remove it")
+    return tuple(value)

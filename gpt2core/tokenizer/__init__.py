@@ -1,0 +1,1 @@
+"""Text to token ids and back: the tokenizer, how its files are read, how a stream is decoded."""

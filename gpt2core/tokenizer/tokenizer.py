@@ -1,0 +1,334 @@
+"""Tokenizer: text to token ids and back, exactly; a wrapper of the `tokenizers` library.
+
+GPT-2's tokens are pieces of UTF-8, not of text: a character may be split between tokens. So tokens are turned
+into bytes, and bytes into text, here.
+"""
+
+import codecs
+import json
+import operator
+import os
+import re
+import threading
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import tokenizers
+from tokenizers.decoders import ByteLevel
+from tokenizers.pre_tokenizers import ByteLevel as ByteLevelSplit
+
+from gpt2core._json import shown
+from gpt2core.errors import RequestError, UnsupportedCheckpointError
+from gpt2core.tokenizer.files import is_library_error, read_tokenizer
+
+MAX_TOKEN_ID: Final = 2**31 - 1
+UNBOUNDED_TOKEN_BYTES: Final = 2**16
+"""What `Tokenizer.max_token_bytes` says where one token may stand for text of any length."""
+
+
+class StreamDecoder(Protocol):
+    """Turns the tokens of one text into text, token by token.
+
+    The pieces of `push` and at last of `flush` join to `tokenizer.decode(ids, skip_special=True)`.
+    """
+
+    def push(self, token_id: int) -> str:
+        """Text that is certain with this token: "" while a character is incomplete, "" for special tokens."""
+        ...
+
+    def flush(self) -> str:
+        """The rest; an incomplete character becomes U+FFFD."""
+        ...
+
+
+class Tokenizer:
+    """One checkpoint's tokenizer. Safe to use from several threads at once.
+
+    Attributes:
+        special_ids: the special tokens, as `<|endoftext|>`; user text never becomes one of them by itself.
+    """
+
+    special_ids: frozenset[int]
+
+    def __init__(self, inner: tokenizers.Tokenizer) -> None:
+        """Wrap a `tokenizers.Tokenizer`, which then belongs to this object.
+
+        Raises:
+            UnsupportedCheckpointError: its decoder is of a kind whose text cannot be streamed.
+        """
+        inner.no_truncation()  # settings of its training; transformers ignores them too
+        inner.no_padding()
+        if hasattr(inner.model, "dropout"):
+            inner.model.dropout = None  # it would make encode random
+        if inner.decoder is None and isinstance(inner.pre_tokenizer, ByteLevelSplit):
+            inner.decoder = ByteLevel()
+        _check_decoder(inner.decoder)
+        inner.encode_special_tokens = True  # means: special tokens in text are encoded as text
+        self._inner = inner
+        self._with_special: tokenizers.Tokenizer | None = None
+        self._with_special_lock = threading.Lock()
+        self._byte_level = isinstance(inner.decoder, ByteLevel)
+        self._added = inner.get_added_tokens_decoder()
+        self.special_ids = frozenset(token_id for token_id, token in self._added.items() if token.special)
+        self._bytes: dict[int, bytes] = {}
+        for token_id, token in self._added.items():
+            if token.special or inner.model.id_to_token(token_id) != token.content:
+                self._bytes[token_id] = token.content.encode()  # literal, where tokenizers would garble "é"
+        self._missing_bytes: frozenset[int] = frozenset()
+        if self._byte_level and inner.normalizer is None and not self._has_unknown_token:
+            self._missing_bytes = frozenset(
+                byte for character, byte in _BYTE_OF.items() if inner.token_to_id(character) is None
+            )
+
+    @classmethod
+    def from_folder(cls, folder: str | os.PathLike[str]) -> "Tokenizer":
+        """Read `tokenizer.json`, or else `vocab.json` and `merges.txt`.
+
+        Raises:
+            CheckpointError: the files are missing or broken; names file and remedy.
+            UnsupportedCheckpointError: the decoder is of a kind whose text cannot be streamed.
+        """
+        return cls(read_tokenizer(Path(folder)))
+
+    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
+        """The token ids of `text`; special tokens that it spells out stay text unless `allow_special`.
+
+        A tokenizer whose template begins each text with a token begins it here too.
+
+        Raises:
+            RequestError: `text` is not a string of Unicode characters, or the vocabulary cannot express it.
+        """
+        if not isinstance(text, str):
+            raise RequestError(f"text is a {type(text).__name__}, expected a str; decode bytes first")
+        try:
+            data = text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                f"text holds a lone surrogate, U+{ord(text[error.start]):04X}, at character {error.start}; "
+                "it is no Unicode character; remove it"
+            ) from None
+        if not self._missing_bytes.isdisjoint(data):
+            self._check_alphabet(text, allow_special)
+        inner = self._special_encoder() if allow_special else self._inner
+        try:
+            return inner.encode(text).ids
+        except BaseException as error:
+            if not is_library_error(error):
+                raise
+            # As a vocabulary of words does that has no token for unknown ones.
+            raise RequestError(f"this tokenizer cannot encode the text: {error}; change the text") from error
+
+    def decode(self, token_ids: Sequence[int], *, skip_special: bool = False) -> str:
+        """The text of `token_ids`; bytes that are not UTF-8 become U+FFFD, ids past the vocabulary nothing.
+
+        Raises:
+            RequestError: an id is not a whole number, is negative or above 2**31 - 1.
+        """
+        ids = [_check_id(token_id) for token_id in token_ids]
+        if skip_special:
+            ids = [token_id for token_id in ids if token_id not in self.special_ids]
+        if not self._byte_level:
+            return self._inner.decode(ids, skip_special_tokens=False)
+        return b"".join(map(self._token_bytes, ids)).decode("utf-8", "replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for; b"" for ids past the vocabulary, as padded embeddings have them.
+
+        Of a tokenizer that is not byte-level: the UTF-8 of what the token gives alone.
+
+        Raises:
+            RequestError: the id is not a whole number, is negative or above 2**31 - 1.
+        """
+        return self._token_bytes(_check_id(token_id))
+
+    def token_text(self, token_id: int) -> str:
+        """A token for display: its bytes as text, U+FFFD for what is not UTF-8."""
+        return self.token_bytes(token_id).decode("utf-8", "replace")
+
+    def content(self, token_id: int) -> str | None:
+        """A token as the vocabulary spells it, a space as "Ġ"; None past the vocabulary."""
+        return self._inner.id_to_token(_check_id(token_id))
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """The greatest token id plus one, added tokens included."""
+        return max(self._inner.get_vocab().values(), default=-1) + 1
+
+    @cached_property
+    def max_token_bytes(self) -> int:
+        """A text of more than `n * max_token_bytes` bytes has more than n tokens.
+
+        65536 where a token may stand for text of any length: a normalizer, an unknown token, a token that
+        swallows the whitespace around it, a split that removes text.
+        """
+        if (
+            not self._byte_level
+            or self._inner.normalizer is not None
+            or self._has_unknown_token
+            or any(token.lstrip or token.rstrip for token in self._added.values())
+            or not _keeps_text(self._inner.pre_tokenizer)
+        ):
+            return UNBOUNDED_TOKEN_BYTES
+        longest_added = max((len(token.content.encode()) for token in self._added.values()), default=1)
+        return max(longest_added, max(map(len, self._inner.get_vocab(with_added_tokens=False)), default=1))
+
+    def stream_decoder(self) -> StreamDecoder:
+        """A decoder for one text that arrives token by token."""
+        return ByteStreamDecoder(self) if self._byte_level else TextStreamDecoder(self)
+
+    @property
+    def _has_unknown_token(self) -> bool:
+        return getattr(self._inner.model, "unk_token", None) is not None
+
+    def _token_bytes(self, token_id: int) -> bytes:
+        known = self._bytes.get(token_id)
+        if known is not None:
+            return known
+        token = self._inner.id_to_token(token_id)
+        if token is None:
+            return b""
+        if self._byte_level:
+            data = _spelled_bytes(token)
+        else:
+            data = self._inner.decode([token_id], skip_special_tokens=False).encode()
+        self._bytes[token_id] = data
+        return data
+
+    def _special_encoder(self) -> tokenizers.Tokenizer:
+        # A second object: encode_special_tokens is the object's, and another thread may be encoding.
+        with self._with_special_lock:
+            if self._with_special is None:
+                self._with_special = tokenizers.Tokenizer.from_str(self._inner.to_str())
+            return self._with_special
+
+    def _check_alphabet(self, text: str, allow_special: bool) -> None:
+        """Refuse a character that the vocabulary cannot spell; the library would leave it out silently."""
+        rest = text
+        for token in self._added.values():
+            if allow_special or not token.special:
+                rest = rest.replace(token.content, "")
+        for character in rest:
+            for byte in character.encode():
+                if byte in self._missing_bytes:
+                    raise RequestError(
+                        f"text holds {character!r} at character {text.index(character)}, and this tokenizer "
+                        f"has no token for the byte 0x{byte:02X}; remove it"
+                    )
+
+
+class ByteStreamDecoder:
+    """`StreamDecoder` of byte-level tokenizers: UTF-8, character by character."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_id: int) -> str:
+        """Text that is certain with this token."""
+        data = self._tokenizer.token_bytes(token_id)
+        return "" if token_id in self._tokenizer.special_ids else self._utf8.decode(data)
+
+    def flush(self) -> str:
+        """The rest; an incomplete character becomes U+FFFD."""
+        return self._utf8.decode(b"", final=True)
+
+
+class TextStreamDecoder:
+    """`StreamDecoder` of other tokenizers, whose tokens look different beside each other: decodes all again.
+
+    More tokens never change the text of those before (`_check_decoder` has seen to that), except that bytes
+    may join to a character: a run of them is held back.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._given = 0  # characters of their text
+
+    def push(self, token_id: int) -> str:
+        """Text that is certain with this token."""
+        content = self._tokenizer.content(token_id)
+        if content is None or token_id in self._tokenizer.special_ids:
+            return ""
+        self._ids.append(token_id)
+        return "" if _BYTE_TOKEN.fullmatch(content) else self.flush()
+
+    def flush(self) -> str:
+        """The rest."""
+        text = self._tokenizer.decode(self._ids)
+        piece = text[self._given :]
+        self._given = len(text)
+        return piece
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's spelling of bytes in vocab.json: printable Latin-1 is itself, the rest moves to 256 and on.
+
+    After `bytes_to_unicode` in OpenAI's gpt-2 (src/encoder.py).
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF: Final = _byte_alphabet()
+_BYTE_TOKEN: Final = re.compile("<0x[0-9A-F]{2}>")
+
+
+def _spelled_bytes(token: str) -> bytes:
+    """What a byte-level token stands for; one with a character outside the alphabet is literal."""
+    try:
+        return bytes([_BYTE_OF[character] for character in token])
+    except KeyError:
+        return token.encode()
+
+
+def _check_id(token_id: object) -> int:
+    try:
+        number = operator.index(token_id)  # type: ignore[arg-type]
+    except TypeError:
+        number = None
+    if number is None or isinstance(token_id, bool):
+        raise RequestError(
+            f"token id {token_id!r:.40} is a {type(token_id).__name__}, expected a whole number"
+        )
+    if not 0 <= number <= MAX_TOKEN_ID:
+        raise RequestError(f"token id {number!r:.40} is out of range; it must be from 0 to {MAX_TOKEN_ID}")
+    return number
+
+
+def _keeps_text(split: Any) -> bool:
+    """Whether a pre-tokenizer passes on all of a text."""
+    if split is None:
+        return True
+    state = json.loads(split.__getstate__())
+    parts = state["pretokenizers"] if state["type"] == "Sequence" else [state]
+    return all(
+        part["type"] in ("ByteLevel", "Digits")
+        or (part["type"] in ("Split", "Punctuation") and part["behavior"] != "Removed")
+        for part in parts
+    )
+
+
+def _check_decoder(decoder: Any) -> None:
+    """Refuse a decoder with which more tokens could change the text of those before; it could not stream."""
+    if decoder is None:
+        return
+    state = json.loads(decoder.__getstate__())
+    name = state["type"]
+    if name in ("ByteLevel", "Metaspace", "WordPiece"):
+        return
+    parts = state["decoders"] if name == "Sequence" else [state]
+    for part in parts:
+        if part["type"] in ("ByteFallback", "Fuse", "Metaspace"):
+            continue
+        if part["type"] == "Replace" and len(part["pattern"].get("String", "")) == 1:
+            continue
+        if part["type"] == "Strip" and part["stop"] == 0:
+            continue
+        raise UnsupportedCheckpointError(
+            f"the tokenizer's decoder {'holds' if name == 'Sequence' else 'is'} {shown(part)}, which is not "
+            "supported; supported are ByteLevel (GPT-2's), Metaspace, WordPiece and SentencePiece's sequence"
+        )
