@@ -18,7 +18,8 @@ from typing import NamedTuple
 import pytest
 from fake_hub import FakeHub, Repository
 
-from gpt2core import GPT2, ModelConfig, __version__, checkpoint
+from gpt2core import GPT2, ModelConfig, __version__
+from gpt2core.checkpoint import open as checkpoint
 from gpt2core.cli import console, main, program
 from gpt2core.errors import RequestError
 from gpt2core.testing import random_checkpoint

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from transformers.generation import logits_process as hf
 
 from gpt2core.errors import InvalidSamplingError, NumericalError
-from gpt2core.sampling.draw import SamplingParams, transform_logits, transforms
+from gpt2core.sampling import transforms
+from gpt2core.sampling.draw import SamplingParams, transform_logits
 
 # Both sides compute in float64; what remains is the rounding of a few operations on logits up to 100.
 TOLERANCE = {"rtol": 1e-12, "atol": 1e-11}

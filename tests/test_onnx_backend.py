@@ -9,7 +9,8 @@ import onnxruntime
 import pytest
 from onnx import TensorProto
 
-from gpt2core.backends import create_backend, memory
+from gpt2core.backends import create_backend
+from gpt2core.backends._shared import memory
 from gpt2core.backends.onnx import OnnxBackend, networks, passes, session
 from gpt2core.backends.onnx.graph import build_model, graph_weights
 from gpt2core.backends.onnx.operators import padded_head_dim

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from gpt2core import GPT2, open_checkpoint
-from gpt2core.backends import available, choose, create_backend, load_factory, torch_products
+from gpt2core.backends import available, choose, create_backend, load_factory
 from gpt2core.backends.base import RunsPrecisions
 from gpt2core.backends.onnx import products
+from gpt2core.backends.torch import products as torch_products
 from gpt2core.batch import Batch
 from gpt2core.checkpoint.quantized import save_quantized
 from gpt2core.cli import main

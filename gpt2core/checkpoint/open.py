@@ -26,7 +26,7 @@ __all__ = [
     "save_checkpoint",
 ]  # fmt: skip
 
-DEMO: Final = Path(__file__).parent / "demo"
+DEMO: Final = Path(__file__).parent.parent / "demo"
 
 
 @dataclass(frozen=True, slots=True)
