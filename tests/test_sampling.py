@@ -1,13 +1,15 @@
 """Drawing tokens: random numbers, bisection, statistics, log-probabilities."""
 
+import dataclasses
 import math
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import sampling_oracle
 import scipy.stats
-from hypothesis import assume, given
+from hypothesis import assume, given, reject, settings
 from hypothesis import strategies as st
 
 from gpt2core.errors import InvalidSamplingError, NumericalError
@@ -155,7 +157,7 @@ WEIGHTS = st.lists(st.floats(1e-9, 1) | st.just(0.0), min_size=1, max_size=70).f
 def test_a_draw_bisects_the_vocabulary_and_never_finds_a_token_of_probability_0(
     weights, seed, choice, position
 ):
-    index = sampling._bisect(np.array(weights), None, len(weights), seed, choice, position)
+    index = sampling._bisect(np.array(weights), None, len(weights), seed, choice, position, exact=True)
     assert weights[index] > 0
     assert index == plain_bisection(weights, seed, choice, position)
 
@@ -164,13 +166,13 @@ def test_a_draw_bisects_the_vocabulary_and_never_finds_a_token_of_probability_0(
 def test_tokens_that_were_cut_do_not_shift_the_others(weights, seed):
     dense = np.array(weights)
     kept = np.flatnonzero(dense)
-    index = sampling._bisect(dense[kept], kept, len(dense), seed, 0, 5)
-    assert index == sampling._bisect(dense, None, len(dense), seed, 0, 5)
+    index = sampling._bisect(dense[kept], kept, len(dense), seed, 0, 5, exact=True)
+    assert index == sampling._bisect(dense, None, len(dense), seed, 0, 5, exact=True)
 
 
 def test_the_only_token_that_has_probability_is_drawn_however_small_it_is():
     for seed in range(50):
-        assert sampling._bisect(np.array([0, 5e-324, 0, 0, 0]), None, 5, seed, 0, 0) == 1
+        assert sampling._bisect(np.array([0, 5e-324, 0, 0, 0]), None, 5, seed, 0, 0, exact=True) == 1
         assert sampling._bisect(np.array([5e-324]), np.array([3]), 5, seed, 0, 0) == 3
 
 
@@ -249,7 +251,7 @@ PEAKED = np.random.default_rng(5).standard_normal(50).astype(np.float32) * 2
 
 
 @pytest.mark.parametrize(
-    "settings",
+    "chosen",
     [
         {"temperature": 1.0},
         {"temperature": 0.5},
@@ -261,8 +263,8 @@ PEAKED = np.random.default_rng(5).standard_normal(50).astype(np.float32) * 2
     ],
     ids=str,
 )
-def test_draws_fit_the_transformed_distribution(settings):
-    params = SamplingParams(**settings)
+def test_draws_fit_the_transformed_distribution(chosen):
+    params = SamplingParams(**chosen)
     tokens = [1, 2, 3, 3]
     transformed = transform_logits(PEAKED, params, token_ids=tokens, prompt_tokens=1, eos_token_ids=())
     probabilities = np.exp(transformed) / np.exp(transformed).sum()
@@ -312,3 +314,50 @@ def test_no_alternatives_are_given_unless_asked_for():
 def test_logprobs_of_what_is_no_distribution_raise():
     with pytest.raises(NumericalError, match="the greatest of 2 logits is nan"):
         token_logprobs(np.array([1, np.nan], np.float32), 0, 1)
+
+
+# Against an oracle
+
+
+@settings(max_examples=400)
+@given(data=st.data())
+def test_tokens_are_those_of_an_oracle_that_shares_no_code(data):
+    scores = np.array(data.draw(st.lists(st.integers(-80, 80), min_size=1, max_size=24)), np.float32) / 16
+    token_ids = data.draw(st.lists(st.integers(0, min(len(scores), 5) - 1), min_size=1, max_size=12))
+    situation = {
+        "token_ids": token_ids,
+        "prompt_tokens": data.draw(st.integers(1, len(token_ids))),
+        "eos_token_ids": [1],
+    }
+    chosen = {
+        "temperature": data.draw(st.sampled_from([0.0, 0.3, 0.7, 1.0, 2.5])),
+        "top_k": data.draw(st.sampled_from([None, 0, 1, 4, 15])),
+        "top_p": data.draw(st.sampled_from([1.0, 0.1, 0.6, 0.95])),
+        "min_p": data.draw(st.sampled_from([0.0, 0.01, 0.3, 1.0])),
+        "repetition_penalty": data.draw(st.sampled_from([1.0, 0.5, 1.3, 2.0])),
+        "presence_penalty": data.draw(st.sampled_from([0.0, -1.0, 0.5, 2.0])),
+        "frequency_penalty": data.draw(st.sampled_from([0.0, -0.5, 0.75])),
+        "no_repeat_ngram_size": data.draw(st.sampled_from([0, 1, 2, 3])),
+        "min_new_tokens": data.draw(st.sampled_from([0, 3])),
+        "logit_bias": data.draw(
+            st.dictionaries(st.integers(0, len(scores) - 1), st.sampled_from([-2.0, 1.5, 100.0]), max_size=2)
+        ),
+    }
+    seed, choice = data.draw(st.integers(0, 2**63 - 1)), data.draw(st.integers(0, 127))
+    try:
+        want = sampling_oracle.sample(scores, *situation.values(), chosen, seed, choice)
+    except sampling_oracle.BorderlineError:
+        reject()
+    params = SamplingParams(**chosen)
+    if want is None:
+        with pytest.raises(InvalidSamplingError, match="no token can be drawn"):
+            sample_token(scores, params, **situation, seed=seed, choice=choice)
+        return
+    edited = transform_logits(scores, dataclasses.replace(params, temperature=0), **situation)
+    exactly = sampling_oracle.edit(scores, *situation.values(), chosen)
+    values = [-np.inf if value is None else float(value) for value in exactly]
+    np.testing.assert_allclose(edited, values, rtol=1e-12, atol=1e-12)
+    token, possible = want
+    assert sample_token(scores, params, **situation, seed=seed, choice=choice) == token
+    transformed = transform_logits(scores, params, **situation)
+    assert set(np.flatnonzero(np.isfinite(transformed)).tolist()) == possible

@@ -11,7 +11,7 @@ import numpy as np
 
 from gpt2core._shapes import Float, Float64, Int
 from gpt2core.errors import InvalidSamplingError, NumericalError
-from gpt2core.sampling import transforms as _logits
+from gpt2core.sampling import transforms
 from gpt2core.sampling.params import SamplingParams
 
 __all__ = ["SamplingParams", "TokenLogprob", "sample_token", "token_logprobs", "transform_logits", "uniform"]
@@ -90,11 +90,11 @@ def transform_logits(
         NumericalError: `logits` hold NaN or +inf, or nothing above -inf.
         InvalidSamplingError: no token is left, or `logit_bias` names one outside the vocabulary.
     """
-    edited = _edit(logits, params, token_ids, prompt_tokens, eos_token_ids)
+    edited = transforms.edit(logits, transforms.History(params, token_ids, prompt_tokens, eos_token_ids))
     _check_maximum(edited.max(), logits, len(token_ids))
     if params.temperature == 0:
         return edited.astype(np.float64)  # a copy also where nothing was edited
-    tempered = _logits.temper(edited, params.temperature)
+    tempered = transforms.temper(edited, params.temperature)
     kept, _ = _weigh(edited, params)
     if kept is None:
         return tempered
@@ -124,23 +124,25 @@ def sample_token(
     are thousands, and two backends part on about one draw in 2,000; a half's share is as exact as the
     probabilities themselves.
 
+    The same logits, on any processor, give the same token (see `gpt2core.sampling.transforms`).
+
     Raises:
         NumericalError: `logits` hold NaN or +inf, or nothing above -inf.
         InvalidSamplingError: no token is left, or `logit_bias` names one outside the vocabulary.
     """
-    if params.temperature == 0 and not _moves_logits(params):
-        best = int(logits.argmax())  # a ban changes nothing else, so a copy is needed only where it hits
-        if len(token_ids) - prompt_tokens >= params.min_new_tokens or best not in eos_token_ids:
-            _check_maximum(logits[best], logits, len(token_ids))
-            return best
-    edited = _edit(logits, params, token_ids, prompt_tokens, eos_token_ids)
+    edited = transforms.edit(logits, transforms.History(params, token_ids, prompt_tokens, eos_token_ids))
     if params.temperature == 0:
         best = int(edited.argmax())  # the first NaN, if there is one
         _check_maximum(edited[best], logits, len(token_ids))
         return best
     _check_maximum(edited.max(), logits, len(token_ids))
     kept, weights = _weigh(edited, params)
-    return _bisect(weights, kept, len(logits), seed, choice, len(token_ids))
+    whose = (len(logits), seed, choice, len(token_ids))
+    try:
+        return _bisect(weights, kept, *whose)
+    except _InDoubtError:
+        exact = transforms.weigh_exactly(edited if kept is None else edited[kept], params.temperature)
+        return _bisect(exact, kept, *whose, exact=True)
 
 
 def token_logprobs(logits: Float[np.ndarray, "V"], token_id: int, k: int) -> TokenLogprob:
@@ -150,7 +152,7 @@ def token_logprobs(logits: Float[np.ndarray, "V"], token_id: int, k: int) -> Tok
         NumericalError: `logits` hold NaN or +inf, or nothing above -inf.
     """
     _check_maximum(logits.max(), logits, None)
-    logprobs = _logits.log_softmax(logits)
+    logprobs = transforms.log_softmax(logits)
     top: tuple[tuple[int, float], ...] = ()
     if k > 0:
         k = min(k, len(logits))
@@ -161,59 +163,21 @@ def token_logprobs(logits: Float[np.ndarray, "V"], token_id: int, k: int) -> Tok
     return TokenLogprob(token_id, float(logprobs[token_id]), top)
 
 
-def _moves_logits(params: SamplingParams) -> bool:
-    """Whether any of steps 1 to 4 of `transform_logits` applies."""
-    return (
-        bool(params.logit_bias)
-        or params.repetition_penalty != 1
-        or params.presence_penalty != 0
-        or params.frequency_penalty != 0
-        or params.no_repeat_ngram_size > 0
-    )
-
-
-def _edit(
-    logits: Float[np.ndarray, "V"],
-    params: SamplingParams,
-    token_ids: Sequence[int],
-    prompt_tokens: int,
-    eos_token_ids: Sequence[int],
-) -> Float[np.ndarray, "V"]:
-    """Steps 1 to 5 of `transform_logits`; the same array, not a copy, when none of them applies."""
-    penalties = params.presence_penalty != 0 or params.frequency_penalty != 0
-    too_short = len(token_ids) - prompt_tokens < params.min_new_tokens
-    if not (_moves_logits(params) or too_short):
-        return logits
-    computes = penalties or params.repetition_penalty != 1 or bool(params.logit_bias)
-    edited = logits.astype(np.float64) if computes else logits.copy()  # a ban alone rounds nothing
-    tokens = np.asarray(token_ids, np.int64)
-    with np.errstate(over="ignore", invalid="ignore"):  # what overflows is found by _check_maximum
-        if params.logit_bias:
-            params.check_vocabulary(len(logits))
-            _logits.add_bias(edited, params.logit_bias)
-        if params.repetition_penalty != 1:
-            _logits.penalize_repetition(edited, tokens, params.repetition_penalty)
-        if penalties:
-            generated = tokens[prompt_tokens:]
-            _logits.penalize_presence(edited, generated, params.presence_penalty, params.frequency_penalty)
-        if params.no_repeat_ngram_size > 0:
-            _logits.ban_repeated_ngrams(edited, tokens, params.no_repeat_ngram_size)
-        if too_short:
-            _logits.ban(edited, eos_token_ids)
-    return edited
-
-
 def _weigh(
     edited: Float[np.ndarray, "V"], params: SamplingParams
 ) -> tuple[Int[np.ndarray, "K"] | None, Float64[np.ndarray, "K"]]:
     """Steps 6 to 9 of `transform_logits`."""
-    return _logits.weigh(
+    return transforms.weigh(
         edited,
         temperature=params.temperature,
         top_k=params.top_k or 0,
         top_p=params.top_p,
         min_p=params.min_p,
     )
+
+
+class _InDoubtError(Exception):
+    """Rounding could change what is drawn."""
 
 
 def _bisect(
@@ -223,12 +187,19 @@ def _bisect(
     seed: int,
     choice: int,
     position: int,
+    *,
+    exact: bool = False,
 ) -> int:
     """A token id, drawn in proportion to `weights`; never one of weight 0.
 
     The halves are those of the vocabulary, whatever was kept of it: so a token more or less at the border of
     `top_p` does not shift the others.
+
+    Raises:
+        _InDoubtError: not `exact`, and a relative error of `MARGIN` in the weights could change the result.
     """
+    add = transforms.add_in_order if exact else np.add.reduce
+    margin = 0.0 if exact else transforms.MARGIN
     low, high = 0, len(weights)  # where the halves lie among the weights
     first, size, depth = 0, 1 << (vocab_size - 1).bit_length(), 0  # and among the token ids
     words: tuple[int, ...] = ()
@@ -236,10 +207,13 @@ def _bisect(
         size //= 2
         middle = first + size if kept is None else int(kept.searchsorted(first + size))
         middle = min(max(middle, low), high)
-        lower, upper = float(weights[low:middle].sum()), float(weights[middle:high].sum())
+        lower, upper = float(add(weights[low:middle])), float(add(weights[middle:high]))
         if depth % 4 == 0:
             words = _philox(seed, choice, position, depth // 4)
         u = (words[depth % 4] >> 11) * 2.0**-53
+        # Numbers below 1e-280 are near those that processors round differently.
+        if abs(u * (lower + upper) - lower) < margin * max(lower + upper, 1e-280):
+            raise _InDoubtError
         if upper == 0 or u * (lower + upper) < lower:
             high = middle
         else:
