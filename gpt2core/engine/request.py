@@ -12,7 +12,7 @@ import numpy as np
 from gpt2core._shapes import Float32
 from gpt2core.errors import Gpt2CoreError
 from gpt2core.sampling.draw import SamplingParams, TokenLogprob, token_logprobs
-from gpt2core.tokenizer.tokenizer import StreamDecoder
+from gpt2core.tokenizer.stream import StreamDecoder
 
 FinishReason = Literal["stop", "length", "cancelled"]
 LogitsReader = Callable[[int, Float32[np.ndarray, "n V"]], None]

@@ -4,16 +4,14 @@ GPT-2's tokens are pieces of UTF-8, not of text: a character may be split betwee
 into bytes, and bytes into text, here.
 """
 
-import codecs
 import json
 import operator
 import os
-import re
 import threading
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import tokenizers
 from tokenizers.decoders import ByteLevel
@@ -22,25 +20,11 @@ from tokenizers.pre_tokenizers import ByteLevel as ByteLevelSplit
 from gpt2core._json import shown
 from gpt2core.errors import RequestError, UnsupportedCheckpointError
 from gpt2core.tokenizer.files import is_library_error, read_tokenizer
+from gpt2core.tokenizer.stream import ByteStreamDecoder, StreamDecoder, TextStreamDecoder
 
 MAX_TOKEN_ID: Final = 2**31 - 1
 UNBOUNDED_TOKEN_BYTES: Final = 2**16
 """What `Tokenizer.max_token_bytes` says where one token may stand for text of any length."""
-
-
-class StreamDecoder(Protocol):
-    """Turns the tokens of one text into text, token by token.
-
-    The pieces of `push` and at last of `flush` join to `tokenizer.decode(ids, skip_special=True)`.
-    """
-
-    def push(self, token_id: int) -> str:
-        """Text that is certain with this token: "" while a character is incomplete, "" for special tokens."""
-        ...
-
-    def flush(self) -> str:
-        """The rest; an incomplete character becomes U+FFFD."""
-        ...
 
 
 class Tokenizer:
@@ -218,51 +202,6 @@ class Tokenizer:
                     )
 
 
-class ByteStreamDecoder:
-    """`StreamDecoder` of byte-level tokenizers: UTF-8, character by character."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def push(self, token_id: int) -> str:
-        """Text that is certain with this token."""
-        data = self._tokenizer.token_bytes(token_id)
-        return "" if token_id in self._tokenizer.special_ids else self._utf8.decode(data)
-
-    def flush(self) -> str:
-        """The rest; an incomplete character becomes U+FFFD."""
-        return self._utf8.decode(b"", final=True)
-
-
-class TextStreamDecoder:
-    """`StreamDecoder` of other tokenizers, whose tokens look different beside each other: decodes all again.
-
-    More tokens never change the text of those before (`_check_decoder` has seen to that), except that bytes
-    may join to a character: a run of them is held back.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._given = 0  # characters of their text
-
-    def push(self, token_id: int) -> str:
-        """Text that is certain with this token."""
-        content = self._tokenizer.content(token_id)
-        if content is None or token_id in self._tokenizer.special_ids:
-            return ""
-        self._ids.append(token_id)
-        return "" if _BYTE_TOKEN.fullmatch(content) else self.flush()
-
-    def flush(self) -> str:
-        """The rest."""
-        text = self._tokenizer.decode(self._ids)
-        piece = text[self._given :]
-        self._given = len(text)
-        return piece
-
-
 def _byte_alphabet() -> dict[str, int]:
     """GPT-2's spelling of bytes in vocab.json: printable Latin-1 is itself, the rest moves to 256 and on.
 
@@ -274,7 +213,6 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 _BYTE_OF: Final = _byte_alphabet()
-_BYTE_TOKEN: Final = re.compile("<0x[0-9A-F]{2}>")
 
 
 def _spelled_bytes(token: str) -> bytes:
