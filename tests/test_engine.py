@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gpt2core.engine.engine import Engine
-from gpt2core.engine.request import PromptLogprobs, Request, TextStream, Update
+from gpt2core.engine.request import PromptLogprobs, Request, Update
 from gpt2core.errors import (
     BackendError,
     ContextLengthError,
@@ -23,6 +23,7 @@ from gpt2core.errors import (
 )
 from gpt2core.sampling.draw import sample_token, token_logprobs
 from gpt2core.sampling.params import SamplingParams
+from gpt2core.tokenizer.stream import TextStream
 
 TOKENIZER = fakes.byte_tokenizer()
 HOT = {"temperature": 1.0, "seed": 7}

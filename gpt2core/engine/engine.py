@@ -21,13 +21,14 @@ from gpt2core._shapes import Float32
 from gpt2core.backends.base import Backend, Cache
 from gpt2core.batch import Batch
 from gpt2core.engine.draft import draft_nbytes, speculation_of
-from gpt2core.engine.request import LogitsReader, PromptLogprobs, Request, TextStream, Update
+from gpt2core.engine.request import LogitsReader, PromptLogprobs, Request, Update
 from gpt2core.engine.rows import Drawn, Row, count_accepted, decode_batch, draw_row, failure, mixed_batch
 from gpt2core.engine.scheduler import Scheduler, Step
 from gpt2core.engine.speculation import SpeculationMode
 from gpt2core.errors import BackendError, Gpt2CoreError, RequestError
 from gpt2core.prompts import check_token_ids
 from gpt2core.sampling.params import SamplingParams
+from gpt2core.tokenizer.stream import TextStream
 from gpt2core.tokenizer.tokenizer import Tokenizer
 
 T = TypeVar("T")
