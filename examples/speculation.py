@@ -19,7 +19,7 @@ is that of the decoding speeds of one such pair (above 1: prompt lookup is faste
 where a backend rounds its inputs to 8 bits (onnx, int8 and int4) they may differ, elsewhere that is an error.
 
 `--passes` times single passes instead, over one row of several tokens beside one of a single token, and shows
-what the backend says of it (`further_cost`, by which refused proposals are limited).
+what the backend says of it (`extra_tokens_cost`, by which refused proposals are limited).
 """
 
 import argparse
@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 
 from gpt2core import GPT2, Backend, Batch, Cache, Generation
-from gpt2core.backends.base import PricesTokens as Prices
+from gpt2core.backends.base import EstimatesCost
 
 
 class Scripted:
@@ -132,7 +132,11 @@ def time_passes(backend: Backend, rounds: int) -> None:
     print("|---|---|---|---|")
     for n, measured in times_s.items():
         ratios = [several / one - 1 for several, one in zip(measured, times_s[1], strict=True)]
-        said = f"{backend.further_cost(n - 1, 1):.2f}" if isinstance(backend, Prices) and n > 1 else ""
+        said = (
+            f"{backend.extra_tokens_cost(n - 1, 1):.2f}"
+            if isinstance(backend, EstimatesCost) and n > 1
+            else ""
+        )
         print(f"| {n} | {1e3 * statistics.median(measured):.2f} | {statistics.median(ratios):.2f} | {said} |")
 
 

@@ -28,11 +28,10 @@ if TYPE_CHECKING:
         RequestError,
         UnsupportedCheckpointError,
     )
-    from gpt2core.generation import Generation, Timing
+    from gpt2core.generation import Generation, Score, Timing
     from gpt2core.model import GPT2
     from gpt2core.sampling.draw import TokenLogprob
     from gpt2core.sampling.params import SamplingParams
-    from gpt2core.scoring import Score
     from gpt2core.tokenizer.tokenizer import Tokenizer
     from gpt2core.trace import Trace
     from gpt2core.weights import Weights
@@ -62,7 +61,7 @@ _MODULE_OF = {
     "Request": "engine.request",
     "RequestError": "errors",
     "SamplingParams": "sampling.params",
-    "Score": "scoring",
+    "Score": "generation",
     "Timing": "generation",
     "TokenLogprob": "sampling.draw",
     "Tokenizer": "tokenizer.tokenizer",

@@ -50,10 +50,15 @@ class Batch:
         return self.starts + self.lengths
 
     @property
+    def firsts(self) -> Int32[np.ndarray, "B"]:
+        """Index in `tokens` of each row's first."""
+        return np.cumsum(self.lengths, dtype=np.int32) - self.lengths
+
+    @property
     def positions(self) -> Int32[np.ndarray, "N"]:
         """Position of each new token in its sequence."""
-        firsts = np.cumsum(self.lengths) - self.lengths  # (B,) where each row begins in tokens
-        return np.arange(len(self.tokens), dtype=np.int32) + np.repeat(self.starts - firsts, self.lengths)
+        shifts = np.repeat(self.starts - self.firsts, self.lengths)  # (N,)
+        return np.arange(len(self.tokens), dtype=np.int32) + shifts
 
     def check(self, *, vocab_size: int, slots: int, capacity: int) -> None:
         """Refuse what would read or write outside the vocabulary or the cache; backends call it first.

@@ -4,6 +4,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Self, Unpack, overload
 
@@ -15,9 +16,9 @@ from gpt2core.config import ModelConfig
 from gpt2core.engine.engine import CACHE_NBYTES, Engine
 from gpt2core.engine.request import LogitsReader, Piece, PromptLogprobs, Request
 from gpt2core.engine.speculation import SpeculationMode
-from gpt2core.engine.stepping import Stepping, raise_error, settled
+from gpt2core.engine.step_loop import StepLoop, all_done, raise_error
 from gpt2core.errors import RequestError
-from gpt2core.generation import Generation, Timing, generation_of
+from gpt2core.generation import Generation, Score, Timing, make_generation, make_score, score_windows
 from gpt2core.loading import load_models
 from gpt2core.prompts import (
     OneChoiceOptions,
@@ -25,11 +26,9 @@ from gpt2core.prompts import (
     SamplingOptions,
     check_prompts,
     check_token_ids,
-    encode_prompt,
-    with_options,
+    merge_options,
 )
 from gpt2core.sampling.draw import SamplingParams
-from gpt2core.scoring import Score, score_of, score_windows
 from gpt2core.tokenizer.tokenizer import Tokenizer
 
 __all__ = ["GPT2", "Generation", "Piece", "Prompt", "SamplingOptions", "Score", "Timing"]
@@ -50,6 +49,9 @@ class GPT2:
         cache_nbytes: limit on the KV cache, bytes, counted in float32; may lower `max_batch`.
         speculation, draft: as of `Engine`; `close` closes the draft model too.
 
+    Attributes:
+        engine: what runs the requests. Its `submit`, `cancel` and `step` may be used beside these methods.
+
     Raises:
         RequestError: a limit is too low, or the model cannot speculate so.
     """
@@ -64,11 +66,12 @@ class GPT2:
         speculation: SpeculationMode = "off",
         draft: Backend | None = None,
     ) -> None:
-        self.backend, self.draft = backend, draft
+        self.backend = backend
         self.tokenizer = tokenizer
+        self._draft = draft
         limits = {"max_slots": max_batch, "cache_nbytes": cache_nbytes}
-        self._engine = Engine(backend, tokenizer, **limits, speculation=speculation, draft=draft)
-        self._stepping = Stepping(self._engine)
+        self.engine = Engine(backend, tokenizer, **limits, speculation=speculation, draft=draft)
+        self._loop = StepLoop(self.engine)
 
     @classmethod
     def from_pretrained(
@@ -128,7 +131,7 @@ class GPT2:
     @property
     def speculated(self) -> tuple[int, int]:
         """How many tokens speculation has proposed so far, and how many of them were accepted."""
-        return self._engine.proposed_tokens, self._engine.accepted_tokens
+        return self.engine.proposed_tokens, self.engine.accepted_tokens
 
     @overload
     def generate(
@@ -189,18 +192,12 @@ class GPT2:
         With one `seed` and several prompts each prompt gets what it would get alone. Without a seed each
         prompt has a fresh one, which its `Generation` names.
         """
-        params = with_options(params, sampling)
+        params = merge_options(params, sampling)
         prompts, single = self._prompts(prompt, params, allow_special)
-        requests: list[Request] = []
-        try:
-            for i, ids in enumerate(prompts):
-                requests += self._engine.submit(ids, params, prompt=i)
-            self._stepping.run_until(lambda: settled(requests))
-        finally:
-            for one in requests:
-                self._engine.cancel(one)  # what has ended stays as it is
+        with self._submitted(prompts, params) as requests:
+            self._loop.run_until(lambda: all_done(requests))
         raise_error(requests)
-        generations = [generation_of(one) for one in requests]
+        generations = [make_generation(request) for request in requests]
         return generations[0] if single and params.n == 1 else generations
 
     def stream(
@@ -222,7 +219,7 @@ class GPT2:
         the first `next`, which starts the work. Closing the iterator, or leaving the loop, ends the
         generation.
         """
-        params = with_options(params, sampling)
+        params = merge_options(params, sampling)
         prompts, _ = self._prompts(prompt, params, allow_special)
         return self._pieces(prompts, params)
 
@@ -256,8 +253,8 @@ class GPT2:
         """How well the model predicts a text, or token ids, of any length.
 
         A text that exceeds the context is read in windows that overlap by half
-        (`gpt2core.scoring.score_windows`), so that each token is predicted from at least half a context, or
-        from all that precedes it.
+        (`gpt2core.generation.score_windows`), so that each token is predicted from at least half a context,
+        or from all that precedes it.
 
         Args:
             text: a text, or token ids.
@@ -283,14 +280,14 @@ class GPT2:
         text_nbytes = None
         if isinstance(text, str):
             text_nbytes = len(text.encode()) - len(self.tokenizer.token_bytes(ids[0]))
-        return score_of(ids, logprobs, text_nbytes)
+        return make_score(ids, logprobs, text_nbytes)
 
     def close(self) -> None:
         """Free the model; calling it twice is harmless. Calls in other threads end as "cancelled"."""
-        self._engine.close()
+        self.engine.close()
         self.backend.close()
-        if self.draft is not None:
-            self.draft.close()
+        if self._draft is not None:
+            self._draft.close()
 
     def __enter__(self) -> Self:
         return self
@@ -299,37 +296,41 @@ class GPT2:
         self.close()
 
     def _pieces(self, prompts: list[list[int]], params: SamplingParams) -> Iterator[Piece]:
-        requests: list[Request] = []
-        try:
-            for i, ids in enumerate(prompts):
-                requests += self._engine.submit(ids, params, prompt=i, stream=True)
-            open_ = list(requests)
-            while open_:
-                self._stepping.run_until(lambda: any(one.pieces or one.finished for one in open_))
-                for one in list(open_):
-                    finished = one.finished  # before its pieces are taken: no more can follow
-                    assert one.pieces is not None
-                    while one.pieces:
-                        yield one.pieces.popleft()
+        with self._submitted(prompts, params, stream=True) as requests:
+            left = list(requests)
+            while left:
+                self._loop.run_until(lambda: any(request.pieces or request.finished for request in left))
+                for request in list(left):
+                    finished = request.finished  # before its pieces are taken: no more can follow
+                    assert request.pieces is not None
+                    while request.pieces:
+                        yield request.pieces.popleft()
                     if finished:
-                        open_.remove(one)
-                        raise_error([one])
-        finally:
-            for one in requests:
-                self._engine.cancel(one)
+                        left.remove(request)
+                        raise_error([request])
 
     def _read(self, ids: list[int], logits_from: int, reader: LogitsReader) -> None:
         """Let `reader` see the logits from position `logits_from` on."""
+        options = {"logits_from": logits_from, "on_logits": reader}
+        with self._submitted([ids], _READ_ONLY, **options) as requests:
+            self._loop.run_until(lambda: all_done(requests))
+        raise_error(requests)
+        if any(request.finish_reason == "cancelled" for request in requests):
+            self._check_open()
+
+    @contextmanager
+    def _submitted(
+        self, prompts: list[list[int]], params: SamplingParams, **options: Any
+    ) -> Iterator[list[Request]]:
+        """Requests for the prompts; those that have not ended by the end of the context are cancelled."""
         requests: list[Request] = []
         try:
-            requests += self._engine.submit(ids, _READ_ONLY, logits_from=logits_from, on_logits=reader)
-            self._stepping.run_until(lambda: settled(requests))
+            for i, ids in enumerate(prompts):
+                requests += self.engine.submit(ids, params, prompt=i, **options)
+            yield requests
         finally:
-            for one in requests:
-                self._engine.cancel(one)
-        raise_error(requests)
-        if any(one.finish_reason == "cancelled" for one in requests):
-            self._check_open()
+            for request in requests:
+                self.engine.cancel(request)
 
     def _prompts(
         self, prompt: Prompt | Sequence[Prompt], params: SamplingParams, allow_special: bool
@@ -337,13 +338,10 @@ class GPT2:
         """Each prompt's token ids, checked before anything is submitted, and whether it is one prompt."""
         self._check_open()
 
-        def check(one: Prompt) -> list[int]:
-            if isinstance(one, str):
-                one = encode_prompt(one, self.tokenizer, self.config.n_positions, allow_special=allow_special)
-            return self._engine.check(one, params)[0]
-
-        return check_prompts(prompt, check)
+        return check_prompts(
+            prompt, lambda prompt: self.engine.encode(prompt, params, allow_special=allow_special)
+        )
 
     def _check_open(self) -> None:
-        if self._engine.closed:
+        if self.engine.closed:
             raise RequestError("this model is closed; load it again with GPT2.from_pretrained")

@@ -41,8 +41,8 @@ class SamplingOptions(OneChoiceOptions, total=False):
     n: int
 
 
-def with_options(params: SamplingParams | None, options: Mapping[str, Any]) -> SamplingParams:
-    """`params`, or the defaults, with some fields replaced.
+def merge_options(params: SamplingParams | None, options: Mapping[str, Any]) -> SamplingParams:
+    """Take `params`, or the defaults, with some fields replaced.
 
     Raises:
         InvalidSamplingError: an option is unknown (names the nearest that is known) or out of its range.
@@ -136,9 +136,9 @@ def check_prompts(
     """
     prompts, single = split_prompts(prompt)
     checked = []
-    for i, one in enumerate(prompts):
+    for i, given in enumerate(prompts):
         try:
-            checked.append(check(one))
+            checked.append(check(given))
         except RequestError as error:
             if single:
                 raise

@@ -19,7 +19,8 @@ from fakes import FakeBackend, byte_tokenizer, config, endless
 
 from gpt2core import GPT2
 from gpt2core.serve import Settings, create_app
-from gpt2core.serve.server import patient
+from gpt2core.serve.app import load_model
+from gpt2core.serve.server import slow_client_protocol
 
 HANG_S = 20
 """What takes so long on the slowest machine hangs."""
@@ -36,13 +37,13 @@ def until(true: Callable[[], object], timeout_s: float = HANG_S) -> None:
 class Server:
     """An app that answers on `url`."""
 
-    def __init__(self, settings: Settings, load: Callable[[], GPT2] | None) -> None:
+    def __init__(self, settings: Settings, load: Callable[[Settings], GPT2]) -> None:
         self.settings = settings
         self.app = create_app(settings, load=load)
         self.driver = self.app.state.driver
         config = uvicorn.Config(
             self.app,
-            http=patient(settings.receipt_s),
+            http=slow_client_protocol(settings.receipt_s),
             log_config=None,
             access_log=False,
             ws="none",
@@ -101,7 +102,7 @@ def strict(data: bytes | str) -> Any:
 
 @contextlib.contextmanager
 def serving(
-    load: Callable[[], GPT2] | None = None, *, ready: bool = True, **settings: Any
+    load: Callable[[Settings], GPT2] = load_model, *, ready: bool = True, **settings: Any
 ) -> Iterator[Server]:
     """Run a server in a thread of this process."""
     server = Server(Settings(**settings), load)
@@ -130,8 +131,9 @@ class Fake:
         self.after: Callable[..., None] | None = None
         self.backend = FakeBackend(config(context), logits_of, before=self._before, after=self._after)
 
-    def load(self) -> GPT2:
-        return GPT2(self.backend, byte_tokenizer())
+    def load(self, settings: Settings) -> GPT2:
+        limits = {"max_batch": settings.max_batch, "cache_nbytes": settings.cache_nbytes}
+        return GPT2(self.backend, byte_tokenizer(), **limits, speculation=settings.speculation)
 
     def _before(self, batch: Any) -> None:
         if self.delay_s:

@@ -28,11 +28,11 @@ from gpt2core.errors import (
     NumericalError,
     RequestError,
 )
+from gpt2core.generation import score_windows
 from gpt2core.model import GPT2
 from gpt2core.reference import reference_logits
 from gpt2core.sampling.draw import sample_token, token_logprobs
 from gpt2core.sampling.params import SamplingParams
-from gpt2core.scoring import score_windows
 
 TOKENIZER = fakes.byte_tokenizer()
 HOT = {"temperature": 1.0, "seed": 7}
@@ -44,7 +44,7 @@ def model(logits_of=fakes.endless, *, context=64, before=None, after=None, **opt
 
 
 def idle(one: GPT2) -> bool:
-    return (one._engine.running, one._engine.waiting) == (0, 0)
+    return (one.engine.running, one.engine.waiting) == (0, 0)
 
 
 def texts(generations) -> list[tuple[str, list[int], str]]:
@@ -303,7 +303,7 @@ def test_leaving_the_loop_ends_the_generation():
     assert idle(one)
     stream = one.stream(["a", "b"], n=2, max_new_tokens=50)
     next(stream)
-    assert one._engine.running == 4
+    assert one.engine.running == 4
     stream.close()
     assert idle(one)
 
@@ -474,7 +474,7 @@ def test_threads_that_call_at_the_same_time_share_a_batch():
     first, got = start(lambda: one.generate("a", max_new_tokens=30, **HOT))
     assert entered.wait(10)
     others = [start(lambda p=p: one.generate(p, max_new_tokens=30, **HOT)) for p in "bcd"]
-    wait_for(lambda: one._engine.waiting == 3)
+    wait_for(lambda: one.engine.waiting == 3)
     leave.set()
     for thread in (first, *(thread for thread, _ in others)):
         thread.join(10)
@@ -506,7 +506,7 @@ def test_who_waits_is_served_while_another_thread_goes_on_to_step(streams):
         served.set()
 
     short, _ = start(wait_and_tell)
-    wait_for(lambda: one._engine.waiting == 1)
+    wait_for(lambda: one.engine.waiting == 1)
     leave.set()
     long.join(20)
     short.join(20)
@@ -528,7 +528,7 @@ def test_when_the_thread_that_steps_is_interrupted_another_takes_over():
     assert entered.wait(10)
     follower, got = start(lambda: one.generate("b", max_new_tokens=5, **HOT))
     streamer, pieces = start(lambda: list(one.stream("c", max_new_tokens=5, **HOT)))
-    wait_for(lambda: one._engine.waiting == 2)
+    wait_for(lambda: one.engine.waiting == 2)
     leave.set()
     for thread in (leader, follower, streamer):
         thread.join(10)
@@ -596,7 +596,7 @@ def test_when_the_thread_that_steps_is_done_another_takes_over():
     short, _ = start(lambda: one.generate("a", max_new_tokens=1))
     assert entered.wait(10)
     long, got = start(lambda: one.generate("b", max_new_tokens=40, **HOT))
-    wait_for(lambda: one._engine.waiting == 1)
+    wait_for(lambda: one.engine.waiting == 1)
     leave.set()
     short.join(10)
     long.join(10)
@@ -609,26 +609,26 @@ def test_close_in_another_thread_ends_generations_as_cancelled():
     leading, got = start(lambda: one.generate("a", max_new_tokens=50))
     assert entered.wait(10)
     waiting, pieces = start(lambda: list(one.stream("c", max_new_tokens=50)))
-    wait_for(lambda: one._engine.waiting == 1)
+    wait_for(lambda: one.engine.waiting == 1)
     closing, _ = start(one.close)
     leave.set()
     for thread in (leading, waiting, closing):
         thread.join(10)
     assert not any(thread.is_alive() for thread in (leading, waiting, closing))
     assert {got[0].finish_reason, pieces[0][-1].finish_reason} <= {"cancelled", "length"}
-    assert one._engine.closed
+    assert one.engine.closed
 
 
 def test_what_a_close_cuts_short_says_so(monkeypatch):
     def closing(one: GPT2) -> GPT2:
-        step = one._engine.step
+        step = one.engine.step
 
         def step_and_close():
             updates = step()
             one.close()
             return updates
 
-        monkeypatch.setattr(one._engine, "step", step_and_close)
+        monkeypatch.setattr(one.engine, "step", step_and_close)
         return one
 
     got = closing(model()).generate("a", max_new_tokens=50)

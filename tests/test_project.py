@@ -160,7 +160,7 @@ def test_a_module_has_at_most_350_lines(path):
 # Who may import whom: each part only what stands before it or beside it.
 LAYERS = (
     ("errors", "_json", "_shapes", "_files", "config"),
-    ("weights", "batch", "trace", "sampling", "tokenizer", "reference", "scoring"),
+    ("weights", "batch", "trace", "sampling", "tokenizer", "reference"),
     ("quantization", "checkpoint", "backends"),
     ("prompts", "engine", "generation"),
     ("model", "loading"),

@@ -229,9 +229,9 @@ def test_while_the_model_is_loaded_it_is_live_and_not_ready():
 
     fake, gate = Fake(), threading.Event()
 
-    def load():
+    def load(settings):
         assert gate.wait(HANG_S)
-        return fake.load()
+        return fake.load(settings)
 
     with serving(load, ready=False) as server:
         assert server.client.get("/livez").status_code == 200
@@ -245,7 +245,7 @@ def test_while_the_model_is_loaded_it_is_live_and_not_ready():
 
 
 def test_a_model_that_cannot_be_loaded_or_cannot_generate_is_never_ready():
-    def load():
+    def load(settings):
         raise CheckpointError("no such model")
 
     broken = Fake()

@@ -15,10 +15,10 @@ import pytest
 
 from gpt2core import testing
 from gpt2core.backends import available, create_backend
-from gpt2core.backends.base import PricesTokens
+from gpt2core.backends.base import EstimatesCost
 from gpt2core.engine.engine import Engine
 from gpt2core.engine.request import Request, Update
-from gpt2core.engine.speculation import ALLOWANCE, LENGTHS, MOST_TOKENS, PromptLookup, further_cost
+from gpt2core.engine.speculation import ALLOWANCE, LENGTHS, MOST_TOKENS, PromptLookup, guess_extra_tokens_cost
 from gpt2core.errors import BackendError, RequestError
 from gpt2core.model import GPT2
 from gpt2core.sampling.params import SamplingParams
@@ -217,8 +217,8 @@ def test_refused_proposals_cost_no_more_than_their_share():
         got, one = generated(fresh, prompt, params=params, context=1024, speculation="prompt_lookup")
         assert got == generated(fresh, prompt, params=params, context=1024)[0]
         assert one.accepted_tokens == 0
-        wasted = further_cost(one.proposed_tokens, 1)
-        assert 0 < wasted <= ALLOWANCE * tokens + further_cost(LENGTHS[0], 1) + 1e-6
+        wasted = guess_extra_tokens_cost(one.proposed_tokens, 1)
+        assert 0 < wasted <= ALLOWANCE * tokens + guess_extra_tokens_cost(LENGTHS[0], 1) + 1e-6
         assert wasted <= 0.05 * tokens
 
 
@@ -253,7 +253,7 @@ def test_beside_many_rows_nothing_is_proposed():
 @pytest.mark.parametrize(("price", "lengths"), [(0.01, {3, 7, 15}), (6.0, {7, 15}), (15.0, set())])
 def test_what_cannot_pay_by_the_backends_own_price_is_not_proposed(price, lengths):
     class Priced(fakes.FakeBackend):
-        def further_cost(self, tokens: int, rows: int) -> float:
+        def extra_tokens_cost(self, tokens: int, rows: int) -> float:
             return price
 
     script = fakes.scripted({bytes(PROMPT): b"abcdefgh" * 30})
@@ -456,7 +456,7 @@ def test_a_bad_draft_is_asked_seldom():
     got, one = generated(params=params, context=1024, draft=draft)
     assert got == generated(params=params, context=1024)[0]
     assert one.accepted_tokens < one.proposed_tokens / 4
-    assert further_cost(one.proposed_tokens, 1) < 60
+    assert guess_extra_tokens_cost(one.proposed_tokens, 1) < 60
 
 
 def test_a_draft_of_a_shorter_context_helps_as_far_as_it_reaches():
@@ -552,7 +552,7 @@ def test_leaving_a_stream_in_the_midst_of_an_accepted_proposal_frees_its_slot():
         for _ in one.stream(PROMPT, max_new_tokens=50):
             if one.speculated[1] > 3:
                 break
-        assert (one._engine.running, one._engine.waiting) == (0, 0)
+        assert (one.engine.running, one.engine.waiting) == (0, 0)
         assert one.generate(PROMPT, max_new_tokens=50).text == "abc" * 16 + "ab"
 
 
@@ -561,8 +561,8 @@ def test_every_backend_has_a_price_at_which_a_single_text_gains(folder, backend)
     from gpt2core.checkpoint.open import open_checkpoint
 
     made = create_backend(backend, open_checkpoint(folder).weights, threads=1)
-    assert isinstance(made, PricesTokens)
-    costs = [made.further_cost(n, 1) for n in LENGTHS]
+    assert isinstance(made, EstimatesCost)
+    costs = [made.extra_tokens_cost(n, 1) for n in LENGTHS]
     assert sorted(costs) == costs
     assert all(0 < cost < n for n, cost in zip(LENGTHS, costs, strict=True))
 

@@ -89,10 +89,10 @@ class RunsPrecisions(Protocol):
 
 
 @runtime_checkable
-class PricesTokens(Protocol):
-    """A capability: say what guesses cost; else `engine.speculation.further_cost` holds."""
+class EstimatesCost(Protocol):
+    """A capability: say what extra tokens cost; else `engine.speculation.guess_extra_tokens_cost` holds."""
 
-    def further_cost(self, tokens: int, rows: int) -> float:
+    def extra_tokens_cost(self, tokens: int, rows: int) -> float:
         """What a decode step of `rows` rows takes longer when one of them has `tokens` further tokens.
 
         In passes of one token and rather too high: refused guesses may cost so much (docs/performance.md).

@@ -92,15 +92,21 @@ def generate(
     text = _prompt(prompt)
     params = SamplingParams(**sampling)  # refuses what is out of range before anything is loaded
     start_s = time.perf_counter()
-    engine: dict[str, Any] = {
-        **{"backend": backend, "precision": precision, "device": device, "threads": threads},
-        **{"speculation": speculation, "draft_model": draft_model},
-    }
-    with load(model, revision=revision, offline=offline, **engine) as loaded:
+    with load(
+        model,
+        revision=revision,
+        offline=offline,
+        backend=backend,
+        precision=precision,
+        device=device,
+        threads=threads,
+        speculation=speculation,
+        draft_model=draft_model,
+    ) as loaded:
         load_s = time.perf_counter() - start_s
         if as_json or no_stream or params.n > 1:
             result = loaded.generate([text], params, allow_special=allow_special)
-            speed = _speed_of(result)
+            speed = _measure_speed(result)
             if as_json:
                 write_json(
                     {
@@ -109,7 +115,7 @@ def generate(
                         "precision": getattr(loaded.backend, "precision", "float32"),
                         "prompt": text,
                         "load_s": load_s,
-                        "generations": [_document(one) for one in result],
+                        "generations": [_to_document(generation) for generation in result],
                     }
                 )
             else:
@@ -151,35 +157,36 @@ def _write_stream(loaded: "GPT2", prompt: str, params: "SamplingParams", allow_s
 
 
 def _write_whole(prompt: str, generations: "list[Generation]") -> None:
-    for i, one in enumerate(generations, 1):
+    for i, generation in enumerate(generations, 1):
         if len(generations) > 1:
             write(f"--- {i} of {len(generations)} ---\n")
-        write(f"{prompt}{one.text}\n")
+        write(f"{prompt}{generation.text}\n")
 
 
-def _speed_of(generations: "list[Generation]") -> Speed:
+def _measure_speed(generations: "list[Generation]") -> Speed:
     """Of a batch: all its tokens, the first of them, and the time after it."""
-    new_tokens = sum(len(one.token_ids) for one in generations)
-    firsts_s = [one.timing.ttft_s for one in generations if one.timing.ttft_s is not None]
+    new_tokens = sum(len(generation.token_ids) for generation in generations)
+    timings = [generation.timing for generation in generations]
+    firsts_s = [timing.ttft_s for timing in timings if timing.ttft_s is not None]
     if not firsts_s:
         return Speed(0, None, None)
-    return Speed(new_tokens, min(firsts_s), max(one.timing.elapsed_s for one in generations) - min(firsts_s))
+    return Speed(new_tokens, min(firsts_s), max(timing.elapsed_s for timing in timings) - min(firsts_s))
 
 
-def _document(one: "Generation") -> dict[str, Any]:
+def _to_document(generation: "Generation") -> dict[str, Any]:
     return {
-        "text": one.text,
-        "token_ids": one.token_ids,
-        "finish_reason": one.finish_reason,
-        "prompt_tokens": one.prompt_tokens,
-        "seed": one.seed,
-        "choice": one.choice,
+        "text": generation.text,
+        "token_ids": generation.token_ids,
+        "finish_reason": generation.finish_reason,
+        "prompt_tokens": generation.prompt_tokens,
+        "seed": generation.seed,
+        "choice": generation.choice,
         "timing": {
-            "ttft_s": one.timing.ttft_s,
-            "elapsed_s": one.timing.elapsed_s,
-            "tokens_per_s": one.timing.tokens_per_s,
-            "proposed_tokens": one.timing.proposed_tokens,
-            "accepted_tokens": one.timing.accepted_tokens,
+            "ttft_s": generation.timing.ttft_s,
+            "elapsed_s": generation.timing.elapsed_s,
+            "tokens_per_s": generation.timing.tokens_per_s,
+            "proposed_tokens": generation.timing.proposed_tokens,
+            "accepted_tokens": generation.timing.accepted_tokens,
         },
     }
 

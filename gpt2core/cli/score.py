@@ -57,16 +57,16 @@ def score(
                 allow_special=allow_special,
                 on_progress=lambda done, total: status.update(f"scoring {file}: {done} of {total} tokens"),
             )
-        document = _document(result) | {"model": model, "backend": loaded.backend.name}
+        document = _to_document(result) | {"model": model, "backend": loaded.backend.name}
         if as_json:
             write_json(document | ({"per_token": _per_token(loaded, result)} if per_token else {}))
             return
         write_table(
             [
                 ("tokens", str(document["tokens"])),
-                ("perplexity", _shown(document["perplexity"])),
-                ("bits per byte", _shown(document["bits_per_byte"])),
-                ("mean logprob", _shown(document["mean_logprob"])),
+                ("perplexity", _format(document["perplexity"])),
+                ("bits per byte", _format(document["bits_per_byte"])),
+                ("mean logprob", _format(document["mean_logprob"])),
             ]
         )
         if per_token:
@@ -74,14 +74,14 @@ def score(
                 [
                     ("id", "logprob", "token"),
                     *(
-                        (str(t["id"]), _shown(t["logprob"]), ascii(t["text"]))
+                        (str(t["id"]), _format(t["logprob"]), ascii(t["text"]))
                         for t in _per_token(loaded, result)
                     ),
                 ]
             )
 
 
-def _document(result: "Score") -> dict[str, Any]:
+def _to_document(result: "Score") -> dict[str, Any]:
     return {
         "tokens": len(result.token_ids),
         "perplexity": finite(result.perplexity),
@@ -99,5 +99,5 @@ def _per_token(loaded: "GPT2", result: "Score") -> list[dict[str, Any]]:
     ]
 
 
-def _shown(value: float | None) -> str:
+def _format(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"

@@ -55,6 +55,6 @@ def serve(context: click.Context, /, **given: Any) -> None:
     try:
         settings = Settings(**chosen)
     except ValidationError as error:
-        faults = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
+        faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
         raise RequestError("; ".join(faults)) from None
     run(settings)

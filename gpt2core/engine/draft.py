@@ -9,11 +9,17 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from gpt2core.backends.base import Backend, Cache, PricesTokens
+from gpt2core.backends.base import Backend, Cache, EstimatesCost
 from gpt2core.batch import Batch
 from gpt2core.config import ModelConfig
 from gpt2core.engine.request import Request
-from gpt2core.engine.speculation import PromptLookup, Speculation, SpeculationMode, check_mode, further_cost
+from gpt2core.engine.speculation import (
+    PromptLookup,
+    Speculation,
+    SpeculationMode,
+    check_mode,
+    guess_extra_tokens_cost,
+)
 from gpt2core.errors import Gpt2CoreError, RequestError
 from gpt2core.sampling.draw import sample_token
 
@@ -40,7 +46,7 @@ def draft_nbytes(draft: Backend | None, config: ModelConfig) -> int:
     return draft.config.cache_nbytes(1, min(config.n_positions, draft.config.n_positions))
 
 
-def speculation_of(
+def make_speculation(
     mode: SpeculationMode, draft: Backend | None, backend: Backend, slots: int, step_tokens: int
 ) -> Speculation | None:
     """What the options of an engine on `backend` ask for.
@@ -49,10 +55,10 @@ def speculation_of(
         RequestError: they are unknown, contradict each other or do not fit the model.
     """
     check_mode(mode, with_draft=draft is not None)
-    price = backend.further_cost if isinstance(backend, PricesTokens) else further_cost
+    estimate = backend.extra_tokens_cost if isinstance(backend, EstimatesCost) else guess_extra_tokens_cost
     if draft is not None:
-        return Speculation(DraftModel(draft, backend.config, slots, step_tokens), price, step_tokens)
-    return None if mode == "off" else Speculation(PromptLookup(), price, step_tokens)
+        return Speculation(DraftModel(draft, backend.config, slots, step_tokens), estimate, step_tokens)
+    return None if mode == "off" else Speculation(PromptLookup(), estimate, step_tokens)
 
 
 @dataclass(slots=True)

@@ -12,26 +12,25 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
-from typing import Any, Final, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import Final
 
 import numpy as np
 
 from gpt2core._shapes import Float32
 from gpt2core.backends.base import Backend, Cache
 from gpt2core.batch import Batch
-from gpt2core.engine.draft import draft_nbytes, speculation_of
+from gpt2core.engine.draft import draft_nbytes, make_speculation
+from gpt2core.engine.guarded import GuardedScheduler
 from gpt2core.engine.request import LogitsReader, PromptLogprobs, Request, Update
-from gpt2core.engine.rows import Drawn, Row, count_accepted, decode_batch, draw_row, failure, mixed_batch
+from gpt2core.engine.rows import Drawn, Row, RowFailed, build_batch, count_accepted, draw_row, fail_row
 from gpt2core.engine.scheduler import Scheduler, Step
 from gpt2core.engine.speculation import SpeculationMode
-from gpt2core.errors import BackendError, Gpt2CoreError, RequestError
-from gpt2core.prompts import check_token_ids
+from gpt2core.errors import BackendError, RequestError
+from gpt2core.prompts import check_token_ids, encode_prompt
 from gpt2core.sampling.params import SamplingParams
 from gpt2core.tokenizer.stream import TextStream
 from gpt2core.tokenizer.tokenizer import Tokenizer
-
-T = TypeVar("T")
 
 CACHE_NBYTES: Final = 4 * 2**30
 """Default limit on the KV cache of one engine, bytes."""
@@ -77,29 +76,26 @@ class Engine:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise RequestError(f"{name} is {value!r}; it must be a whole number of 1 or more")
         self.config = backend.config
-        one_nbytes = self.config.cache_nbytes(1, self.config.n_positions) + draft_nbytes(draft, self.config)
-        if cache_nbytes < one_nbytes:
+        request_nbytes = self.config.cache_nbytes(1, self.config.n_positions) + draft_nbytes(
+            draft, self.config
+        )
+        if cache_nbytes < request_nbytes:
             raise RequestError(
                 f"cache_nbytes is {cache_nbytes!r}; one request of this model's context of "
-                f"{self.config.n_positions} tokens needs {one_nbytes} bytes; raise cache_nbytes to that much"
+                f"{self.config.n_positions} tokens needs {request_nbytes} bytes; raise cache_nbytes to that "
+                "much"
             )
         self.backend = backend
         self.tokenizer = tokenizer
-        self.slots = min(max_slots, cache_nbytes // one_nbytes)
+        self.slots = min(max_slots, cache_nbytes // request_nbytes)
         self.steps = 0
         self._scheduler = Scheduler(slots=self.slots, step_tokens=step_tokens)
-        self._speculation = speculation_of(speculation, draft, backend, self.slots, step_tokens)
+        self._guarded = GuardedScheduler(self._scheduler)
+        self._speculation = make_speculation(speculation, draft, backend, self.slots, step_tokens)
         self._cache: Cache | None = None
         self._closed = False
         self._eos = frozenset(self.config.eos_token_ids)
         self._stepping = threading.Lock()  # one step at a time; held while the backend computes
-        # Guards the scheduler and the requests; held for microseconds. Re-entrant, because a finaliser that
-        # cancels may run in the very thread that holds it.
-        self._lock = threading.RLock()
-        self._changing = False
-        self._to_cancel: deque[Request] = deque()
-        self._ones = np.ones(self.slots, np.int32)
-        self._indices = np.arange(self.slots, dtype=np.int32)
 
     @property
     def closed(self) -> bool:
@@ -125,6 +121,28 @@ class Engine:
     def accepted_tokens(self) -> int:
         """How many of the proposed tokens were drawn, so that no pass of their own was needed."""
         return self._speculation.accepted if self._speculation else 0
+
+    def encode(
+        self, prompt: str | Sequence[int], params: SamplingParams, *, allow_special: bool = False
+    ) -> list[int]:
+        """The token ids of a prompt that can run: a text, or token ids.
+
+        Args:
+            prompt: a text needs a tokenizer.
+            params: what it is to run with.
+            allow_special: whether special tokens that a text spells out become those tokens.
+
+        Raises:
+            ContextLengthError: prompt and new tokens exceed the context; a text with too many bytes for it is
+                refused without tokenizing, which may be slow.
+            RequestError: what `check` raises; or a text is given without a tokenizer, or refused by it.
+        """
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise RequestError("prompt is a text; make the engine with a tokenizer, or give token ids")
+            context = self.config.n_positions
+            prompt = encode_prompt(prompt, self.tokenizer, context, allow_special=allow_special)
+        return self.check(prompt, params)[0]
 
     def check(self, prompt_ids: Iterable[int], params: SamplingParams) -> tuple[list[int], int]:
         """Refuse what cannot run; return the token ids as a new list, and how many tokens may be generated.
@@ -189,7 +207,7 @@ class Engine:
             )
             for choice in range(params.n)
         ]
-        self._change(self._add, requests)
+        self._guarded.change(self._add, requests)
         return requests
 
     def cancel(self, request: Request) -> None:
@@ -198,12 +216,7 @@ class Engine:
         It has ended when this returns, and no later step reports it; what ended before stays as it is. Never
         waits for a step, and may be called by a finaliser.
         """
-        if request.finished:
-            return
-        self._to_cancel.append(request)
-        with self._lock:
-            if not self._changing:  # otherwise this thread is in the middle of `_change`, which ends it
-                self._change(self._end_cancelled)
+        self._guarded.cancel(request)
 
     def step(self) -> list[Update]:
         """Run one forward pass and return what it did, in the order of the batch; [] if nothing is to do.
@@ -217,33 +230,12 @@ class Engine:
             if planned is None:
                 return []
             rows, batch = planned
-            logits = self._forward(batch)
-            if isinstance(logits, Exception):
-                failures = [failure(logits, self.backend.name, self.steps) for _ in rows]
-                return self._change(self._commit, rows, failures)
-            with np.errstate(invalid="ignore", over="ignore"):
-                finite = math.isfinite(logits.sum())  # else a look at each row decides: a sum may overflow
-            drawn = [draw_row(row, logits, finite, self.backend, self.steps) for row in rows]
-            return self._change(self._commit, rows, drawn)
+            return self._guarded.change(self._commit, rows, self._draw(rows, batch))
 
     def close(self) -> None:
         """Cancel whatever waits or runs, once a step under way has ended, and let go of the cache."""
         with self._stepping:
-            self._change(self._end_all)
-
-    def _change(self, change: Callable[..., T], *args: Any) -> T:
-        """Change the scheduler's and the requests' state, one thread at a time."""
-        with self._lock:
-            self._changing = True
-            try:
-                return change(*args)
-            except BaseException:
-                self._scheduler.repair()
-                raise
-            finally:
-                self._changing = False
-                if self._to_cancel:
-                    self._change(self._end_cancelled)
+            self._guarded.change(self._end_all)
 
     def _add(self, requests: list[Request]) -> None:
         if self._closed:
@@ -260,17 +252,8 @@ class Engine:
         for request in requests:
             self._scheduler.add(request)
 
-    def _end_cancelled(self) -> None:
-        while self._to_cancel:
-            request = self._to_cancel.popleft()
-            if not request.finished:
-                request.cancel(time.perf_counter())
-                self._scheduler.remove(request)
-
     def _end_all(self) -> None:
-        scheduler = self._scheduler
-        self._to_cancel.extend((*scheduler.waiting, *scheduler.prefilling, *scheduler.decoding))
-        self._end_cancelled()
+        self._guarded.cancel_all()
         self._closed = True
         self._cache = None
         if self._speculation is not None:
@@ -278,31 +261,36 @@ class Engine:
 
     def _next_batch(self) -> tuple[list[Row], Batch] | None:
         if self._speculation is None:
-            return self._change(lambda: self._batch(self._scheduler.plan(), {}))
-        step = self._change(self._scheduler.plan)
+            return self._guarded.change(lambda: self._build_batch(self._scheduler.plan(), {}))
+        step = self._guarded.change(self._scheduler.plan)
         proposals = self._speculation.propose(step)  # without the lock: a draft model takes its time
-        return self._change(lambda: self._batch(step.without_ended(), proposals))
+        return self._guarded.change(lambda: self._build_batch(step.without_ended(), proposals))
 
-    def _batch(self, step: Step, proposals: dict[Request, list[int]]) -> tuple[list[Row], Batch] | None:
+    def _build_batch(self, step: Step, proposals: dict[Request, list[int]]) -> tuple[list[Row], Batch] | None:
         if not step.prefill and not step.decode:
             return None
         self.steps += 1
-        if step.prefill or proposals:
-            return mixed_batch(step, proposals)
-        return decode_batch(step.decode, self._ones, self._indices)
+        return build_batch(step, proposals)
 
-    def _forward(self, batch: Batch) -> Float32[np.ndarray, "M V"] | Exception:
+    def _draw(self, rows: list[Row], batch: Batch) -> list[list[Drawn] | RowFailed]:
+        """What the pass gives each row."""
         try:
-            assert self._cache is not None
-            logits = self.backend.forward(batch, self._cache)
-            if logits.shape != (len(batch.logits_at), self.config.vocab_size):
-                wanted = f"({len(batch.logits_at)}, {self.config.vocab_size})"
-                raise BackendError(f"it returned logits of shape {logits.shape} instead of {wanted}")
-            return logits
-        except Exception as error:
-            return error
+            logits = self._forward(batch)
+        except Exception as error:  # of whatever type a backend raises
+            return [fail_row(error, self.backend.name, self.steps) for _ in rows]
+        with np.errstate(invalid="ignore", over="ignore"):
+            finite = math.isfinite(logits.sum())  # else a look at each row decides: a sum may overflow
+        return [draw_row(row, logits, finite, self.backend, self.steps) for row in rows]
 
-    def _commit(self, rows: list[Row], drawn: list[list[Drawn] | Gpt2CoreError]) -> list[Update]:
+    def _forward(self, batch: Batch) -> Float32[np.ndarray, "M V"]:
+        assert self._cache is not None
+        logits = self.backend.forward(batch, self._cache)
+        if logits.shape != (len(batch.logits_at), self.config.vocab_size):
+            wanted = f"({len(batch.logits_at)}, {self.config.vocab_size})"
+            raise BackendError(f"it returned logits of shape {logits.shape} instead of {wanted}")
+        return logits
+
+    def _commit(self, rows: list[Row], drawn: list[list[Drawn] | RowFailed]) -> list[Update]:
         now_s = time.perf_counter()
         try:
             return self._record(rows, drawn, now_s)
@@ -311,18 +299,16 @@ class Engine:
             for row in rows:
                 if not row.request.finished:
                     row.request.fail(BackendError(f"interrupted in step {self.steps}: {error!r}"), now_s)
-            raise  # to `_change`, which repairs the scheduler
+            raise  # to `change`, which repairs the scheduler
 
-    def _record(
-        self, rows: list[Row], drawn: list[list[Drawn] | Gpt2CoreError], now_s: float
-    ) -> list[Update]:
+    def _record(self, rows: list[Row], drawn: list[list[Drawn] | RowFailed], now_s: float) -> list[Update]:
         updates: list[Update] = []
         for row, result in zip(rows, drawn, strict=True):
             request = row.request
             if request.finished:  # cancelled while the backend computed: its slot is free already
                 continue
-            if isinstance(result, Gpt2CoreError):
-                updates.append(request.fail(result, now_s))
+            if isinstance(result, RowFailed):
+                updates.append(request.fail(result.error, now_s))
             else:
                 prefilling = request.cached < request.prompt_tokens
                 request.cached += row.tokens if prefilling else len(result)  # what was refused is forgotten

@@ -4,6 +4,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -29,27 +30,21 @@ class Row:
     proposed: Sequence[int] = ()  # the last of its tokens: guesses, kept as far as they are drawn
 
 
+@dataclass(frozen=True, slots=True)
+class RowFailed:
+    """What a row gave instead of tokens: its request ends with the error, and the others go on."""
+
+    error: Gpt2CoreError
+
+
 Drawn = tuple[int, tuple[TokenLogprob, ...]]
 """A token id, and what is known of its probability when that was asked for."""
 
 
-def decode_batch(
-    decode: list[Request], ones: Int32[np.ndarray, "S"], indices: Int32[np.ndarray, "S"]
-) -> tuple[list[Row], Batch]:
-    """One token per request. `ones` and `indices` (0, 1, 2...) never change, so the caller keeps them."""
-    rows = [Row(request, 1, i, i + 1) for i, request in enumerate(decode)]
-    batch = Batch(
-        tokens=np.array([request.token_ids[-1] for request in decode], np.int32),
-        lengths=ones[: len(rows)],
-        starts=np.array([request.cached for request in decode], np.int32),
-        slots=np.array([request.slot for request in decode], np.int32),
-        logits_at=indices[: len(rows)],
-    )
-    return rows, batch
-
-
-def mixed_batch(step: Step, proposals: Mapping[Request, Sequence[int]]) -> tuple[list[Row], Batch]:
+def build_batch(step: Step, proposals: Mapping[Request, Sequence[int]]) -> tuple[list[Row], Batch]:
     """The rows that decode, each with what is proposed for it, then chunks of prompts."""
+    if not step.prefill and not proposals:
+        return _build_decode_batch(step.decode)
     rows: list[Row] = []
     tokens: list[int] = []
     for request in step.decode:
@@ -79,10 +74,29 @@ def mixed_batch(step: Step, proposals: Mapping[Request, Sequence[int]]) -> tuple
     return rows, batch
 
 
+def _build_decode_batch(decode: list[Request]) -> tuple[list[Row], Batch]:
+    """One token per request: most steps are so."""
+    rows = [Row(request, 1, i, i + 1) for i, request in enumerate(decode)]
+    lengths, logits_at = _ones_and_indices(len(decode))
+    batch = Batch(
+        tokens=np.array([request.token_ids[-1] for request in decode], np.int32),
+        lengths=lengths,
+        starts=np.array([request.cached for request in decode], np.int32),
+        slots=np.array([request.slot for request in decode], np.int32),
+        logits_at=logits_at,
+    )
+    return rows, batch
+
+
+@lru_cache(256)
+def _ones_and_indices(rows: int) -> tuple[Int32[np.ndarray, "B"], Int32[np.ndarray, "B"]]:
+    return np.ones(rows, np.int32), np.arange(rows, dtype=np.int32)
+
+
 def draw_row(
     row: Row, logits: Float32[np.ndarray, "M V"], finite: bool, backend: Backend, step: int
-) -> list[Drawn] | Gpt2CoreError:
-    """The row's tokens, none in the middle of a prompt, or an error that is its request's alone."""
+) -> list[Drawn] | RowFailed:
+    """The row's tokens, none in the middle of a prompt."""
     if row.request.finished:  # cancelled while the backend computed
         return []
     try:
@@ -90,27 +104,30 @@ def draw_row(
         if not finite and len(mine) > 0:
             mine = mine[: _finite_rows(row, mine)]
             if len(mine) == 0:
-                return NumericalError(
-                    f"backend {backend.name!r} returned logits that are not finite in step {step} at token "
-                    f"{row.request.cached + row.tokens - len(row.proposed)} of a request; check the "
-                    "checkpoint with `gpt2core verify`, or take another backend"
+                at = row.request.cached + row.tokens - len(row.proposed)
+                return RowFailed(
+                    NumericalError(
+                        f"backend {backend.name!r} returned logits that are not finite in step {step} at "
+                        f"token {at} of a request; check the checkpoint with `gpt2core verify`, or take "
+                        "another backend"
+                    )
                 )
         return _read_row(row, mine, backend.config.eos_token_ids)
     except Gpt2CoreError as error:
-        return error
+        return RowFailed(error)
     except Exception as error:
-        return failure(error, backend.name, step)
+        return fail_row(error, backend.name, step)
 
 
-def failure(error: Exception, backend: str, step: int) -> BackendError:
-    """A new error for each request, since each is raised in its own caller's thread."""
+def fail_row(error: Exception, backend: str, step: int) -> RowFailed:
+    """Wrap an error of the pass anew for each request, since each is raised in its own caller's thread."""
     kind = NumericalError if isinstance(error, NumericalError) else BackendError
-    result = kind(
+    wrapped = kind(
         f"backend {backend!r} failed in step {step}: {type(error).__name__}: {error}; "
         "the requests in that step ended, others go on"
     )
-    result.__cause__ = error
-    return result
+    wrapped.__cause__ = error
+    return RowFailed(wrapped)
 
 
 def count_accepted(row: Row, drawn: list[Drawn]) -> int:

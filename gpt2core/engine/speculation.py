@@ -45,10 +45,10 @@ NGRAM: Final = 3
 
 
 def check_mode(mode: object, *, with_draft: bool) -> None:
-    """Refuse what is no mode, or two sources at once.
+    """Check that the mode is known and that there is one source of proposals at most.
 
     Raises:
-        RequestError: so it is.
+        RequestError: the mode is unknown, or a mode and a draft model are both given.
     """
     if mode not in MODES:
         raise RequestError(f"speculation is {mode!r}; it must be {' or '.join(map(repr, MODES))}")
@@ -58,8 +58,8 @@ def check_mode(mode: object, *, with_draft: bool) -> None:
         )
 
 
-def further_cost(tokens: int, rows: int) -> float:
-    """What `PricesTokens.further_cost` is taken for where a backend does not say."""
+def guess_extra_tokens_cost(tokens: int, rows: int) -> float:
+    """What stands in for `EstimatesCost.extra_tokens_cost` where a backend has none."""
     return 0.2 * tokens
 
 
@@ -153,13 +153,13 @@ class Speculation:
 
     Args:
         source: who proposes.
-        price: `PricesTokens.further_cost` of the model's backend.
+        estimate: `EstimatesCost.extra_tokens_cost` of the model's backend.
         step_tokens: the step's budget.
     """
 
-    def __init__(self, source: Source, price: Callable[[int, int], float], step_tokens: int) -> None:
+    def __init__(self, source: Source, estimate: Callable[[int, int], float], step_tokens: int) -> None:
         self._source: Source | None = source
-        self._price = price
+        self._estimate = estimate
         self._most_tokens = min(MOST_TOKENS, step_tokens)
         self._accounts: WeakKeyDictionary[Request, _Account] = WeakKeyDictionary()
         self._costs: dict[int, dict[int, float]] = {}  # by the number of rows: what may pay, and its cost
@@ -214,7 +214,7 @@ class Speculation:
         return proposals
 
     def _cost(self, source: Source, tokens: int, rows: int) -> float:
-        return rows * (self._price(tokens, rows) + source.token_cost * tokens)
+        return rows * (self._estimate(tokens, rows) + source.token_cost * tokens)
 
     def close(self) -> None:
         """Propose nothing any more, and let go of the source."""

@@ -32,7 +32,7 @@ def router(describe: Callable[[], dict[str, Any]]) -> APIRouter:
 
     @routes.get("/docs")
     async def page() -> Response:
-        return Response(page_of(describe()), media_type="text/html")
+        return Response(render_page(describe()), media_type="text/html")
 
     @routes.get("/docs/style.css")
     async def style() -> Response:
@@ -41,7 +41,7 @@ def router(describe: Callable[[], dict[str, Any]]) -> APIRouter:
     return routes
 
 
-def page_of(document: dict[str, Any]) -> str:
+def render_page(document: dict[str, Any]) -> str:
     """The page."""
     schemas = document["components"]["schemas"]
     parts = [

@@ -10,7 +10,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from gpt2core import GPT2, Gpt2CoreError
 from gpt2core.serve import apidocs, completions, generate, logs, playground
-from gpt2core.serve.auth import key_required
+from gpt2core.serve.auth import require_key
 from gpt2core.serve.driver import Driver
 from gpt2core.serve.errors import Disconnected, Refusal, answer_error
 from gpt2core.serve.guard import Guard
@@ -21,12 +21,29 @@ from gpt2core.serve.service import Service
 from gpt2core.serve.settings import Settings
 
 
-def create_app(settings: Settings | None = None, *, load: Callable[[], GPT2] | None = None) -> FastAPI:
+def load_model(settings: Settings) -> GPT2:
+    """Load the model that the settings name, with their limits."""
+    return GPT2.from_pretrained(
+        settings.model,
+        backend=settings.backend,
+        precision=settings.precision,
+        device=settings.device,
+        threads=settings.threads,
+        revision=settings.revision,
+        local_files_only=settings.offline,
+        max_batch=settings.max_batch,
+        cache_nbytes=settings.cache_nbytes,
+        speculation=settings.speculation,
+        draft_model=settings.draft_model,
+    )
+
+
+def create_app(settings: Settings | None = None, *, load: Callable[[Settings], GPT2] = load_model) -> FastAPI:
     """The server as an ASGI app; the model is loaded in the background when the app starts.
 
     Args:
         settings: None takes them from the environment, and lets the logs go to stderr.
-        load: loads the model, which belongs to the app then; None loads what the settings name.
+        load: loads the model, which belongs to the app then.
 
     Raises:
         RequestError: the API keys cannot be read.
@@ -35,7 +52,7 @@ def create_app(settings: Settings | None = None, *, load: Callable[[], GPT2] | N
         settings = Settings()
         logs.configure(settings.log_level)
     metrics = Metrics()
-    driver = Driver(load or (lambda: load_model(settings)), settings, metrics)
+    driver = Driver(lambda: load(settings), settings, metrics)
     service = Service(driver, settings)
 
     @asynccontextmanager
@@ -51,18 +68,18 @@ def create_app(settings: Settings | None = None, *, load: Callable[[], GPT2] | N
     app.state.driver = driver
     description: dict[str, Any] = {}
 
-    def described() -> dict[str, Any]:
+    def describe_once() -> dict[str, Any]:
         if not description:
             description.update(describe(app, settings))
         return description
 
-    app.openapi = described  # type: ignore[method-assign]
-    keyed = [Depends(key_required(settings))]
+    app.openapi = describe_once  # type: ignore[method-assign]
+    keyed = [Depends(require_key(settings))]
     app.include_router(health_router(driver))
     app.include_router(metrics_router(metrics), dependencies=keyed)
     app.include_router(generate.router(service), dependencies=keyed)
     app.include_router(completions.router(service), dependencies=keyed)
-    app.include_router(apidocs.router(described), dependencies=keyed)
+    app.include_router(apidocs.router(describe_once), dependencies=keyed)
     if settings.playground:
         app.include_router(playground.routes(), dependencies=keyed)
 
@@ -80,17 +97,3 @@ def create_app(settings: Settings | None = None, *, load: Callable[[], GPT2] | N
     metrics.gauge("gpt2core_queue_depth", "Texts that wait for a slot.", lambda: driver.waiting)
     metrics.gauge("gpt2core_cache_use", "Part of the KV cache that holds tokens.", lambda: driver.cache_use)
     return app
-
-
-def load_model(settings: Settings) -> GPT2:
-    """The model that the settings name."""
-    return GPT2.from_pretrained(
-        settings.model,
-        backend=settings.backend,
-        precision=settings.precision,
-        device=settings.device,
-        threads=settings.threads,
-        revision=settings.revision,
-        local_files_only=settings.offline,
-        draft_model=settings.draft_model,
-    )

@@ -11,21 +11,19 @@ from gpt2core.serve.errors import Refusal
 from gpt2core.serve.settings import Settings
 
 
-def key_required(settings: Settings) -> Callable[[Request], Coroutine[Any, Any, None]]:
-    """The dependency. `Bearer KEY`, or `Basic` with the key as password, which is what browsers can send."""
+def require_key(settings: Settings) -> Callable[[Request], Coroutine[Any, Any, None]]:
+    """Make the dependency. It takes `Bearer KEY`, or, as from browsers, `Basic` with KEY as the password."""
     keys = settings.api_keys
 
     async def authorize(request: Request) -> None:
         if not keys:
             return
-        given = _given(request.headers.get("authorization", ""))
+        given = _read_key(request.headers.get("authorization", ""))
         matches = [hmac.compare_digest(given, key) for key in keys]  # all of them: the time tells nothing
         if any(matches):
             return
         schemes = 'Bearer realm="gpt2core"'
-        if (
-            request.method == "GET"
-        ):  # a page: lets a browser ask for the key; it looks at the first scheme only
+        if request.method == "GET":  # a page: a browser asks for the key, by the first scheme only
             schemes = f'Basic realm="gpt2core", charset="UTF-8", {schemes}'
         raise Refusal(
             401,
@@ -38,7 +36,7 @@ def key_required(settings: Settings) -> Callable[[Request], Coroutine[Any, Any, 
     return authorize
 
 
-def _given(header: str) -> bytes:
+def _read_key(header: str) -> bytes:
     scheme, _, value = header.partition(" ")
     value = value.strip()
     if scheme.lower() == "bearer":

@@ -22,7 +22,7 @@ async def read_body(request: Request, model: type[Model], settings: Settings) ->
             what the schema allows.
     """
     check_type(request.headers)
-    return validated(parse(await request.body(), settings.max_json_depth), model, settings)
+    return validate(parse(await request.body(), settings.max_json_depth), model, settings)
 
 
 def check_type(headers: Mapping[str, str]) -> None:
@@ -59,8 +59,8 @@ def parse(data: bytes, max_depth: int) -> Any:
     return value
 
 
-def validated(value: Any, model: type[Model], settings: Settings) -> Model:
-    """`value` as `model`."""
+def validate(value: Any, model: type[Model], settings: Settings) -> Model:
+    """Make `value` a `model`."""
     if not isinstance(value, dict):
         raise invalid("the body must be a JSON object", code="invalid_body")
     try:
@@ -95,14 +95,14 @@ def _depth(value: Any, most: int) -> int:
     """How deep `value` nests; it stops counting beyond `most`."""
     level, depth = [value], 0
     while level and depth <= most:
-        level = [x for one in level for x in _children(one)]
+        level = [child for parent in level for child in _children(parent)]
         depth += bool(level)
     return depth
 
 
 def _children(value: Any) -> list[Any]:
-    found = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return [x for x in found if isinstance(x, dict | list)]
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [child for child in values if isinstance(child, dict | list)]
 
 
 _FAULTS = {

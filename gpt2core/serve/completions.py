@@ -10,11 +10,12 @@ from fastapi.responses import Response
 
 from gpt2core import Request, Tokenizer, TokenLogprob, Update, __version__
 from gpt2core.serve.body import read_body
-from gpt2core.serve.errors import Refusal, invalid, json_response, json_text, refusal_of
+from gpt2core.serve.errors import Refusal, invalid, json_object, json_response, json_text, to_refusal
 from gpt2core.serve.events import EventStream, event
 from gpt2core.serve.openapi import answers, takes
 from gpt2core.serve.schemas import Completion, CompletionRequest, ModelCard, ModelList
 from gpt2core.serve.service import Job, Service
+from gpt2core.serve.state import find_state
 
 EXAMPLES = {
     "text": {
@@ -42,8 +43,13 @@ def router(service: Service) -> APIRouter:
     def card() -> dict[str, Any]:
         engine = service.driver.engine
         context = None if engine is None else engine.config.n_positions
-        one = {"id": name, "object": "model", "created": created, "owned_by": "gpt2core"}
-        return one | {"context": context}
+        return {
+            "id": name,
+            "object": "model",
+            "created": created,
+            "owned_by": "gpt2core",
+            "context": context,
+        }
 
     @routes.post(
         "/completions",
@@ -60,17 +66,17 @@ def router(service: Service) -> APIRouter:
         try:
             job = await service.accept(request, asked.prompts, asked.params(), stream=bool(asked.stream))
         except Exception as error:
-            refusal = refusal_of(error)
+            refusal = to_refusal(error)
             if refusal.status != 422:
                 raise
             message = refusal.message.replace("max_new_tokens", "max_tokens")  # as it is called here
             raise invalid(message, param=refusal.param, code=refusal.code) from None
-        form = _Form(service, job, asked, created=int(time.time()))
+        answer = _Answer(service, job, asked, created=int(time.time()))
         if asked.stream:
-            return EventStream(job, form.chunk, form.closing)
+            return EventStream(job, answer.chunk, answer.closing)
         try:
             await job.ticket.done()
-            body = await service.in_thread(form.whole) if asked.logprobs is not None else form.whole()
+            body = await service.in_thread(answer.whole) if asked.logprobs is not None else answer.whole()
         finally:
             job.close()
         return Response(body, media_type="application/json")
@@ -97,7 +103,7 @@ def router(service: Service) -> APIRouter:
     return routes
 
 
-class _Form:
+class _Answer:
     """The shapes of the answer."""
 
     def __init__(self, service: Service, job: Job, asked: CompletionRequest, *, created: int) -> None:
@@ -111,7 +117,7 @@ class _Form:
         self._with_usage = asked.stream_options is not None and asked.stream_options.include_usage
         self._lists: dict[Request, LogprobLists] = {}
         self._head: dict[str, Any] = {
-            "id": f"cmpl-{job.request.scope['state']['request_id']}",
+            "id": f"cmpl-{find_state(job.request.scope).request_id}",
             "object": "text_completion",
             "created": created,
             "model": service.settings.name,
@@ -122,12 +128,13 @@ class _Form:
         """One event per token that says something."""
         if not (update.text or update.finish_reason or update.logprobs):
             return b""
-        one = update.request
+        request = update.request
         logprobs = None
         if self._with_logprobs:
-            lists = self._lists.setdefault(one, LogprobLists(self._tokenizer))
+            lists = self._lists.setdefault(request, LogprobLists(self._tokenizer))
             logprobs = lists.take(update.logprobs)
-        choice = _choice(update.text, one.prompt * self._n + one.choice, logprobs, update.finish_reason)
+        index = request.prompt * self._n + request.choice
+        choice = _choice(update.text, index, logprobs, update.finish_reason)
         usage: dict[str, Any] = {"usage": None} if self._with_usage else {}
         return event(self._head | {"choices": [choice]} | usage)
 
@@ -142,14 +149,18 @@ class _Form:
         """The answer without a stream; of `best_of` texts the likeliest per token."""
         choices = []
         for prompt in range(len(self._job.prompt_lengths)):
-            texts = [one for one in self._job.requests if one.prompt == prompt]
-            if len(texts) > self._n:
-                texts = sorted(texts, key=_mean_logprob, reverse=True)[: self._n]
-            for i, one in enumerate(texts):
-                lists = LogprobLists(self._tokenizer).take(one.logprobs) if self._with_logprobs else None
-                choices.append(json_text(_choice(one.text, prompt * self._n + i, lists, one.finish_reason)))
-        tail = json_text({"usage": self._job.usage(self._job.generated_tokens())})
-        return json_text(self._head)[:-1] + b',"choices":[' + b",".join(choices) + b"]," + tail[1:]
+            requests = [request for request in self._job.requests if request.prompt == prompt]
+            if len(requests) > self._n:
+                requests = sorted(requests, key=_mean_logprob, reverse=True)[: self._n]
+            for i, request in enumerate(requests):
+                logprobs = None
+                if self._with_logprobs:
+                    logprobs = LogprobLists(self._tokenizer).take(request.logprobs)
+                choice = _choice(request.text, prompt * self._n + i, logprobs, request.finish_reason)
+                choices.append(json_text(choice))
+        usage = self._job.usage(self._job.generated_tokens())
+        head = {name: json_text(value) for name, value in self._head.items()}
+        return json_object({**head, "choices": choices, "usage": json_text(usage)})
 
 
 class LogprobLists:
@@ -169,7 +180,7 @@ class LogprobLists:
         tokens, logprobs, offsets = [], [], []
         tops: list[dict[str, float] | None] = []
         for entry in entries:
-            token = self.spelled(entry.token_id)
+            token = self.spell(entry.token_id)
             tokens.append(token)
             logprobs.append(entry.logprob)
             offsets.append(self._offset)
@@ -177,12 +188,12 @@ class LogprobLists:
             if entry.logprob is None:
                 tops.append(None)
                 continue
-            top = {self.spelled(token_id): logprob for token_id, logprob in entry.top}
+            top = {self.spell(token_id): logprob for token_id, logprob in entry.top}
             tops.append(top | {token: entry.logprob})  # the token itself too, likely or not
         return {"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets}
 
-    def spelled(self, token_id: int) -> str:
-        """A token as the lists have it."""
+    def spell(self, token_id: int) -> str:
+        """Write a token as the lists have it."""
         data = self._tokenizer.token_bytes(token_id)
         try:
             return data.decode()
@@ -194,10 +205,10 @@ def _choice(text: str, index: int, logprobs: object, reason: str | None) -> dict
     return {"text": text, "index": index, "logprobs": logprobs, "finish_reason": reason}
 
 
-def _mean_logprob(one: Request) -> float:
+def _mean_logprob(request: Request) -> float:
     """Of the generated tokens only: the prompt's are the same for all."""
-    count = len(one.token_ids) - one.prompt_tokens
-    own = [entry.logprob or 0.0 for entry in one.logprobs[len(one.logprobs) - count :]]
+    count = len(request.token_ids) - request.prompt_tokens
+    own = [entry.logprob or 0.0 for entry in request.logprobs[len(request.logprobs) - count :]]
     return sum(own) / max(1, count)
 
 

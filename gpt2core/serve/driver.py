@@ -78,7 +78,7 @@ class Driver:
     def submit(
         self, ticket: Ticket, prompts: list[list[int]], params: SamplingParams, *, stream: bool
     ) -> None:
-        """Let prompts run that `engine.check` has passed; the ticket tells how they fare."""
+        """Let prompts run that `engine.encode` has passed; the ticket tells how they fare."""
         ticket.stream = stream
         if ticket.error is None:
             self._inbox.append((ticket, prompts, params))
@@ -178,7 +178,7 @@ class Driver:
             return
         self.state = "failed"
         self.failure = error
-        logs.event("error", "engine_failed", error=logs.described(error))
+        logs.event("error", "engine_failed", error=logs.describe_error(error))
         for ticket in list(self._tickets):
             ticket.fail(engine_failed())
 
@@ -197,14 +197,7 @@ class Driver:
         error: BaseException | None = None
         try:
             self.model = self._load()
-            engine = Engine(
-                self.model.backend,
-                self.model.tokenizer,
-                max_slots=self._settings.max_batch,
-                cache_nbytes=self._settings.cache_nbytes,
-                speculation=self._settings.speculation,
-                draft=self.model.draft,
-            )
+            engine = self.model.engine
             _warm_up(engine)
             self.engine = engine
             self._call(self._become_ready)
@@ -213,8 +206,6 @@ class Driver:
             error = caught
         if error is not None:
             self._call(self._fail, error)
-        if self.engine is not None:
-            self.engine.close()
         if self.model is not None:
             self.model.close()
 

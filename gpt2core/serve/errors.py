@@ -4,7 +4,7 @@ A message never repeats what the client sent, except numbers that have passed th
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final, Literal
 
 from fastapi import Request
@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 
 from gpt2core import BackendError, ContextLengthError, NumericalError, RequestError
 from gpt2core.serve import logs
+from gpt2core.serve.state import find_state
 
 CLIENT_GONE: Final = 499
 ErrorType = Literal[
@@ -89,6 +90,19 @@ def json_text(value: object) -> bytes:
     return json.dumps(value, allow_nan=False, separators=(",", ":")).encode()
 
 
+def json_object(members: Mapping[str, bytes | Iterable[bytes]]) -> bytes:
+    """An object whose members are JSON already, or lists of such.
+
+    Encoding holds the interpreter: 32 texts of 1000 tokens with their probabilities, 12 MB, half a second in
+    one call, and 20 ms a text when each is encoded by itself.
+    """
+    parts = []
+    for name, value in members.items():
+        value = value if isinstance(value, bytes) else b"[" + b",".join(value) + b"]"
+        parts.append(json_text(name) + b":" + value)
+    return b"{" + b",".join(parts) + b"}"
+
+
 def json_response(value: object, *, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """A whole answer of strict JSON."""
     return Response(json_text(value), status, headers, media_type="application/json")
@@ -115,7 +129,7 @@ def deadline_exceeded(deadline_s: float) -> Refusal:
     )
 
 
-def refusal_of(error: BaseException) -> Refusal:
+def to_refusal(error: BaseException) -> Refusal:
     """What a client is told about any error."""
     match error:
         case Refusal():
@@ -149,7 +163,8 @@ async def answer_error(request: Request, error: Exception) -> Response:
     """The exception handler of every route."""
     if isinstance(error, Disconnected):
         return Response(status_code=CLIENT_GONE)  # nobody reads it; the metrics count it
-    refusal = refusal_of(error)
+    refusal = to_refusal(error)
     if refusal.status >= 500 and not isinstance(error, Refusal):
-        logs.event("error", "request_failed", error=logs.described(error), **logs.request_id(request.scope))
+        request_id = find_state(request.scope).request_id
+        logs.event("error", "request_failed", error=logs.describe_error(error), request_id=request_id)
     return refusal.response(request.url.path)

@@ -8,7 +8,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from gpt2core import Update
-from gpt2core.serve.errors import Disconnected, json_text, refusal_of
+from gpt2core.serve.errors import Disconnected, json_text, to_refusal
 from gpt2core.serve.service import Job
 
 DONE: Final = b"data: [DONE]\n\n"
@@ -54,7 +54,7 @@ class EventStream(Response):
                 except asyncio.CancelledError:
                     raise
                 except Exception as error:
-                    await _send(send, event(refusal_of(error).body))
+                    await _send(send, event(to_refusal(error).body))
                 else:
                     await _send(send, b"".join((*self._closing(), DONE)))
                 await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -9,7 +9,7 @@ from fastapi.responses import Response
 
 from gpt2core import Request, Tokenizer, TokenLogprob, Update
 from gpt2core.serve.body import read_body
-from gpt2core.serve.errors import json_text
+from gpt2core.serve.errors import json_object, json_text
 from gpt2core.serve.events import EventStream, event
 from gpt2core.serve.openapi import answers, takes
 from gpt2core.serve.schemas import GenerateRequest, GenerateResponse
@@ -52,12 +52,12 @@ def router(service: Service) -> APIRouter:
             stream=asked.stream,
             allow_special=asked.allow_special,
         )
-        form = _Form(service, job)
+        answer = _Answer(service, job)
         if asked.stream:
-            return EventStream(job, form.piece, form.closing)
+            return EventStream(job, answer.piece, answer.closing)
         try:
             await job.ticket.done()
-            body = await service.in_thread(form.whole) if asked.logprobs is not None else form.whole()
+            body = await service.in_thread(answer.whole) if asked.logprobs is not None else answer.whole()
         finally:
             job.close()
         return Response(body, media_type="application/json")
@@ -65,7 +65,7 @@ def router(service: Service) -> APIRouter:
     return routes
 
 
-class _Form:
+class _Answer:
     """The shapes of the answer."""
 
     def __init__(self, service: Service, job: Job) -> None:
@@ -74,24 +74,24 @@ class _Form:
         assert engine.tokenizer is not None
         self._job = job
         self._tokenizer = engine.tokenizer
-        self._names = {"model": service.settings.name, "backend": engine.backend.name}
+        self._model, self._backend = service.settings.name, engine.backend.name
         self._logprobs = job.params.logprobs is not None
 
     def piece(self, update: Update) -> bytes:
         """One event per token."""
-        one: dict[str, Any] = {
+        piece: dict[str, Any] = {
             "index": update.request.prompt,
             "choice": update.request.choice,
             "text": update.text,
             "token_id": update.token_id,
         }
         if self._logprobs:
-            shown = [token_info(self._tokenizer, entry) for entry in update.logprobs]
+            tokens = [describe_token(self._tokenizer, entry) for entry in update.logprobs]
             if update.token_id is None:  # the echoed prompt
-                one |= {"token": None, "logprob": None, "top_logprobs": [], "prompt_logprobs": shown}
+                piece |= {"token": None, "logprob": None, "top_logprobs": [], "prompt_logprobs": tokens}
             else:
-                one |= shown[0]
-        return event(one | {"finish_reason": update.finish_reason})
+                piece |= tokens[0]
+        return event(piece | {"finish_reason": update.finish_reason})
 
     def closing(self) -> tuple[bytes]:
         """The last event: the same as the answer without a stream."""
@@ -100,34 +100,35 @@ class _Form:
     def whole(self) -> bytes:
         """The answer without a stream."""
         job, requests = self._job, self._job.requests
-        head = json_text({"generated_text": requests[0].text})[:-1]
-        tail = json_text(
+        elapsed_s = round(time.perf_counter() - job.ticket.begun_s, 6)
+        return json_object(
             {
-                **self._names,
-                "seed": requests[0].seed,
-                "elapsed_s": round(time.perf_counter() - job.ticket.begun_s, 6),
-                "usage": job.usage(job.generated_tokens()),
+                "generated_text": json_text(requests[0].text),
+                "generations": (json_text(self._generation(request)) for request in requests),
+                "model": json_text(self._model),
+                "backend": json_text(self._backend),
+                "seed": json_text(requests[0].seed),
+                "elapsed_s": json_text(elapsed_s),
+                "usage": json_text(job.usage(job.generated_tokens())),
             }
         )
-        texts = b",".join(json_text(self._text(one)) for one in requests)
-        return head + b',"generations":[' + texts + b"]," + tail[1:]
 
-    def _text(self, one: Request) -> dict[str, Any]:
+    def _generation(self, request: Request) -> dict[str, Any]:
         result: dict[str, Any] = {
-            "text": one.text,
-            "finish_reason": one.finish_reason,
-            "prompt_tokens": one.prompt_tokens,
-            "completion_tokens": len(one.token_ids) - one.prompt_tokens,
-            "index": one.prompt,
-            "choice": one.choice,
-            "seed": one.seed,
+            "text": request.text,
+            "finish_reason": request.finish_reason,
+            "prompt_tokens": request.prompt_tokens,
+            "completion_tokens": len(request.token_ids) - request.prompt_tokens,
+            "index": request.prompt,
+            "choice": request.choice,
+            "seed": request.seed,
         }
         if self._logprobs:
-            result["logprobs"] = [token_info(self._tokenizer, entry) for entry in one.logprobs]
+            result["logprobs"] = [describe_token(self._tokenizer, entry) for entry in request.logprobs]
         return result
 
 
-def token_info(tokenizer: Tokenizer, entry: TokenLogprob) -> dict[str, Any]:
+def describe_token(tokenizer: Tokenizer, entry: TokenLogprob) -> dict[str, Any]:
     """One token with its probability and the likeliest others."""
     return {
         "token": tokenizer.token_text(entry.token_id),

@@ -9,15 +9,16 @@ import contextlib
 import re
 import time
 import uuid
-from typing import Any, Final
+from typing import Final
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gpt2core.serve import logs
-from gpt2core.serve.errors import CLIENT_GONE, Refusal, refusal_of
+from gpt2core.serve.errors import CLIENT_GONE, Refusal, to_refusal
 from gpt2core.serve.metrics import Metrics
 from gpt2core.serve.settings import Settings
+from gpt2core.serve.state import RequestState
 
 SECURITY_HEADERS: Final = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
@@ -55,7 +56,9 @@ class Guard:
             await receive()
             await send({"type": "websocket.close", "code": 1000})
             return
-        await Exchange(self, scope, receive, send).run()
+        exchange = Exchange(scope, receive, send, self._settings, self._metrics)
+        refusal = self.refuse(exchange.headers)
+        await exchange.run(self._app if refusal is None else refusal.response())
 
     def refuse(self, headers: Headers) -> Refusal | None:
         """Why a request of these headers is not let in."""
@@ -84,34 +87,34 @@ class Guard:
 class Exchange:
     """One request and its answer."""
 
-    def __init__(self, guard: Guard, scope: Scope, receive: Receive, send: Send) -> None:
-        self._guard = guard
+    def __init__(
+        self, scope: Scope, receive: Receive, send: Send, settings: Settings, metrics: Metrics
+    ) -> None:
+        self.headers = Headers(scope=scope)
         self._scope = scope
         self._receive = receive
         self._send = send
-        self._headers = Headers(scope=scope)
-        self._begun_s = time.perf_counter()
+        self._settings = settings
+        self._metrics = metrics
         self._received_nbytes = 0
         self._complete = False
         self._status: int | None = None
-        given = self._headers.get("x-request-id", "")
-        self._id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = self._id
-        scope["state"]["begun_s"] = self._begun_s
+        given = self.headers.get("x-request-id", "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        self._state = RequestState(request_id, begun_s=time.perf_counter())
+        self._state.attach(scope)
 
-    async def run(self) -> None:
-        """Answer, count and log."""
+    async def run(self, app: ASGIApp) -> None:
+        """Let `app` answer; count and log."""
         try:
-            refusal = self._guard.refuse(self._headers)
-            if refusal is None:
-                await self._guard._app(self._scope, self.receive, self.send)
-            else:
-                await refusal.response()(self._scope, self._receive, self.send)
+            await app(self._scope, self.receive, self.send)
         except Exception as error:
             if self._status is not None:
                 raise  # uvicorn then cuts the connection: nobody may take it for the answer's end
-            logs.event("error", "request_failed", error=logs.described(error), request_id=self._id)
-            await refusal_of(error).response()(self._scope, self._receive, self.send)
+            logs.event(
+                "error", "request_failed", error=logs.describe_error(error), request_id=self._state.request_id
+            )
+            await to_refusal(error).response()(self._scope, self._receive, self.send)
         finally:
             self._record()
 
@@ -119,11 +122,11 @@ class Exchange:
         """The next message from the client; of a body no more and no slower than is allowed."""
         if self._complete:
             return await self._receive()
-        settings = self._guard._settings
-        length = self._headers.get("content-length", "")
+        settings = self._settings
+        length = self.headers.get("content-length", "")
         if length.isdecimal() and (len(length) > 18 or int(length) > settings.max_body_nbytes):
             raise _too_large(settings.max_body_nbytes)
-        left_s = self._begun_s + settings.receipt_s - time.perf_counter()
+        left_s = self._state.begun_s + settings.receipt_s - time.perf_counter()
         try:
             async with asyncio.timeout(left_s):
                 message = await self._receive()
@@ -145,7 +148,7 @@ class Exchange:
             headers = MutableHeaders(scope=message)
             for name, value in SECURITY_HEADERS.items():
                 headers.setdefault(name, value)
-            headers["X-Request-ID"] = self._id
+            headers["X-Request-ID"] = self._state.request_id
         elif not message.get("more_body", False) and self._unread():
             await self._send({**message, "more_body": True})
             await self._discard()
@@ -154,7 +157,7 @@ class Exchange:
 
     def _unread(self) -> bool:
         """Whether an answer goes out before its request is in; not after 408, when enough was waited for."""
-        announced = self._headers.get("content-length", "0") != "0" or "transfer-encoding" in self._headers
+        announced = self.headers.get("content-length", "0") != "0" or "transfer-encoding" in self.headers
         return announced and not self._complete and self._status != 408
 
     async def _discard(self) -> None:
@@ -169,23 +172,21 @@ class Exchange:
                         return
 
     def _record(self) -> None:
-        elapsed_s = time.perf_counter() - self._begun_s
-        route = getattr(
-            self._scope.get("route"), "path", "none"
-        )  # never the path itself: that is the client's
+        elapsed_s = time.perf_counter() - self._state.begun_s
+        # Never the path itself: that is the client's.
+        route = getattr(self._scope.get("route"), "path", "none")
         method = self._scope["method"] if self._scope["method"] in METHODS else "other"
         status = self._status or CLIENT_GONE
-        self._guard._metrics.request(method, route, status, elapsed_s)
-        fields: dict[str, Any] = self._scope["state"].get("log", {})
+        self._metrics.request(method, route, status, elapsed_s)
         logs.event(
             "info" if route not in ("/livez", "/readyz", "/metrics") else "debug",
             "request",
-            request_id=self._id,
+            request_id=self._state.request_id,
             method=method,
             route=route,
             status=status,
             elapsed_ms=round(1000 * elapsed_s, 3),
-            **fields,
+            **self._state.log_fields,
         )
 
 

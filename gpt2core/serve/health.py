@@ -14,16 +14,16 @@ from gpt2core.serve.schemas import Health
 def health_router(driver: Driver) -> APIRouter:
     """The two routes that need no key."""
     routes = APIRouter(tags=["health"])
-    described = {**answers(Health, open_to_all=True), 503: answers(Health, stream=True)[503]}
+    responses = {**answers(Health, open_to_all=True), 503: answers(Health, stream=True)[503]}
 
-    @routes.get("/livez", summary="Is the process worth keeping?", responses=described, response_model=None)
+    @routes.get("/livez", summary="Is the process worth keeping?", responses=responses, response_model=None)
     async def livez() -> Response:
         """Say 503 when only a restart helps, else 200: also while the model is being loaded."""
         if driver.state == "failed":
             raise engine_failed()
         return json_response({"status": "live"})
 
-    @routes.get("/readyz", summary="Can it take requests?", responses=described, response_model=None)
+    @routes.get("/readyz", summary="Can it take requests?", responses=responses, response_model=None)
     async def readyz() -> Response:
         """Say 503 while the model is being loaded, while the server stops, and when the engine has failed."""
         driver.check_ready()

@@ -25,7 +25,7 @@ class JsonLines(logging.Formatter):
         else:
             line |= {"event": record.msg, **fields}
         if record.exc_info and record.exc_info[1] is not None:
-            line["error"] = described(record.exc_info[1])
+            line["error"] = describe_error(record.exc_info[1])
         return json.dumps(line, default=str)
 
 
@@ -48,14 +48,9 @@ def event(level: str, name: str, **fields: Any) -> None:
     LOGGER.log(_LEVELS[level.upper()], name, extra={"fields": fields})
 
 
-def request_id(scope: Mapping[str, Any]) -> dict[str, str]:
-    """The request's id, as a field of an event."""
-    return {"request_id": scope["state"]["request_id"]} if "request_id" in scope.get("state", {}) else {}
-
-
-def described(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """An error and where it came from, without the values of variables."""
     frames = traceback.extract_tb(error.__traceback__)[-4:]
     where = " < ".join(f"{frame.filename.rpartition('/')[2]}:{frame.lineno}" for frame in reversed(frames))
-    cause = f" from {described(error.__cause__)}" if error.__cause__ is not None else ""
+    cause = f" from {describe_error(error.__cause__)}" if error.__cause__ is not None else ""
     return f"{type(error).__name__}: {error}" + (f" ({where})" if where else "") + cause

@@ -74,7 +74,7 @@ class Arguments(BaseModel):
         try:
             settings = Settings(**given)
         except ValidationError as error:
-            faults = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
+            faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
             raise RequestError("; ".join(faults)) from None
         beyond = set(settings.allowed_hosts) - set(LOOPBACK_HOSTS)
         if beyond and not settings.api_keys and not settings.insecure_no_auth:

@@ -119,7 +119,7 @@ class GenerateRequest(Options):
             InvalidSamplingError: two of them contradict.
         """
         given = self.model_dump(exclude={"prompt", "allow_special", "stream", "logit_bias", "stop"})
-        return SamplingParams(**given, logit_bias=bias_of(self.logit_bias), stop=tuple(as_list(self.stop)))
+        return SamplingParams(**given, logit_bias=parse_bias(self.logit_bias), stop=tuple(as_list(self.stop)))
 
 
 class StreamOptions(BaseModel):
@@ -216,7 +216,7 @@ class CompletionRequest(Options):
             echo=bool(self.echo),
             logprobs=0 if ranked and self.logprobs is None else self.logprobs,
             seed=self.seed,
-            logit_bias=bias_of(self.logit_bias),
+            logit_bias=parse_bias(self.logit_bias),
             presence_penalty=self.presence_penalty or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,
         )
@@ -329,6 +329,6 @@ def as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
-def bias_of(given: dict[str, float] | None) -> dict[int, float]:
+def parse_bias(given: dict[str, float] | None) -> dict[int, float]:
     """`logit_bias` with token ids as numbers, which JSON cannot have as keys."""
     return {int(token_id): bias for token_id, bias in (given or {}).items()}

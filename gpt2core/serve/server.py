@@ -38,7 +38,7 @@ def run(settings: Settings) -> None:
         app,
         host=settings.host,
         port=settings.port,
-        http=patient(settings.receipt_s),
+        http=slow_client_protocol(settings.receipt_s),
         ws="none",
         log_config=None,
         access_log=False,
@@ -103,13 +103,13 @@ class Server(uvicorn.Server):
         self._loop.call_soon_threadsafe(self._driver.drain)
 
 
-def patient(receipt_s: float) -> type[asyncio.Protocol]:
+def slow_client_protocol(receipt_s: float) -> type[asyncio.Protocol]:
     """Uvicorn's protocol, but a connection whose first request does not begin in time is closed.
 
     The guard limits how slowly a body may come; before a request's headers are complete there is no guard.
     """
 
-    class Patient(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
+    class SlowClientProtocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
         def connection_made(self, transport: asyncio.Transport) -> None:
             super().connection_made(transport)
             loop = asyncio.get_running_loop()
@@ -123,4 +123,4 @@ def patient(receipt_s: float) -> type[asyncio.Protocol]:
             if self.cycle is None and not self.transport.is_closing():
                 self.transport.close()
 
-    return Patient
+    return SlowClientProtocol

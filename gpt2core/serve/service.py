@@ -4,15 +4,16 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from starlette.requests import Request as HttpRequest
 from starlette.types import Message
 
-from gpt2core import ContextLengthError, Request, RequestError, SamplingParams
+from gpt2core import Request, RequestError, SamplingParams
 from gpt2core.serve.driver import Driver
-from gpt2core.serve.errors import Disconnected, invalid, refusal_of
+from gpt2core.serve.errors import Disconnected, invalid, to_refusal
 from gpt2core.serve.settings import Settings
+from gpt2core.serve.state import find_state
 from gpt2core.serve.ticket import Ticket
 
 Prompt = str | list[int]
@@ -42,16 +43,16 @@ class Service:
         Raises:
             Refusal: it cannot run.
         """
-        ticket = self.driver.reserve(len(prompts) * params.n, request.scope["state"]["begun_s"])
+        ticket = self.driver.reserve(len(prompts) * params.n, find_state(request.scope).begun_s)
         try:
             ids = await self.in_thread(lambda: self._encode(prompts, params, allow_special))
             self.driver.submit(ticket, ids, params, stream=stream)
         except BaseException:
             ticket.close()
             raise
-        job = Job(ticket, params, [len(one) for one in ids], request)
-        log = {"prompts": len(prompts), "n": params.n, "prompt_tokens": job.prompt_tokens, "stream": stream}
-        request.scope["state"]["log"] = log
+        job = Job(ticket, params, list(map(len, ids)), request)
+        job.log_fields |= {"prompts": len(prompts), "n": params.n}
+        job.log_fields |= {"prompt_tokens": job.prompt_tokens, "stream": stream}
         return job
 
     async def in_thread(self, work: Callable[[], T]) -> T:
@@ -65,22 +66,12 @@ class Service:
     def _encode(self, prompts: list[Prompt], params: SamplingParams, special: bool) -> list[list[int]]:
         engine = self.driver.engine
         assert engine is not None
-        assert engine.tokenizer is not None
-        most_nbytes = engine.config.n_positions * engine.tokenizer.max_token_bytes
         result = []
         for i, prompt in enumerate(prompts):
             try:
-                if isinstance(prompt, str):
-                    nbytes = len(prompt.encode())
-                    if nbytes > most_nbytes:  # before tokenizing it, which might take long
-                        raise ContextLengthError(
-                            f"the prompt has {nbytes} bytes; this model's context of "
-                            f"{engine.config.n_positions} tokens holds at most {most_nbytes}; shorten it"
-                        )
-                    prompt = engine.tokenizer.encode(prompt, allow_special=special)
-                result.append(engine.check(prompt, params)[0])
+                result.append(engine.encode(prompt, params, allow_special=special))
             except RequestError as error:
-                refusal = refusal_of(error)
+                refusal = to_refusal(error)
                 where = f"prompt {i} of the list: " if len(prompts) > 1 else ""
                 raise invalid(where + refusal.message, param=refusal.param, code=refusal.code) from None
         return result
@@ -96,6 +87,7 @@ class Job:
     request: HttpRequest
 
     def __post_init__(self) -> None:
+        self.log_fields = find_state(self.request.scope).log_fields
         self._watch = asyncio.create_task(self._until_gone())
 
     @property
@@ -118,16 +110,15 @@ class Job:
 
     def generated_tokens(self) -> int:
         """So far, of all choices."""
-        return sum(len(one.token_ids) - one.prompt_tokens for one in self.requests)
+        return sum(len(request.token_ids) - request.prompt_tokens for request in self.requests)
 
     def close(self) -> None:
         """Free what it holds; what still runs is cancelled."""
         self._watch.cancel()
         self.ticket.close()
-        log: dict[str, Any] = self.request.scope["state"]["log"]
-        log["completion_tokens"] = self.generated_tokens()
+        self.log_fields["completion_tokens"] = self.generated_tokens()
         if self.ticket.error is not None:
-            log["outcome"] = outcome_of(self.ticket.error)
+            self.log_fields["outcome"] = name_outcome(self.ticket.error)
 
     async def _until_gone(self) -> None:
         receive: Callable[[], Awaitable[Message]] = self.request.receive
@@ -136,6 +127,6 @@ class Job:
         self.ticket.fail(Disconnected())
 
 
-def outcome_of(error: BaseException) -> str:
+def name_outcome(error: BaseException) -> str:
     """How a request ended, for the log."""
-    return "disconnected" if isinstance(error, Disconnected) else refusal_of(error).code
+    return "disconnected" if isinstance(error, Disconnected) else to_refusal(error).code

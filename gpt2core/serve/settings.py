@@ -24,7 +24,9 @@ class Settings(BaseSettings):
     revision: str | None = Field(default=None, description="Branch, tag or commit of a model on the hub.")
     offline: bool = Field(default=False, description="Use local files only; never ask the hub.")
     backend: str = Field(default="auto", description="Engine; see `gpt2core backends`.")
-    precision: str = Field(default="float32", description="Of the weights.")
+    precision: str = Field(
+        default="auto", description="Of the weights; `auto`: as the checkpoint holds them."
+    )
     device: str = Field(default="cpu", description="Where the engine computes.")
     threads: int | None = Field(
         default=None, ge=1, description="CPU threads of the engine; unset: it decides."
@@ -117,10 +119,10 @@ class Settings(BaseSettings):
                 lines = self.api_key_file.read_text("ascii").splitlines()
             except (OSError, UnicodeDecodeError) as error:
                 raise RequestError(f"the API key file {self.api_key_file} cannot be read: {error}") from error
-            found = [line.strip() for line in lines if line.strip()]
-            if not found:
+            lines = [line.strip() for line in lines if line.strip()]
+            if not lines:
                 raise RequestError(f"the API key file {self.api_key_file} holds no key; write one a line")
-            keys += found
+            keys += lines
         if any(not key.isascii() or not key.isprintable() or " " in key or not key for key in keys):
             raise RequestError("an API key is empty, not ASCII or holds white space; take letters and digits")
         return tuple(key.encode() for key in keys)
@@ -135,7 +137,8 @@ class Settings(BaseSettings):
         """Refuse to listen beyond this machine without a key.
 
         Raises:
-            RequestError: so it is, and `insecure_no_auth` does not allow it; or the keys are broken.
+            RequestError: others could reach the server without a key, and `insecure_no_auth` is not set; or
+                the keys are broken.
         """
         if self.api_keys or self.insecure_no_auth or is_loopback(self.host):
             return

@@ -52,7 +52,7 @@ def plan_attention(batch: Batch) -> AttentionPlan:
 
     A run is cut where a row far longer than its neighbours would make all of them read its length.
     """
-    firsts = np.cumsum(batch.lengths) - batch.lengths
+    firsts = batch.firsts
     ends, slots = batch.ends, batch.slots
     singles = np.flatnonzero(batch.lengths == 1)
     singles = singles[np.argsort(slots[singles], kind="stable")]

@@ -149,14 +149,14 @@ class JaxBackend:
             self._run_all(again, cache)
             cache.held[again.slots] = again.ends
         logits = self._run_all(batch, cache)
-        firsts = np.cumsum(batch.lengths) - batch.lengths
+        firsts = batch.firsts
         for slot, first, start, end in zip(batch.slots, firsts, batch.starts, batch.ends, strict=True):
             cache.tokens[slot, start:end] = batch.tokens[first : first + end - start]
         cache.held[batch.slots] = np.maximum(cache.held[batch.slots], batch.ends)
         return logits
 
-    def further_cost(self, tokens: int, rows: int) -> float:
-        """See `gpt2core.backends.base.PricesTokens.further_cost`; rows are padded to 16 tokens."""
+    def extra_tokens_cost(self, tokens: int, rows: int) -> float:
+        """See `gpt2core.backends.base.EstimatesCost.extra_tokens_cost`; rows are padded to 16 tokens."""
         return (2.2 if rows == 1 else 3.2) + 0.01 * tokens
 
     def trace(self, token_ids: Sequence[int]) -> Trace:

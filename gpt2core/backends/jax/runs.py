@@ -92,7 +92,7 @@ def plan_runs(batch: Batch, buckets: Buckets) -> list[Run]:
 
 def _run(batch: Batch, rows: np.ndarray, tokens: int, buckets: Buckets) -> Run:
     count = buckets.rows(len(rows))
-    firsts, lengths = (np.cumsum(batch.lengths) - batch.lengths)[rows], batch.lengths[rows]
+    firsts, lengths = batch.firsts[rows], batch.lengths[rows]
     table = np.zeros((count, 3 + tokens), np.int32)
     table[:, 0] = buckets.slots  # padding: no such slot, so nothing is written
     table[: len(rows), 0] = batch.slots[rows]

@@ -107,7 +107,7 @@ class NativeBackend:
             raise RequestError(_CLOSED)
         batch.check(vocab_size=self.config.vocab_size, slots=cache.slots, capacity=cache.capacity)
         logits = np.empty((len(batch.logits_at), self.config.vocab_size), np.float32)
-        firsts = np.cumsum(batch.lengths, dtype=np.int32) - batch.lengths
+        firsts = batch.firsts
         pieces = np.stack([firsts, batch.lengths, batch.starts, batch.slots], 1)  # (B, 4)
         if len(batch.tokens) <= _MOST_TOKENS:
             self._pass(packed, cache, batch.tokens, pieces, batch.logits_at, logits)
@@ -142,8 +142,8 @@ class NativeBackend:
         if failed:
             raise BackendError(f"the native backend found no memory for a pass of {len(tokens)} tokens")
 
-    def further_cost(self, tokens: int, rows: int) -> float:
-        """See `gpt2core.backends.base.PricesTokens.further_cost`; the weights are read once for all rows."""
+    def extra_tokens_cost(self, tokens: int, rows: int) -> float:
+        """See `EstimatesCost.extra_tokens_cost`; the weights are read once for all rows."""
         return 0.05 + _COST_OF_TOKEN[self.precision] * tokens
 
     def close(self) -> None:

@@ -95,8 +95,8 @@ class NumpyBackend:
         with self._threads, np.errstate(all="ignore"):  # what is not finite is found in the logits, by name
             return self._logits(self._weights, batch, cache, None)
 
-    def further_cost(self, tokens: int, rows: int) -> float:
-        """See `gpt2core.backends.base.PricesTokens.further_cost`; one row alone is a faster product."""
+    def extra_tokens_cost(self, tokens: int, rows: int) -> float:
+        """See `gpt2core.backends.base.EstimatesCost.extra_tokens_cost`; one row alone is a faster product."""
         return (1.2 if rows == 1 else 0) + 0.1 * tokens
 
     def trace(self, token_ids: Sequence[int]) -> Trace:

@@ -112,8 +112,8 @@ class OnnxBackend:
         with self._failing("failed"):
             network.run(run, cache, embedded, np.ascontiguousarray(wanted), logits)
 
-    def further_cost(self, tokens: int, rows: int) -> float:
-        """See `gpt2core.backends.base.PricesTokens.further_cost`; beside others it is a pass of its own."""
+    def extra_tokens_cost(self, tokens: int, rows: int) -> float:
+        """See `EstimatesCost.extra_tokens_cost`; beside others it is a pass of its own."""
         first, each = (0.1, 0.06) if self.precision == "float32" else (0.25, 0.17)
         return (first if rows == 1 else 1.0) + each * tokens
 

@@ -50,7 +50,7 @@ def plan_runs(batch: Batch) -> list[Run]:
         span = slice(first, first + len(indices))
         tokens, starts = batch.tokens[:, None], np.ascontiguousarray(batch.starts)
         return [Run(span, tokens, starts[:, None], starts, indices, indices, _indices(0))]
-    firsts = np.cumsum(batch.lengths) - batch.lengths
+    firsts = batch.firsts
     order = np.argsort(batch.slots, kind="stable")
     single, fresh = batch.lengths == 1, batch.starts == 0
     runs = [_decode_run(batch, rows, firsts) for rows in _bridged(batch, order[single[order]].tolist())]

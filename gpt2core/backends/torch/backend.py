@@ -137,8 +137,8 @@ class TorchBackend:
                 cache.kv[:, :, slot, :, positions] = 0
             return self._logits(self._model, batch, cache, None).cpu().numpy()
 
-    def further_cost(self, tokens: int, rows: int) -> float:
-        """See `gpt2core.backends.base.PricesTokens.further_cost`."""
+    def extra_tokens_cost(self, tokens: int, rows: int) -> float:
+        """See `gpt2core.backends.base.EstimatesCost.extra_tokens_cost`."""
         return 0.1 + 0.1 * tokens
 
     def trace(self, token_ids: Sequence[int]) -> Trace:

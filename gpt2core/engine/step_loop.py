@@ -10,7 +10,7 @@ from gpt2core.engine.request import Request
 LOOK_AGAIN_S: Final = 1.0
 
 
-class Stepping:
+class StepLoop:
     """One of the threads that wait leads: it runs the steps, for all. When it leaves, another takes over.
 
     Ctrl-C may interrupt the main thread between any two operations. So this is built from plain locks, which
@@ -57,13 +57,13 @@ class Stepping:
             self._bells.clear()
 
 
-def settled(requests: list[Request]) -> bool:
+def all_done(requests: list[Request]) -> bool:
     """Whether there is nothing to wait for: all have ended, or one with an error."""
-    return all(one.finished for one in requests) or any(one.error for one in requests)
+    return all(request.finished for request in requests) or any(request.error for request in requests)
 
 
 def raise_error(requests: list[Request]) -> None:
-    """Raise the first error with which one has ended."""
-    for one in requests:
-        if one.error is not None:
-            raise one.error
+    """Raise the first error with which a request has ended."""
+    for request in requests:
+        if request.error is not None:
+            raise request.error
