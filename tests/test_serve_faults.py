@@ -14,6 +14,7 @@ import pytest
 from serving import HANG_S, Fake, events_of, post_bytes, process, serving, until
 
 from gpt2core.errors import CheckpointError
+from gpt2core.serve.errors import deadline_exceeded
 from gpt2core.testing import random_checkpoint
 
 
@@ -408,3 +409,41 @@ def test_without_the_extra_the_command_says_what_to_install():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 1
     assert "pip install 'gpt2core[serve]'" in result.stderr
+
+
+def test_a_server_that_drains_accepts_nothing_more_and_says_so():
+    fake = Fake()
+    with serving(fake.load) as server, concurrent.futures.ThreadPoolExecutor() as pool:
+        fake.gate.clear()
+        running = pool.submit(server.generate, "a", max_new_tokens=3)
+        until(lambda: server.driver.engine.running == 1)
+        server.driver._loop.call_soon_threadsafe(server.driver.drain)
+        until(lambda: server.driver.state == "draining")
+        refused = server.generate("b", max_new_tokens=3)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
+        assert server.client.get("/readyz").status_code == 503
+        assert server.client.get("/livez").status_code == 200
+        fake.gate.set()
+        assert running.result(HANG_S).status_code == 200
+
+
+def test_a_request_that_ends_while_the_engine_takes_it_over_leaves_nothing_behind(monkeypatch):
+    fake = Fake()
+    with serving(fake.load) as server:
+        engine, loop = server.driver.engine, server.driver._loop
+        submit = engine.submit
+
+        def submit_and_lose(*args, **kwargs):
+            requests = submit(*args, **kwargs)
+            [ticket] = server.driver._tickets
+            loop.call_soon_threadsafe(ticket.fail, deadline_exceeded(1))
+            until(lambda: ticket.cancelled)
+            return requests
+
+        monkeypatch.setattr(engine, "submit", submit_and_lose)
+        fake.gate.clear()  # no step may be needed for its end
+        assert server.generate("a", max_new_tokens=40).status_code == 504
+        until(server.idle)
+        monkeypatch.undo()
+        fake.gate.set()
+        server.check_works()

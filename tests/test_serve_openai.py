@@ -5,6 +5,7 @@ import math
 import numpy as np
 import openai
 import pytest
+from fakes import END
 from serving import Fake, events_of, serving
 
 from gpt2core import GPT2
@@ -135,6 +136,27 @@ def test_best_of_returns_the_likeliest_per_token_of_the_choices(server, model):
         assert [c["text"] for c in got["choices"][2 * i : 2 * i + 2]] == [one.text for one in ranked[:2]]
     assert all(choice["logprobs"] is None for choice in got["choices"])
     assert got["usage"]["completion_tokens"] == sum(len(one.token_ids) for one in sampled)
+
+
+def test_best_of_prefers_a_long_likely_text_to_a_short_one_that_is_less_likely_per_token():
+    def long_or_short(history, vocab_size):
+        logits = np.full(vocab_size, -50, np.float32)
+        if len(history) == 1:  # either is drawn in about half of the choices
+            logits[[ord("l"), ord("s")]] = 0.1, 0
+        elif history[1] == ord("s"):
+            logits[[END, ord("t")]] = 2, 0
+        else:
+            logits[[ord("o"), ord("p")]] = 2.5, 0
+        return logits
+
+    fake = Fake(logits_of=long_or_short)
+    with serving(fake.load, served_name="tiny", max_n=8) as server:
+        body = {"model": "tiny", "prompt": "a", "max_tokens": 30, "seed": 3, "logprobs": 0}
+        every = server.post("/v1/completions", {**body, "n": 8, "best_of": 8}).json()["choices"]
+        [best] = server.post("/v1/completions", {**body, "n": 1, "best_of": 8}).json()["choices"]
+    by_mean = max(every, key=lambda choice: np.mean(choice["logprobs"]["token_logprobs"]))
+    by_sum = max(every, key=lambda choice: sum(choice["logprobs"]["token_logprobs"]))
+    assert best["text"] == by_mean["text"] != by_sum["text"]
 
 
 # lm-evaluation-harness, `local-completions`: what its requests are and how it reads the answers

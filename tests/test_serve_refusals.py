@@ -287,6 +287,7 @@ def test_every_route_asks_for_the_key_but_liveness_and_readiness(keyed):
         ("bearer second-key", 200),
         ("Basic " + base64.b64encode(b"anybody:first-key").decode(), 200),
         ("Bearer first-key2", 401),
+        ("Bearer First-Key", 401),
         ("Bearer first-ke", 401),
         ("Bearer", 401),
         ("first-key", 401),
