@@ -104,15 +104,15 @@ def test_a_draft_draws_each_choice_with_that_choices_random_numbers():
 
 
 def test_a_draft_goes_on_from_the_text_and_not_from_its_own_refused_guesses():
-    """It is right but for every fourth token, if its cache holds the text as it was drawn."""
+    """It is right but for every fifth token, if its cache holds the text as it was drawn."""
 
     def half_right(history, vocab_size):
         logits = fakes.endless(history, vocab_size)
-        if len(history) % 4 == 0:
+        if len(history) % 5 == 0:
             logits[logits.argmax()] = -100
         return logits
 
     params = {"max_new_tokens": 200}
     got, engine = generated(fakes.endless, params=params, context=256, draft=half_right)
     assert got == generated(fakes.endless, params=params, context=256)[0]
-    assert engine.accepted_tokens > engine.proposed_tokens / 3
+    assert engine.accepted_tokens > 80

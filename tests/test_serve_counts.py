@@ -19,8 +19,8 @@ def value(metrics: Metrics, name: str) -> float:
 
 def test_a_step_counts_its_rows_and_its_tokens_each_by_itself():
     metrics = Metrics()
-    metrics.step(rows=2, tokens=7)
-    metrics.step(rows=1, tokens=1)
+    metrics.count_step(rows=2, tokens=7)
+    metrics.count_step(rows=1, tokens=1)
     assert value(metrics, "gpt2core_batch_rows_sum") == 3
     assert value(metrics, "gpt2core_batch_rows_count") == 2
     assert value(metrics, "gpt2core_generated_tokens_total") == 8
@@ -32,7 +32,7 @@ def test_the_time_per_token_is_that_of_the_tokens_after_the_first():
     run(engine)
     request.first_token_s, request.last_token_s = 10.0, 18.0
     metrics = Metrics()
-    metrics.ended(request)
+    metrics.count_text(request)
     assert value(metrics, "gpt2core_time_per_token_seconds_sum") == 2.0
     assert value(metrics, "gpt2core_prompt_tokens_total") == 3
 

@@ -203,7 +203,7 @@ def test_guesses_beyond_the_end_of_text_are_not_counted_as_accepted():
     script = fakes.scripted({tuple(prompt): [*b"d", fakes.END, *b"xyzabcd"]})
     [got], engine = generated(script, prompt, speculation="prompt_lookup")
     assert got[0] == [*b"d", fakes.END]
-    assert engine.steps == 2  # one reads the prompt and draws d, the other draws the end
+    assert (engine.steps, engine.accepted_tokens) == (2, 1)  # one reads the prompt, the other draws the end
     prompt = [*b"abcdef", fakes.END, *b"xyz", *b"abc"]
     script = fakes.scripted({tuple(prompt): [*b"def", fakes.END, *b"xyzabcdef"]})
     [got], engine = generated(script, prompt, speculation="prompt_lookup")
@@ -233,7 +233,7 @@ def test_proposals_that_are_refused_for_their_greater_part_become_shorter():
     )
     assert got[0] == text
     assert engine.accepted_tokens > 150
-    assert engine.proposed_tokens < 2.5 * engine.accepted_tokens
+    assert engine.proposed_tokens < 2 * engine.accepted_tokens
 
 
 # The distribution

@@ -155,7 +155,7 @@ class Driver:
 
     def _deliver(self, updates: list[Update]) -> None:
         rows = len({update.request for update in updates})  # with speculation one may have several
-        self._metrics.step(rows, sum(update.token_id is not None for update in updates))
+        self._metrics.count_step(rows, sum(update.token_id is not None for update in updates))
         for update in updates:
             ticket = self._ticket_of.get(update.request)
             if ticket is None:  # cancelled meanwhile
@@ -164,7 +164,7 @@ class Driver:
                 ticket.waits_for_token = False
                 self._metrics.ttft_s.observe(time.perf_counter() - ticket.begun_s)
             if update.finish_reason is not None:
-                self._metrics.ended(update.request)
+                self._metrics.count_text(update.request)
             ticket.take(update)
 
     def _become_ready(self) -> None:
@@ -187,7 +187,7 @@ class Driver:
         while True:
             due_s = time.perf_counter() + LOOK_S
             await asyncio.sleep(LOOK_S)
-            self._metrics.lag(max(0.0, time.perf_counter() - due_s))
+            self._metrics.observe_lag(max(0.0, time.perf_counter() - due_s))
             if not self._thread.is_alive():
                 self._fail(BackendError("the engine thread has ended"))
 

@@ -177,7 +177,7 @@ class Exchange:
         route = getattr(self._scope.get("route"), "path", "none")
         method = self._scope["method"] if self._scope["method"] in METHODS else "other"
         status = self._status or CLIENT_GONE
-        self._metrics.request(method, route, status, elapsed_s)
+        self._metrics.count_request(method, route, status, elapsed_s)
         logs.event(
             "info" if route not in ("/livez", "/readyz", "/metrics") else "debug",
             "request",

@@ -19,9 +19,8 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         labels = ("method", "route", "status")
-        self._requests = Counter(
-            "gpt2core_requests", "Requests answered.", labels, registry=self.registry
-        )  # exposed as gpt2core_requests_total
+        # Exposed as gpt2core_requests_total.
+        self._requests = Counter("gpt2core_requests", "Requests answered.", labels, registry=self.registry)
         self._request_s = self._histogram(
             "gpt2core_request_seconds", "Time from a request's first byte to its answer's last.", SECONDS
         )
@@ -45,25 +44,25 @@ class Metrics:
         """Add a gauge that is read when somebody asks."""
         Gauge(name, text, registry=self.registry).set_function(read)
 
-    def request(self, method: str, route: str, status: int, elapsed_s: float) -> None:
-        """A request was answered."""
+    def count_request(self, method: str, route: str, status: int, elapsed_s: float) -> None:
+        """Count a request that was answered."""
         self._requests.labels(method, route, str(status)).inc()
         self._request_s.observe(elapsed_s)
 
-    def step(self, rows: int, tokens: int) -> None:
-        """The engine took a step."""
+    def count_step(self, rows: int, tokens: int) -> None:
+        """Count a step of the engine."""
         self._rows.observe(rows)
         self._generated.inc(tokens)
 
-    def ended(self, request: Request) -> None:
-        """A text is complete."""
+    def count_text(self, request: Request) -> None:
+        """Count a text that is complete."""
         self._prompt.inc(request.prompt_tokens)
         later = len(request.token_ids) - request.prompt_tokens - 1
         if later > 0 and request.first_token_s is not None and request.last_token_s is not None:
             self._token_s.observe((request.last_token_s - request.first_token_s) / later)
 
-    def lag(self, lag_s: float) -> None:
-        """The event loop woke up late by so much."""
+    def observe_lag(self, lag_s: float) -> None:
+        """Note how late the event loop woke up."""
         self._lag_s.observe(lag_s)
 
     def text(self) -> bytes:

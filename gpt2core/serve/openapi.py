@@ -33,7 +33,7 @@ _EVENT_STREAM = {
         "type": "object",
         "properties": {"data": {"type": "string"}},
         "required": ["data"],
-    },  # an event
+    },
     "example": 'data: {"index":0,"choice":0,"text":" there","token_id":612,"finish_reason":null}\n\n'
     "data: [DONE]\n\n",
 }

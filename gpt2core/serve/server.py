@@ -113,13 +113,13 @@ def slow_client_protocol(receipt_s: float) -> type[asyncio.Protocol]:
         def connection_made(self, transport: asyncio.Transport) -> None:
             super().connection_made(transport)
             loop = asyncio.get_running_loop()
-            self._patience = loop.call_later(receipt_s, self._begun_or_closed)
+            self._patience = loop.call_later(receipt_s, self._close_unless_begun)
 
         def connection_lost(self, error: Exception | None) -> None:
             self._patience.cancel()  # it would keep the whole connection in memory until then
             super().connection_lost(error)
 
-        def _begun_or_closed(self) -> None:
+        def _close_unless_begun(self) -> None:
             if self.cycle is None and not self.transport.is_closing():
                 self.transport.close()
 
