@@ -11,7 +11,8 @@ from onnx import TensorProto
 
 from gpt2core.backends import create_backend
 from gpt2core.backends._shared import memory
-from gpt2core.backends.onnx import OnnxBackend, networks, passes, session
+from gpt2core.backends.onnx import OnnxBackend, networks, passes
+from gpt2core.backends.onnx import backend as session
 from gpt2core.backends.onnx.graph import build_model, graph_weights
 from gpt2core.backends.onnx.operators import padded_head_dim
 from gpt2core.backends.onnx.runs import plan_runs
