@@ -16,7 +16,6 @@ import numpy as np
 
 from gpt2core import GPT2, Checkpoint, RequestError, Tokenizer, open_checkpoint
 from gpt2core.backends import create_backend
-from gpt2core.quantization.encodings import QuantizedWeights
 from gpt2core.quantization.rounding import PRECISIONS, dequantize, quantize
 from gpt2core.weights import Weights
 
@@ -62,7 +61,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|")
     float_loss = None
     for precision in ("float32", *args.precisions.split(",")):
-        weights: Weights | QuantizedWeights = baseline
+        weights = baseline
         if precision != "float32":
             weights = quantize(baseline, precision, group_size=args.group_size)
         for backend, result in measure(checkpoint, args.backends.split(","), weights, windows):
@@ -88,15 +87,15 @@ def windows_of(checkpoint: Checkpoint, text: str, most: int) -> list[list[int]]:
 
 
 def measure(
-    checkpoint: Checkpoint, names: list[str], weights: Weights | QuantizedWeights, windows: list[list[int]]
+    checkpoint: Checkpoint, names: list[str], weights: Weights, windows: list[list[int]]
 ) -> list[tuple[str, Sums | RequestError]]:
     """Read every window on every backend, on the dequantised reference and in float32, and compare."""
     results: list[tuple[str, Sums | RequestError]] = []
     tokenizer = Tokenizer.from_folder(checkpoint.folder)
-    reference = dequantize(weights) if isinstance(weights, QuantizedWeights) else weights
+    reference = dequantize(weights)
     with ExitStack() as stack:
 
-        def model(name: str, weights: Weights | QuantizedWeights) -> GPT2:
+        def model(name: str, weights: Weights) -> GPT2:
             return stack.enter_context(GPT2(create_backend(name, weights), tokenizer))
 
         running: list[tuple[GPT2, Sums]] = []

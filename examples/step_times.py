@@ -28,7 +28,7 @@ import numpy as np
 from gpt2core import Batch, open_checkpoint
 from gpt2core.backends import create_backend
 from gpt2core.bench.bandwidth import read_bandwidth
-from gpt2core.quantization.encodings import Int8, QuantizedWeights
+from gpt2core.encodings import Int8
 from gpt2core.weights import Weights
 
 SMALL_VOCABULARY = 16
@@ -75,7 +75,7 @@ def reading(backend: Any, tokens: int) -> Callable[[], object]:
     return lambda: backend.forward(prompt, cache)
 
 
-def read_nbytes(weights: Weights | QuantizedWeights) -> int:
+def read_nbytes(weights: Weights) -> int:
     """Bytes of the weights that a step reads: all, but of the embeddings only the head."""
     embedding = 0 if weights.lm_head is weights.wte else sum(a.nbytes for a in arrays_of(weights.wte))
     return sum(a.nbytes for _, a in weights.named()) - weights.wpe.nbytes - embedding

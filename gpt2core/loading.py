@@ -1,17 +1,14 @@
 """From a checkpoint's name to a backend that holds its weights, and to its tokenizer."""
 
 import os
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 from gpt2core import backends
 from gpt2core.backends.base import Backend
-from gpt2core.checkpoint.open import open_checkpoint
+from gpt2core.checkpoint.open import Source, read_checkpoint
 from gpt2core.engine.draft import check_draft
 from gpt2core.errors import RequestError
 from gpt2core.tokenizer.tokenizer import Tokenizer
-
-Name = str | os.PathLike[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,42 +26,41 @@ class Loaded:
             self.draft.close()
 
 
-def load_models(model: Name, draft_model: Name | None, *, revision: str | None, **how: Any) -> Loaded:
+def load_models(
+    source: Source,
+    draft_model: str | os.PathLike[str] | None,
+    *,
+    backend: str,
+    precision: str,
+    device: str,
+    threads: int | None,
+) -> Loaded:
     """A model and, where one is named, its draft model. Arguments and errors: see `GPT2.from_pretrained`.
 
     Raises:
         RequestError: the draft model's tokens are not the model's.
     """
-    backend, tokenizer = _load(model, revision=revision, **how)
+
+    def load(source: Source) -> tuple[Backend, Tokenizer]:
+        checkpoint = read_checkpoint(source)
+        tokenizer = Tokenizer.from_folder(checkpoint.folder)
+        made = backends.create_backend(
+            backend, checkpoint.stored, device=device, threads=threads, precision=precision
+        )
+        return made, tokenizer
+
+    target, tokenizer = load(source)
     draft = None
     try:
         if draft_model is not None:
-            draft, own = _load(draft_model, revision=None, **how)
-            check_draft(backend.config, draft.config)
-            if any(own.content(i) != tokenizer.content(i) for i in range(backend.config.vocab_size)):
+            draft, own = load(replace(source, model=draft_model, revision=None))
+            check_draft(target.config, draft.config)
+            if any(own.content(i) != tokenizer.content(i) for i in range(target.config.vocab_size)):
                 raise RequestError(
                     f"the draft model {os.fspath(draft_model)!r} has another tokenizer than the model, so "
                     "its tokens mean other texts; take a draft model with the same tokenizer"
                 )
     except BaseException:
-        Loaded(backend, tokenizer, draft).close()
+        Loaded(target, tokenizer, draft).close()
         raise
-    return Loaded(backend, tokenizer, draft)
-
-
-def _load(
-    name: Name,
-    *,
-    revision: str | None,
-    backend: str,
-    precision: str,
-    device: str,
-    threads: int | None,
-    **where: Any,
-) -> tuple[Backend, Tokenizer]:
-    checkpoint = open_checkpoint(name, revision=revision, **where)
-    tokenizer = Tokenizer.from_folder(checkpoint.folder)
-    made = backends.create_backend(
-        backend, checkpoint.stored, device=device, threads=threads, precision=precision
-    )
-    return made, tokenizer
+    return Loaded(target, tokenizer, draft)

@@ -12,6 +12,7 @@ import numpy as np
 
 from gpt2core._shapes import Float32
 from gpt2core.backends.base import Backend
+from gpt2core.checkpoint.open import Source
 from gpt2core.config import ModelConfig
 from gpt2core.engine.engine import CACHE_NBYTES, Engine
 from gpt2core.engine.request import LogitsReader, Piece, PromptLogprobs, Request
@@ -99,10 +100,7 @@ class GPT2:
             precision: "float32", "int8", "int4", "bfloat16" (rounded on loading), or "auto" for as stored.
             device: where the backend computes.
             threads: CPU threads for it; None lets it decide.
-            revision: branch, tag or commit on the hub.
-            cache_dir: where the hub's files are kept.
-            local_files_only: never ask the hub.
-            token: the hub's access token.
+            revision, cache_dir, local_files_only, token: of the hub, as of `open_checkpoint`.
             max_batch, cache_nbytes: as of the class.
             speculation: "prompt_lookup" is faster where a text repeats itself; the tokens stay the same.
             draft_model: a small model of the same vocabulary that makes `model` faster; the tokens stay the
@@ -113,10 +111,11 @@ class GPT2:
             BackendUnavailableError: the backend is unknown, or its package or device is missing.
             RequestError: an option is out of its range.
         """
-        how = {"backend": backend, "precision": precision, "device": device, "threads": threads}
-        where = {"cache_dir": cache_dir, "local_files_only": local_files_only, "token": token}
+        source = Source(model, revision, cache_dir, local_files_only, token)
         limits = {"max_batch": max_batch, "cache_nbytes": cache_nbytes}
-        got = load_models(model, draft_model, revision=revision, **how, **where)
+        got = load_models(
+            source, draft_model, backend=backend, precision=precision, device=device, threads=threads
+        )
         try:
             return cls(got.backend, got.tokenizer, **limits, speculation=speculation, draft=got.draft)
         except BaseException:

@@ -14,7 +14,7 @@ import numpy as np
 
 from gpt2core._shapes import Float
 from gpt2core.trace import Trace
-from gpt2core.weights import LayerNorm, Linear, Weights
+from gpt2core.weights import LayerNorm, Linear, Weights, as_array, look_up
 
 Array = Float[np.ndarray, "..."]
 
@@ -72,7 +72,7 @@ def layer_norm(x: Array, ln: LayerNorm, epsilon: float) -> Array:
 
 def linear(x: Array, layer: Linear) -> Array:
     """Multiply by the weight, which lies (in, out), and add the bias."""
-    return x @ layer.weight.astype(np.float64) + layer.bias
+    return x @ as_array(layer.weight).astype(np.float64) + layer.bias
 
 
 def attention(qkv: Array, heads: int, scale: float) -> tuple[Array, Array]:
@@ -116,7 +116,7 @@ def _logits(weights: Weights, token_ids: Sequence[int], note: Callable[[Array, A
     config = weights.config
     act, epsilon = ACTIVATIONS[config.activation_function], config.layer_norm_epsilon
     ids = np.asarray(token_ids)
-    x = weights.wte[ids].astype(np.float64) + weights.wpe[: len(ids)]  # (T, D)
+    x = look_up(weights.wte, ids).astype(np.float64) + weights.wpe[: len(ids)]  # (T, D)
     note(x, None)
     for i, block in enumerate(weights.blocks):
         qkv = linear(layer_norm(x, block.ln_1, epsilon), block.c_attn)  # (T, 3 D)
@@ -125,4 +125,4 @@ def _logits(weights: Weights, token_ids: Sequence[int], note: Callable[[Array, A
         note(x, attention_map)
         x = x + linear(act(linear(layer_norm(x, block.ln_2, epsilon), block.c_fc)), block.mlp_c_proj)
         note(x, None)
-    return layer_norm(x, weights.ln_f, epsilon) @ weights.lm_head.astype(np.float64).T
+    return layer_norm(x, weights.ln_f, epsilon) @ as_array(weights.lm_head).astype(np.float64).T

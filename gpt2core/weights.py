@@ -1,14 +1,22 @@
-"""Weights: a GPT-2's parameters as read-only arrays, in the checkpoint's own layout."""
+"""Weights: a GPT-2's parameters, read-only and in the checkpoint's own layout, of any precision.
+
+A matrix or table is a float32 array or an encoding of `gpt2core.encodings`; what is small is always float32.
+"""
 
 # V vocabulary, P positions, D width, I inputs, O outputs
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
-from gpt2core._shapes import Float
+from gpt2core._shapes import Float, Int
 from gpt2core.config import ModelConfig
+from gpt2core.encodings import BFloat16, Int4, Int8
+
+Table = Float[np.ndarray, "V D"] | Int8 | BFloat16
+Matrix = Float[np.ndarray, "I O"] | Int8 | Int4 | BFloat16
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +31,7 @@ class LayerNorm:
 class Linear:
     """`x @ weight + bias`: the weight lies (in, out), as in GPT-2's checkpoints."""
 
-    weight: Float[np.ndarray, "I O"]
+    weight: Matrix
     bias: Float[np.ndarray, "O"]
 
 
@@ -41,33 +49,81 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """All parameters; `lm_head is wte` when the head is tied."""
+    """All parameters; `lm_head is wte` when the head is tied.
+
+    Attributes:
+        config: what the model computes.
+        wte, lm_head: tables (V, D).
+        wpe: always float32.
+        blocks: in the order in which they compute.
+        ln_f: the last layer norm.
+        precision: of the matrices: "float32", "int8", "int4" (tables then are int8) or "bfloat16".
+    """
 
     config: ModelConfig
-    wte: Float[np.ndarray, "V D"]
+    wte: Table
     wpe: Float[np.ndarray, "P D"]
     blocks: tuple[Block, ...]
     ln_f: LayerNorm
-    lm_head: Float[np.ndarray, "V D"]
+    lm_head: Table
+    precision: str = "float32"
 
-    def named(self) -> Iterator[tuple[str, Float[np.ndarray, "..."]]]:
-        """Each array once, with its name in a Hugging Face checkpoint (without the `transformer.` prefix)."""
-        yield "wte.weight", self.wte
+    def named(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Each array once, with its name in a Hugging Face checkpoint (without the `transformer.` prefix).
+
+        An encoding's arrays are `NAME`, `NAME_scale` and `NAME_zero`, as far as it has them.
+        """
+        yield from named_arrays("wte.weight", self.wte)
         yield "wpe.weight", self.wpe
         for i, block in enumerate(self.blocks):
             for field, name in BLOCK_NAMES.items():
                 part = getattr(block, field)
-                yield f"h.{i}.{name}.weight", part.weight
+                yield from named_arrays(f"h.{i}.{name}.weight", part.weight)
                 yield f"h.{i}.{name}.bias", part.bias
         yield "ln_f.weight", self.ln_f.weight
         yield "ln_f.bias", self.ln_f.bias
         if self.lm_head is not self.wte:
-            yield "lm_head.weight", self.lm_head
+            yield from named_arrays("lm_head.weight", self.lm_head)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
         return sum(array.nbytes for _, array in self.named())
+
+    def convert(
+        self, precision: str, matrix: Callable[[Any], Matrix], table: Callable[[Any], Table]
+    ) -> "Weights":
+        """The same model with each layer's matrix and each table replaced; a tied head stays tied."""
+
+        def block(old: Block) -> Block:
+            linear = {
+                field: replace(getattr(old, field), weight=matrix(getattr(old, field).weight))
+                for field in LINEAR
+            }
+            return replace(old, **linear)
+
+        wte = table(self.wte)
+        lm_head = wte if self.lm_head is self.wte else table(self.lm_head)
+        blocks = tuple(map(block, self.blocks))
+        return replace(self, precision=precision, wte=wte, blocks=blocks, lm_head=lm_head)
+
+
+def named_arrays(name: str, matrix: Matrix) -> Iterator[tuple[str, np.ndarray]]:
+    """The arrays of a matrix or table of this name, with theirs."""
+    if isinstance(matrix, np.ndarray):
+        yield name, matrix
+    else:
+        yield from ((name + ending, array) for ending, array in matrix.arrays())
+
+
+def as_array(matrix: Matrix) -> Float[np.ndarray, "..."]:
+    """The array itself, or what the encoding stands for."""
+    return matrix if isinstance(matrix, np.ndarray) else matrix.float32()
+
+
+def look_up(table: Table, ids: Int[np.ndarray, "..."]) -> Float[np.ndarray, "... D"]:
+    """The rows of token ids, the caller's own."""
+    return table[ids] if isinstance(table, np.ndarray) else table.rows(ids)
 
 
 BLOCK_NAMES = {
@@ -79,6 +135,8 @@ BLOCK_NAMES = {
     "mlp_c_proj": "mlp.c_proj",
 }
 """Field of `Block` -> name in a Hugging Face checkpoint."""
+LINEAR = ("c_attn", "attn_c_proj", "c_fc", "mlp_c_proj")
+"""The fields of `Block` that are a `Linear`, in the order in which they compute."""
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -100,22 +158,29 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def weights_from_tensors(config: ModelConfig, tensors: dict[str, np.ndarray]) -> Weights:
-    """Arrange tensors that have the names and shapes of `expected_shapes`."""
+def weights_from_tensors(
+    config: ModelConfig, tensors: Mapping[str, Any], precision: str = "float32"
+) -> Weights:
+    """Arrange arrays and encodings that have the names and shapes of `expected_shapes`."""
+
+    def part(kind: Callable[..., Any], name: str) -> Any:
+        return kind(tensors[f"{name}.weight"], tensors[f"{name}.bias"])
 
     def block(i: int) -> Block:
-        def part(kind: type[LayerNorm] | type[Linear], name: str) -> LayerNorm | Linear:
-            return kind(tensors[f"h.{i}.{name}.weight"], tensors[f"h.{i}.{name}.bias"])
-
-        kinds = {field: LayerNorm if field.startswith("ln") else Linear for field in BLOCK_NAMES}
-        return Block(**{field: part(kinds[field], name) for field, name in BLOCK_NAMES.items()})  # type: ignore[arg-type]
+        return Block(
+            **{
+                field: part(Linear if field in LINEAR else LayerNorm, f"h.{i}.{name}")
+                for field, name in BLOCK_NAMES.items()
+            }
+        )
 
     wte = tensors["wte.weight"]
     return Weights(
         config=config,
         wte=wte,
         wpe=tensors["wpe.weight"],
-        blocks=tuple(block(i) for i in range(config.n_layer)),
-        ln_f=LayerNorm(tensors["ln_f.weight"], tensors["ln_f.bias"]),
+        blocks=tuple(map(block, range(config.n_layer))),
+        ln_f=part(LayerNorm, "ln_f"),
         lm_head=wte if config.tie_word_embeddings else tensors["lm_head.weight"],
+        precision=precision,
     )

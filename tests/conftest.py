@@ -19,7 +19,7 @@ from jaxtyping import install_import_hook
 
 SHAPE_CHECKED = (
     "gpt2core.reference",
-    "gpt2core.backends.numpy.kernels",
+    "gpt2core.kernels",
     "gpt2core.backends.numpy.backend",
     "gpt2core.backends.jax.runs",
     "gpt2core.backends.jax.backend",

@@ -31,6 +31,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from gpt2core.checkpoint import open as checkpoint
 from gpt2core.checkpoint.open import (
     Checkpoint,
+    Source,
     open_checkpoint,
     read_config,
     read_weights,
@@ -572,16 +573,16 @@ def test_demo_is_the_bundled_folder_and_its_absence_is_explained(tmp_path, monke
     with pytest.raises(
         CheckpointError, match=f"the demo model is not in {tmp_path}/demo; install gpt2core again"
     ):
-        resolve("demo")
+        resolve(Source("demo"))
     write_checkpoint(tmp_path / "demo", random_tensors())
-    assert resolve("demo") == tmp_path / "demo"
+    assert resolve(Source("demo")) == tmp_path / "demo"
     assert open_checkpoint("demo").source == "demo"
     monkeypatch.chdir(tmp_path)
-    assert resolve("./demo") == resolve(Path("demo")) == Path("demo")
+    assert resolve(Source("./demo")) == resolve(Source(Path("demo"))) == Path("demo")
     with pytest.raises(
         CheckpointError, match="demo is a local folder, which has no revision 'v1'; leave it out"
     ):
-        resolve("demo", revision="v1")
+        resolve(Source("demo", revision="v1"))
 
 
 def test_folder_is_found_by_string_path_and_home(tmp_path, monkeypatch):
@@ -589,9 +590,9 @@ def test_folder_is_found_by_string_path_and_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     for model in ("my model", "~/my model", "./my model", Path("my model"), tmp_path / "my model"):
-        assert os.path.samefile(resolve(model), tmp_path / "my model")
+        assert os.path.samefile(resolve(Source(model)), tmp_path / "my model")
     with pytest.raises(CheckpointError, match="my model is a local folder, which has no revision 'main'"):
-        resolve("my model", revision="main")
+        resolve(Source("my model", revision="main"))
 
 
 @pytest.mark.parametrize(
@@ -620,22 +621,22 @@ def test_string_that_is_neither_folder_nor_hub_id_says_what_was_tried(model):
     with pytest.raises(
         CheckpointError, match=r"is not an existing folder, and no hub id .*; check the path"
     ) as error:
-        resolve(model)
+        resolve(Source(model))
     assert str(error.value).isascii()
 
 
 def test_path_object_never_means_the_hub(tmp_path):
     with pytest.raises(CheckpointError, match='"gone" is not an existing folder; check the path'):
-        resolve(Path("gone"))
+        resolve(Source(Path("gone")))
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="file is a file; name the folder that holds it"):
-        resolve(tmp_path / "file")
+        resolve(Source(tmp_path / "file"))
 
 
 @pytest.mark.parametrize("model", [None, 5, b"demo", ["demo"], True])
 def test_model_of_another_type_is_refused(model):
     with pytest.raises(CheckpointError, match="expected 'demo', a folder or a hub id"):
-        resolve(model)
+        resolve(Source(model))
 
 
 # ---- saving

@@ -15,7 +15,7 @@ from fake_hub import FakeHub, Repository
 from huggingface_hub import constants
 
 from gpt2core.checkpoint import hub
-from gpt2core.checkpoint.open import open_checkpoint, resolve
+from gpt2core.checkpoint.open import Source, open_checkpoint, resolve
 from gpt2core.errors import CheckpointError, UnsupportedCheckpointError
 
 
@@ -141,7 +141,7 @@ def test_name_without_owner_is_a_model_too(server, monkeypatch, tmp_path):
     server.repositories["tiny"] = Repository({"main": model_files(6)})
     np.testing.assert_array_equal(open_checkpoint("tiny").weights.wte, weights_of(6))
     os.mkdir("tiny")
-    assert str(resolve("tiny")) == "tiny"  # a folder of that name wins
+    assert str(resolve(Source("tiny"))) == "tiny"  # a folder of that name wins
 
 
 # ---- no network

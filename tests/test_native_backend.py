@@ -10,7 +10,7 @@ import pytest
 from gpt2core.backends.native import NativeBackend
 from gpt2core.batch import Batch
 from gpt2core.config import ACTIVATIONS
-from gpt2core.quantization.encodings import unpack_nibbles
+from gpt2core.encodings import unpack_nibbles
 from gpt2core.quantization.rounding import PRECISIONS, dequantize, quantize
 from gpt2core.reference import layer_norm, linear, reference_logits, reference_trace
 from gpt2core.testing import CONFORMANCE_CHECKS, check_backend, random_config, random_weights

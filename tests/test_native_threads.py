@@ -9,7 +9,6 @@ from gpt2core.backends import create_backend
 from gpt2core.backends.native import NativeBackend
 from gpt2core.batch import Batch
 from gpt2core.checkpoint.open import save_checkpoint
-from gpt2core.checkpoint.quantized import save_quantized
 from gpt2core.errors import BackendUnavailableError, RequestError
 from gpt2core.quantization.rounding import PRECISIONS, quantize
 from gpt2core.testing import random_config, random_weights
@@ -154,7 +153,7 @@ def test_one_copy_of_a_checkpoint_stays_and_the_file_is_not_kept(precision, tmp_
         if precision == "float32":
             save_checkpoint(tmp_path / name, weights)
         else:
-            save_quantized(tmp_path / name, quantize(weights, precision))
+            save_checkpoint(tmp_path / name, quantize(weights, precision))
     stays, most = map(float, run(MEMORY, tmp_path / "warm", tmp_path / "folder"))
     assert 0.8 < stays < 1.2  # 1.03 to 1.05 measured
     assert most < 2.3  # 1.2 to 2.0 measured: pages are given back every 10 ms

@@ -6,8 +6,7 @@ import scipy.special
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt2core import reference
-from gpt2core.backends.numpy import kernels
+from gpt2core import kernels, reference
 from gpt2core.config import ACTIVATIONS
 from gpt2core.weights import LayerNorm
 

@@ -16,19 +16,18 @@ from gpt2core.backends.base import RunsPrecisions
 from gpt2core.backends.onnx import products
 from gpt2core.backends.torch import products as torch_products
 from gpt2core.batch import Batch
-from gpt2core.checkpoint.quantized import save_quantized
+from gpt2core.checkpoint.open import save_checkpoint
 from gpt2core.cli import main
-from gpt2core.errors import BackendUnavailableError, CheckpointError, RequestError
-from gpt2core.quantization.encodings import (
+from gpt2core.encodings import (
     pack_nibbles,
     round_to_bfloat16,
     unpack_nibbles,
     widen_bfloat16,
 )
-from gpt2core.quantization.gptq import round_for_inputs
+from gpt2core.errors import BackendUnavailableError, CheckpointError, RequestError
+from gpt2core.quantization.gptq import best_rounding, round_for_inputs
 from gpt2core.quantization.rounding import (
     PRECISIONS,
-    best_rounding,
     dequantize,
     int8_columns,
     int8_rows,
@@ -36,6 +35,7 @@ from gpt2core.quantization.rounding import (
 )
 from gpt2core.reference import reference_logits
 from gpt2core.testing import CONFORMANCE_CHECKS, VARIANTS, check_backend, random_config, random_weights
+from gpt2core.weights import LINEAR
 
 TINY = random_weights(random_config())
 QUANTIZED = {precision: quantize(TINY, precision) for precision in PRECISIONS}
@@ -43,6 +43,10 @@ QUANTIZED = {precision: quantize(TINY, precision) for precision in PRECISIONS}
 
 def noise(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+def linear_weights(weights):
+    return [(field, getattr(block, field).weight) for block in weights.blocks for field in LINEAR]
 
 
 def quantised_folder(tmp_path, *options):
@@ -62,6 +66,33 @@ def test_int8_is_off_by_half_a_step_of_its_own_output_at_most():
     ):
         assert (np.abs(matrix.float32() - weight) <= 0.5001 * step).all()
         assert np.abs(matrix.values.astype(int)).max() == 127
+
+
+@pytest.mark.parametrize("extra", [0, 5])
+def test_tables_and_matrices_of_more_numbers_than_are_rounded_at_once_have_each_rows_own_scale(extra):
+    """2^20 numbers are rounded at once; each row is larger than the one before it."""
+    rows = 2 * 2**20 // 8 + extra
+    weight = noise(rows, 8) * np.geomspace(1e-3, 1e3, rows, dtype=np.float32)[:, None]
+    step = np.abs(weight).max(1)[:, None] / 127
+    assert (np.abs(int8_rows(weight).float32() - weight) <= 0.5001 * step).all()
+    assert (np.abs(int8_columns(weight).float32() - weight) <= 0.5001 * np.abs(weight).max(0) / 127).all()
+
+
+@pytest.mark.parametrize("changes", [{"n_embd": 1, "n_head": 1}, {"n_inner": 1}], ids=str)
+def test_layers_with_one_input_or_one_output_become_int4_and_stay_what_they_were(changes):
+    weights = random_weights(random_config(**changes))
+    before = {name: array.copy() for name, array in weights.named()}
+    rounded = quantize(weights, "int4", group_size=32)
+    assert [matrix.shape for _, matrix in linear_weights(rounded)] == [
+        matrix.shape for _, matrix in linear_weights(weights)
+    ]
+    for name, array in weights.named():
+        np.testing.assert_array_equal(array, before[name])
+
+
+def test_weights_are_rounded_once_only():
+    with pytest.raises(RequestError, match="quantised already, to int8; take the float model"):
+        quantize(QUANTIZED["int8"], "int4")
 
 
 def test_a_matrix_of_zeros_stays_zero():
@@ -166,7 +197,7 @@ def test_what_cannot_be_asked_for_is_refused(options, message):
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_saved_model_is_read_back_bit_for_bit(tmp_path, precision, tied):
     weights = quantize(random_weights(random_config(tie_word_embeddings=tied)), precision, group_size=32)
-    save_quantized(tmp_path, weights)
+    save_checkpoint(tmp_path, weights)
     got = open_checkpoint(tmp_path).stored
     assert (got.config, got.precision) == (weights.config, precision)
     for (name, array), (want_name, want) in zip(got.named(), weights.named(), strict=True):
@@ -200,7 +231,7 @@ def test_the_command_refuses_what_would_lose_something(tmp_path, capsys):
 
 
 def test_a_quantised_folder_with_another_precision_asked_for_is_refused(tmp_path):
-    save_quantized(tmp_path, QUANTIZED["int8"])
+    save_checkpoint(tmp_path, QUANTIZED["int8"])
     stored = open_checkpoint(tmp_path).stored
     with pytest.raises(
         RequestError, match="'float32' is asked for, but the checkpoint is quantised to 'int8'"
@@ -209,7 +240,7 @@ def test_a_quantised_folder_with_another_precision_asked_for_is_refused(tmp_path
 
 
 def test_faults_of_a_quantised_file_are_all_named(tmp_path):
-    save_quantized(tmp_path, QUANTIZED["int8"])
+    save_checkpoint(tmp_path, QUANTIZED["int8"])
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"n_layer": 4}))
     with pytest.raises(CheckpointError, match=r"has 16 faults: .*h.3.ln_1.weight of shape"):
@@ -425,7 +456,7 @@ def test_a_torch_without_the_int8_product_says_what_to_use(monkeypatch):
 def test_torch_keeps_one_copy_of_a_quantised_folder(tmp_path):
     """In a process of its own: 21 MB of weights, of which oneDNN's copy stays and the file's pages do not."""
     config = random_config(n_embd=512, n_layer=6, n_head=8, vocab_size=4096)
-    save_quantized(tmp_path, quantize(random_weights(config), "int8"))
+    save_checkpoint(tmp_path, quantize(random_weights(config), "int8"))
     code = f"""
 import psutil
 from gpt2core import Batch, open_checkpoint

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 
 from gpt2core.checkpoint.safetensors import (
+    ITEM_NBYTES,
     MAX_HEADER_NBYTES,
     SafetensorsFile,
     TensorData,
@@ -195,6 +196,8 @@ GOOD = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         ({**GOOD, "data_offsets": [False, 8]}, "has data_offsets [false, 8]"),
         ({**GOOD, "data_offsets": [8, 0]}, "has data_offsets [8, 0], -8 bytes; F32 [2] needs 8"),
         ({**GOOD, "data_offsets": [0, 4]}, "has data_offsets [0, 4], 4 bytes; F32 [2] needs 8"),
+        ({**GOOD, "data_offsets": [0, 12]}, "has data_offsets [0, 12], 12 bytes; F32 [2] needs 8"),
+        ({**GOOD, "shape": [1]}, "has data_offsets [0, 8], 8 bytes; F32 [1] needs 4"),
         ({**GOOD, "shape": [3]}, "has data_offsets [0, 8], 8 bytes; F32 [3] needs 12"),
         ({**GOOD, "dtype": "F64"}, "F64 [2] needs 16"),
         ({"dtype": "U8", "shape": [2**62], "data_offsets": [0, 2**62]}, "is truncated: it ends at byte"),
@@ -418,6 +421,32 @@ def test_any_header_gives_faults_or_sound_tensors(scratch, header, data):
     assert not file.entries.keys() & file.faulty
     assert all(fault.isascii() and fault.isprintable() for fault in file.faults)
     read_everything(scratch)
+
+
+@st.composite
+def nearly_sound(draw):
+    """Tensors side by side, of which some have another size or place than they should."""
+    header, end = {}, 0
+    slip = st.sampled_from([0] * 12 + [-4, -1, 1, 4, 8])
+    for name in draw(st.lists(st.sampled_from("abcd"), unique=True)):
+        dtype = draw(st.sampled_from(["U8", "F16", "F32", "F64", "BF16", "I8"]))
+        shape = draw(st.lists(st.integers(0, 3), max_size=3))
+        begin = max(0, end + draw(slip))
+        end = max(0, begin + int(np.prod(shape)) * ITEM_NBYTES[dtype] + draw(slip))
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    return file_bytes(header, bytes(max(0, end + draw(slip))))
+
+
+@given(nearly_sound())
+@settings(max_examples=500)
+def test_what_the_reference_reader_refuses_has_faults_here_and_nothing_else_has(scratch, content):
+    scratch.write_bytes(content)
+    try:
+        safetensors.deserialize(content)
+        refused = False
+    except safetensors.SafetensorError:
+        refused = True
+    assert bool(SafetensorsFile(scratch).faults) == refused
 
 
 # ---- writing

@@ -391,6 +391,7 @@ def test_an_interrupt_while_encoding_is_no_fault_of_the_text(monkeypatch):
 def test_max_token_bytes_is_large_where_a_token_may_stand_for_any_text(gpt2):
     assert gpt2.max_token_bytes == 128
     assert Tokenizer(small_byte_level(added=["x" * 77])).max_token_bytes == 77
+    assert Tokenizer(small_byte_level(added=["é" * 40])).max_token_bytes == 80  # bytes, not characters
     swallowing = small_byte_level()
     swallowing.add_tokens([AddedToken("<mask>", lstrip=True)])
     normalizing = small_byte_level()

@@ -19,7 +19,6 @@ from gpt2core.backends.base import Backend, BackendFactory, Cache, RunsPrecision
 from gpt2core.config import ModelConfig
 from gpt2core.errors import BackendUnavailableError, RequestError
 from gpt2core.quantization import rounding
-from gpt2core.quantization.encodings import QuantizedWeights
 from gpt2core.weights import Weights
 
 if TYPE_CHECKING:
@@ -192,7 +191,7 @@ def choose(
 
 def create_backend(
     name: str,
-    weights: Weights | QuantizedWeights,
+    weights: Weights,
     *,
     device: str = "cpu",
     threads: int | None = None,
@@ -223,15 +222,12 @@ def create_backend(
             f"the {name} backend does not run precision {precision!r}, only {', '.join(offered)}; use "
             f"backend={' or '.join(map(repr, able))} for it"
         )
-    if isinstance(factory, RunsPrecisions):
-        if isinstance(weights, Weights) and precision != "float32":
-            weights = rounding.quantize(weights, precision)
-        return factory(weights, device=device, threads=threads)
-    assert isinstance(weights, Weights)
+    if precision != weights.precision:
+        weights = rounding.quantize(weights, precision)
     return factory(weights, device=device, threads=threads)
 
 
-def resolve_precision(weights: Weights | QuantizedWeights, precision: str) -> str:
+def resolve_precision(weights: Weights, precision: str) -> str:
     """The precision that `precision` means for these weights.
 
     Raises:
@@ -240,13 +236,12 @@ def resolve_precision(weights: Weights | QuantizedWeights, precision: str) -> st
     if precision not in ("auto", *PRECISIONS):
         known = " or ".join(map(repr, PRECISIONS))
         raise RequestError(f"precision {precision!r} is unknown; use 'auto' or {known}")
-    stored = weights.precision if isinstance(weights, QuantizedWeights) else "float32"
     if precision == "auto":
-        return stored
-    if stored not in ("float32", precision):
+        return weights.precision
+    if weights.precision not in ("float32", precision):
         raise RequestError(
-            f"precision {precision!r} is asked for, but the checkpoint is quantised to {stored!r}; "
-            "ask for that, or load the float checkpoint that it was made of"
+            f"precision {precision!r} is asked for, but the checkpoint is quantised to "
+            f"{weights.precision!r}; ask for that, or load the float checkpoint that it was made of"
         )
     return precision
 

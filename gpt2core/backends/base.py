@@ -14,7 +14,6 @@ import numpy as np
 from gpt2core._shapes import Float32
 from gpt2core.batch import Batch
 from gpt2core.config import ModelConfig
-from gpt2core.quantization.encodings import QuantizedWeights
 from gpt2core.trace import Trace
 from gpt2core.weights import Weights
 
@@ -83,9 +82,7 @@ class RunsPrecisions(Protocol):
 
     precisions: tuple[str, ...]
 
-    def __call__(
-        self, weights: Weights | QuantizedWeights, *, device: str = "cpu", threads: int | None = None
-    ) -> Backend: ...
+    def __call__(self, weights: Weights, *, device: str = "cpu", threads: int | None = None) -> Backend: ...
 
 
 @runtime_checkable

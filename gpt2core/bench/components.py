@@ -176,22 +176,22 @@ class _Cuts:
 
 def _with_vocabulary(weights: Weights, count: int) -> Weights:
     config = dataclasses.replace(weights.config, vocab_size=count, bos_token_id=None, eos_token_ids=())
-    wte = weights.wte[:count]
-    head = wte if weights.lm_head is weights.wte else weights.lm_head[:count]
+    wte = np.asarray(weights.wte)[:count]
+    head = wte if weights.lm_head is weights.wte else np.asarray(weights.lm_head)[:count]
     return dataclasses.replace(weights, config=config, wte=wte, lm_head=head)
 
 
 def _with_mlp(weights: Weights, units: int) -> Weights:
-    def narrow(linear: Any, weight: np.ndarray, bias: np.ndarray) -> Any:
-        array = np.ascontiguousarray(weight)
+    def narrow(linear: Any, part: Any, bias: np.ndarray) -> Any:
+        array = np.ascontiguousarray(linear.weight[part])
         array.flags.writeable = False
         return dataclasses.replace(linear, weight=array, bias=bias)
 
     blocks = tuple(
         dataclasses.replace(
             block,
-            c_fc=narrow(block.c_fc, block.c_fc.weight[:, :units], block.c_fc.bias[:units]),
-            mlp_c_proj=narrow(block.mlp_c_proj, block.mlp_c_proj.weight[:units], block.mlp_c_proj.bias),
+            c_fc=narrow(block.c_fc, np.s_[:, :units], block.c_fc.bias[:units]),
+            mlp_c_proj=narrow(block.mlp_c_proj, np.s_[:units], block.mlp_c_proj.bias),
         )
         for block in weights.blocks
     )
@@ -259,7 +259,7 @@ def _look_up(weights: Weights, ids: list[int], start: int) -> Callable[[], objec
     tokens, positions = np.array(ids), np.arange(start, start + len(ids))
 
     def look_up() -> object:
-        x = weights.wte[tokens]
+        x = np.asarray(weights.wte)[tokens]
         x += weights.wpe[positions]
         return x
 

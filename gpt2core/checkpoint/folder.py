@@ -1,18 +1,25 @@
-"""A checkpoint's folder: its config, its weight files, and everything that can be wrong with its tensors."""
+"""A checkpoint's folder: its config, its weight files, and everything that can be wrong with its tensors.
+
+A quantized one has `"gpt2core_quantization": {"version": 1, "precision": ...}` in its `config.json`, for
+"int4" also `"group_size"`. Its tensors have the names of the float32 checkpoint; beside a rounded `X.weight`
+stand `X.weight_scale` (F32) and, for "int4", `X.weight_zero` (U8), in the shapes of `gpt2core.encodings`.
+"""
 
 import re
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
 from gpt2core._json import listed, read_json_object, shown, shown_name
 from gpt2core.checkpoint.safetensors import READABLE, SafetensorsFile, count_nonfinite, equal_arrays
-from gpt2core.config import ModelConfig, known_token_ids
+from gpt2core.config import QUANTIZATION_FIELD, ModelConfig, known_token_ids
+from gpt2core.encodings import BFloat16, Int4, Int8
 from gpt2core.errors import CheckpointError, UnsupportedCheckpointError
-from gpt2core.weights import Weights, expected_shapes, weights_from_tensors
+from gpt2core.quantization.rounding import GROUP_SIZES, PRECISIONS
+from gpt2core.weights import Matrix, Weights, expected_shapes, weights_from_tensors
 
 WEIGHTS: Final = "model.safetensors"
 WEIGHTS_INDEX: Final = "model.safetensors.index.json"
@@ -22,12 +29,43 @@ SMALL_FILES: Final = (
 )  # fmt: skip
 """What a checkpoint's folder may hold beside its weights; the first is needed, some tokenizer too."""
 
+QUANTIZATION_VERSION: Final = 1
 _PREFIX: Final = "transformer."
 _HEAD: Final = "lm_head.weight"
 _EMBEDDING: Final = "wte.weight"
 _MASK: Final = re.compile(rf"({re.escape(_PREFIX)})?h\.\d+\.attn\.(bias|masked_bias)")
 _SHARD_NAME: Final = re.compile(r"\w[\w.-]*\.safetensors", re.ASCII)
 _TRAINING_STATE: Final = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state\w*)\.(bin|pt)")
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """How a folder's weights are stored: their precision, and of "int4" the inputs that share a scale."""
+
+    precision: str = "float32"
+    group_size: int | None = None
+
+    def parts(self, name: str, shape: tuple[int, ...]) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
+        """Dtypes and shape of each tensor that stands for a parameter, by the ending of its name."""
+        table = name in (_EMBEDDING, _HEAD)
+        if self.precision == "float32":
+            return {"": (READABLE, shape)}
+        if len(shape) == 1 or name == "wpe.weight":
+            return {"": (("F32",), shape)}
+        if self.precision == "bfloat16":
+            return {"": (("BF16",), shape)}
+        if table or self.group_size is None:
+            return {"": (("I8",), shape), "_scale": (("F32",), (shape[0], 1) if table else shape[1:])}
+        inputs, outputs = shape
+        groups = -(-inputs // self.group_size)
+        return {
+            "": (("U8",), (outputs, groups * self.group_size // 2)),
+            "_scale": (("F32",), (outputs, groups)),
+            "_zero": (("U8",), (outputs, -(-groups // 2))),
+        }
+
+
+FLOAT32: Final = Storage()
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -37,22 +75,57 @@ def read_config(folder: Path) -> ModelConfig:
         CheckpointError: a file is missing (config.json) or wrong.
         UnsupportedCheckpointError: config.json asks for what is not implemented.
     """
+    return _read_description(folder)[0]
+
+
+def read_storage(folder: Path) -> tuple[ModelConfig, Storage]:
+    """`read_config`, and how the weights are stored.
+
+    Raises:
+        CheckpointError: as of `read_config`, or this version does not read such weights.
+    """
+    config, fields = _read_description(folder)
+    return config, _storage(folder, fields.get(QUANTIZATION_FIELD))
+
+
+def _read_description(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    fields = read_json_object(folder / "config.json")
     try:
-        config = ModelConfig.from_dict(read_json_object(folder / "config.json"))
+        config = ModelConfig.from_dict(fields)
     except UnsupportedCheckpointError as error:
         raise UnsupportedCheckpointError(_in_folder(folder, error)) from error
     except CheckpointError as error:
         raise CheckpointError(_in_folder(folder, error)) from error
     path = folder / "generation_config.json"
     if not path.exists():
-        return config
+        return config, fields
     eos = read_json_object(path).get("eos_token_id")
     if eos is None:
-        return config
+        return config, fields
     try:
-        return replace(config, eos_token_ids=known_token_ids(eos, config.vocab_size))
+        return replace(config, eos_token_ids=known_token_ids(eos, config.vocab_size)), fields
     except CheckpointError as error:
         raise CheckpointError(str(error).replace("config.json", str(path), 1)) from error
+
+
+def _storage(folder: Path, field: Any) -> Storage:
+    if field is None:
+        return Storage()
+    if isinstance(field, dict) and field.get("version") == QUANTIZATION_VERSION:
+        storage = Storage(field.get("precision", ""), field.get("group_size"))
+        sizes = GROUP_SIZES if storage.precision == "int4" else (None,)
+        known = field.keys() <= {"version", "precision", "group_size"}
+        if known and storage.precision in PRECISIONS and storage.group_size in sizes:
+            return storage
+    raise CheckpointError(
+        f"{folder}/config.json: {QUANTIZATION_FIELD} is {shown(field)}, which this version does not read; "
+        "quantise the model again with `gpt2core quantize`"
+    )
+
+
+def _either(names: tuple[str, ...]) -> str:
+    *most, last = names
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 def _in_folder(folder: Path, error: CheckpointError) -> str:
@@ -71,8 +144,8 @@ def is_mask(name: str) -> bool:
     return bool(_MASK.fullmatch(name))
 
 
-def read_weights(folder: Path, config: ModelConfig) -> Weights:
-    """Read `model.safetensors`, or the shards that `model.safetensors.index.json` lists.
+def read_weights(folder: Path, config: ModelConfig, storage: Storage = FLOAT32) -> Weights:
+    """Map `model.safetensors`, or the shards that `model.safetensors.index.json` lists.
 
     The result's own config differs from `config` in one case: where that ties the head but the file holds a
     head with other numbers, the head is separate, as in transformers from version 5 on.
@@ -82,10 +155,10 @@ def read_weights(folder: Path, config: ModelConfig) -> Weights:
             tensor, in the file's own spelling.
     """
     if (folder / WEIGHTS).exists():
-        return weights_from_files(config, [SafetensorsFile(folder / WEIGHTS)], folder / WEIGHTS)
+        return weights_from_files(config, [SafetensorsFile(folder / WEIGHTS)], folder / WEIGHTS, storage)
     if (folder / WEIGHTS_INDEX).exists():
         files, faults = _open_shards(folder)
-        return weights_from_files(config, files, folder / WEIGHTS_INDEX, faults)
+        return weights_from_files(config, files, folder / WEIGHTS_INDEX, storage, faults)
     try:
         pickles = find_pickles(folder)
     except OSError as error:
@@ -135,14 +208,18 @@ def _some(names: Iterable[str]) -> str:
 
 
 def weights_from_files(
-    config: ModelConfig, files: list[SafetensorsFile], label: Path, faults: Iterable[str] = ()
+    config: ModelConfig,
+    files: list[SafetensorsFile],
+    label: Path,
+    storage: Storage = FLOAT32,
+    faults: Iterable[str] = (),
 ) -> Weights:
     """Arrange the tensors of one checkpoint's files, of which `label` is how errors call it.
 
     Raises:
         CheckpointError: listing all `faults`, those of the files, and those of their tensors.
     """
-    reader = _Reader(config, files)
+    reader = _Reader(config, storage, files)
     every = [*faults, *reader.faults]
     if every:
         count = f"{len(every)} faults" if len(every) > 1 else "a fault"
@@ -153,8 +230,8 @@ def weights_from_files(
 class _Reader:
     """Matches the tensors of files with those that a config promises, and collects what is wrong."""
 
-    def __init__(self, config: ModelConfig, files: list[SafetensorsFile]) -> None:
-        self.config = config
+    def __init__(self, config: ModelConfig, storage: Storage, files: list[SafetensorsFile]) -> None:
+        self.config, self.storage = config, storage
         self.faults: list[str] = []
         self._tensors: dict[str, np.ndarray] = {}  # by the name without prefix
         self._prefixed = False
@@ -185,33 +262,45 @@ class _Reader:
             self.faults.append(
                 f"config.json promises {self.config.n_layer} blocks, the file has {len(self._found)} tensors"
             )
-        expected = expected_shapes(replace(self.config, n_layer=layers))
-        if self.config.tie_word_embeddings and _HEAD in self._found:
-            expected[_HEAD] = expected[_EMBEDDING]
+        shapes = expected_shapes(replace(self.config, n_layer=layers))
+        if self._head_may_differ and _HEAD in self._found:
+            shapes[_HEAD] = shapes[_EMBEDDING]
             if _EMBEDDING not in self._found:
-                del expected[_EMBEDDING]
-        for name, shape in expected.items():
+                del shapes[_EMBEDDING]
+        expected = {
+            name + ending: part
+            for name, shape in shapes.items()
+            for ending, part in self.storage.parts(name, shape).items()
+        }
+        for name, (dtypes, shape) in expected.items():
             if name not in self._found:
-                prefix = _PREFIX if self._prefixed and name != _HEAD else ""
+                prefix = _PREFIX if self._prefixed and not name.startswith(_HEAD) else ""
                 self.faults.append(f"tensor {prefix}{name} of shape {list(shape)} is missing")
             else:
-                self._read(name, shape)
+                self._read(name, dtypes, shape)
         self.faults += [
             self._in(file, f"tensor {shown_name(name)} is surplus, config.json has no place for it")
             for bare, (file, name) in self._found.items()
             if bare not in expected
         ]
 
-    def _read(self, bare: str, shape: tuple[int, ...]) -> None:
+    @property
+    def _head_may_differ(self) -> bool:
+        """Whether a head that the file holds may have other numbers than the embedding it is tied to."""
+        return self.config.tie_word_embeddings and self.storage.precision == "float32"
+
+    def _read(self, bare: str, dtypes: tuple[str, ...], shape: tuple[int, ...]) -> None:
         file, name = self._found[bare]
         if name in file.faulty:
             return  # among the file's own faults
         entry = file.entries[name]
         fault = ""
-        if entry.dtype not in READABLE:
-            fault = f"has dtype {entry.dtype}, expected {', '.join(READABLE[:-1])} or {READABLE[-1]}"
+        if entry.dtype not in dtypes:
+            fault = f"has dtype {entry.dtype}, expected {_either(dtypes)}"
         elif entry.shape != shape:
             fault = f"has shape {list(entry.shape)}, expected {list(shape)}"
+        elif "F32" not in dtypes:
+            self._tensors[bare] = file.stored(name)
         else:
             self._tensors[bare] = file.float32(name)
             if bad := count_nonfinite(self._tensors[bare]):
@@ -224,9 +313,19 @@ class _Reader:
 
     def weights(self) -> Weights:
         tensors, config = self._tensors, self.config
-        if config.tie_word_embeddings and _HEAD in tensors:
+        if self._head_may_differ and _HEAD in tensors:
             if _EMBEDDING not in tensors:
                 tensors[_EMBEDDING] = tensors[_HEAD]
             elif not equal_arrays(tensors[_HEAD], tensors[_EMBEDDING]):
                 config = replace(config, tie_word_embeddings=False)
-        return weights_from_tensors(config, tensors)
+        matrices = {name: self._matrix(name, shape) for name, shape in expected_shapes(config).items()}
+        return weights_from_tensors(config, matrices, self.storage.precision)
+
+    def _matrix(self, name: str, shape: tuple[int, ...]) -> Matrix:
+        values, *more = (self._tensors[name + ending] for ending in self.storage.parts(name, shape))
+        match more:
+            case scale, zero:
+                return Int4(values, scale, zero, inputs=shape[0])
+            case [scale]:
+                return Int8(values, scale)
+        return values if values.dtype == np.float32 else BFloat16(values)

@@ -2,6 +2,7 @@
 
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,28 +22,23 @@ def is_hub_id(text: str) -> bool:
     return bool(_ID.fullmatch(text)) and "--" not in text and ".." not in text and not text.endswith(".git")
 
 
-def download(
-    repo_id: str,
-    *,
-    revision: str | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    local_files_only: bool = False,
-    token: str | bool | None = None,
-    progress: bool = True,
-) -> Path:
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a model comes from: its name, and what is asked of the hub; see `open_checkpoint`."""
+
+    model: str | os.PathLike[str]
+    revision: str | None = None
+    cache_dir: str | os.PathLike[str] | None = None
+    local_files_only: bool = False
+    token: str | bool | None = None
+
+
+def download(source: Source, *, progress: bool = True) -> Path:
     """The folder of a repository's snapshot in huggingface_hub's cache, downloaded if it is not complete.
 
     A complete cached snapshot is used without asking the network, so a branch stays what it was when it was
     downloaded; name a commit, or clear the cache, to change that. huggingface_hub's environment variables
-    hold (`HF_HOME`, `HF_ENDPOINT`, `HF_TOKEN`, `HF_HUB_OFFLINE`, ...).
-
-    Args:
-        repo_id: `name` or `owner/name`.
-        revision: branch, tag or commit; None for the main branch.
-        cache_dir: instead of huggingface_hub's own cache.
-        local_files_only: never use the network.
-        token: for private and gated repositories; None for the one that `hf auth login` stored.
-        progress: show huggingface_hub's progress bars, on stderr.
+    hold (`HF_HOME`, `HF_ENDPOINT`, `HF_TOKEN`, `HF_HUB_OFFLINE`, ...). `progress` shows its bars on stderr.
 
     Raises:
         CheckpointError: saying what was tried and what would help.
@@ -50,11 +46,12 @@ def download(
     import huggingface_hub  # here: importing it takes a quarter of a second
     from huggingface_hub import constants, errors
 
+    repo_id, revision = str(source.model), source.revision
     wanted: dict[str, Any] = {
         "repo_id": repo_id,
         "revision": revision,
-        "cache_dir": cache_dir,
-        "token": token,
+        "cache_dir": source.cache_dir,
+        "token": source.token,
         "allow_patterns": list(_WANTED),
     }
     name = repo_id if revision is None else f"{repo_id} at revision {revision}"
@@ -68,12 +65,13 @@ def download(
     if cached and not lacking:
         return cached
     usable = cached if lacking == [_TOKENIZER] else None  # a repository need not have a tokenizer
-    if local_files_only or constants.HF_HUB_OFFLINE:
+    if source.local_files_only or constants.HF_HUB_OFFLINE:
         if usable:
             return usable
-        reason = "local_files_only=True" if local_files_only else "HF_HUB_OFFLINE"
+        reason = "local_files_only=True" if source.local_files_only else "HF_HUB_OFFLINE"
+        cache = source.cache_dir or constants.HF_HUB_CACHE
         raise CheckpointError(
-            f"{name} is not in the cache {cache_dir or constants.HF_HUB_CACHE} (missing: {listed(lacking)}), "
+            f"{name} is not in the cache {cache} (missing: {listed(lacking)}), "
             f"and {reason} forbids the network; allow it once, or name a folder that holds the model"
         )
     try:
@@ -86,7 +84,7 @@ def download(
         raise CheckpointError(_why(error, repo_id, name, constants.ENDPOINT)) from error
     lacking = _lacking(folder)
     if lacking and lacking != [_TOKENIZER]:
-        raise _incomplete(name, folder, lacking, wanted)
+        raise _incomplete(source, name, folder, lacking)
     return folder
 
 
@@ -152,13 +150,14 @@ def _status(error: BaseException | None) -> int | None:
     return None
 
 
-def _incomplete(name: str, folder: Path, lacking: list[str], wanted: dict[str, Any]) -> CheckpointError:
+def _incomplete(source: Source, name: str, folder: Path, lacking: list[str]) -> CheckpointError:
     import huggingface_hub
 
     text = f"{name} lacks {listed(lacking, 5)}"
-    repo_id, revision, token = (wanted[key] for key in ("repo_id", "revision", "token"))
+    repo_id = str(source.model)
     try:
-        files = huggingface_hub.HfApi().list_repo_files(repo_id, revision=revision, token=token)
+        api = huggingface_hub.HfApi(token=source.token)
+        files = api.list_repo_files(repo_id, revision=source.revision)
     except Exception:  # as above; the listing only makes the message better
         return CheckpointError(f"{text} (what it has was downloaded to {folder})")
     pickles = sorted(file for file in files if file.endswith((".bin", ".pt", ".pth", ".ckpt")))

@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,19 +10,20 @@ from typing import Any, Final
 import numpy as np
 
 from gpt2core._json import listed, shown
+from gpt2core.checkpoint import hub
 from gpt2core.checkpoint.convert import convert_pickle
-from gpt2core.checkpoint.folder import WEIGHTS, read_config, read_weights
-from gpt2core.checkpoint.quantized import read_quantization, read_quantized
-from gpt2core.checkpoint.safetensors import TensorData, replacing, write_safetensors
-from gpt2core.config import ModelConfig
+from gpt2core.checkpoint.folder import QUANTIZATION_VERSION, WEIGHTS, read_config, read_storage, read_weights
+from gpt2core.checkpoint.hub import Source
+from gpt2core.checkpoint.safetensors import ITEM_NBYTES, STORED, TensorData, replacing, write_safetensors
+from gpt2core.config import QUANTIZATION_FIELD, ModelConfig
+from gpt2core.encodings import Int4, round_to_bfloat16
 from gpt2core.errors import CheckpointError, RequestError
-from gpt2core.quantization.encodings import QuantizedWeights, round_to_bfloat16
 from gpt2core.quantization.rounding import dequantize
 from gpt2core.weights import Weights
 
 __all__ = [
-    "Checkpoint", "convert_pickle", "open_checkpoint", "read_config", "read_weights", "resolve",
-    "save_checkpoint",
+    "Checkpoint", "Source", "convert_pickle", "open_checkpoint", "read_checkpoint", "read_config",
+    "read_weights", "resolve", "save_checkpoint",
 ]  # fmt: skip
 
 DEMO: Final = Path(__file__).parent.parent / "demo"
@@ -37,19 +37,19 @@ class Checkpoint:
         source: what was asked for: "demo", a folder, a hub id.
         folder: the local folder that holds the files, the tokenizer's too.
         config: the same as `stored.config`.
-        stored: read-only; float32 weights are memory-mapped where the file holds aligned float32, quantised
-            ones always.
+        stored: in the precision of the file, read-only; memory-mapped where the file holds aligned float32,
+            in fewer bits always.
     """
 
     source: str
     folder: Path
     config: ModelConfig
-    stored: Weights | QuantizedWeights
+    stored: Weights
 
     @property
     def weights(self) -> Weights:
         """The float32 weights; of a quantised checkpoint what its numbers stand for, made at each access."""
-        return dequantize(self.stored) if isinstance(self.stored, QuantizedWeights) else self.stored
+        return dequantize(self.stored)
 
 
 def open_checkpoint(
@@ -61,39 +61,7 @@ def open_checkpoint(
     token: str | bool | None = None,
     progress: bool = True,
 ) -> Checkpoint:
-    """Find a model, read its configuration and its weights, and check them; see `resolve` for the arguments.
-
-    Raises:
-        CheckpointError: it is not there, or not whole; all faults of its tensors are listed at once.
-        UnsupportedCheckpointError: it is pickled, or asks for what gpt2core does not compute.
-    """
-    folder = resolve(
-        model,
-        revision=revision,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
-        token=token,
-        progress=progress,
-    )
-    config, quantization = read_config(folder), read_quantization(folder)
-    stored: Weights | QuantizedWeights
-    if quantization is None:
-        stored = read_weights(folder, config)
-    else:
-        stored = read_quantized(folder, config, quantization)
-    return Checkpoint(source=os.fspath(model), folder=folder, config=stored.config, stored=stored)
-
-
-def resolve(
-    model: str | os.PathLike[str],
-    *,
-    revision: str | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    local_files_only: bool = False,
-    token: str | bool | None = None,
-    progress: bool = True,
-) -> Path:
-    """The local folder of a model; downloads it if it is a hub id that the cache does not hold.
+    """Find a model, read its configuration and its weights, and check them.
 
     Args:
         model: "demo" for the bundled model, an existing folder, or else a hub id, `name` or `owner/name`. A
@@ -105,8 +73,27 @@ def resolve(
         progress: show a download's progress on stderr.
 
     Raises:
+        CheckpointError: it is not there, or not whole; all faults of its tensors are listed at once.
+        UnsupportedCheckpointError: it is pickled, or asks for what gpt2core does not compute.
+    """
+    return read_checkpoint(Source(model, revision, cache_dir, local_files_only, token), progress=progress)
+
+
+def read_checkpoint(source: Source, *, progress: bool = True) -> Checkpoint:
+    """`open_checkpoint` of a source."""
+    folder = resolve(source, progress=progress)
+    config, storage = read_storage(folder)
+    stored = read_weights(folder, config, storage)
+    return Checkpoint(source=os.fspath(source.model), folder=folder, config=stored.config, stored=stored)
+
+
+def resolve(source: Source, *, progress: bool = True) -> Path:
+    """The local folder of a model; downloads it if it is a hub id that the cache does not hold.
+
+    Raises:
         CheckpointError: there is no such model; says what was tried and what would help.
     """
+    model, revision = source.model, source.revision
     if not isinstance(model, str | os.PathLike) or not isinstance(name := os.fspath(model), str):
         raise CheckpointError(f"model is {shown(model)}, expected 'demo', a folder or a hub id")
     if name == "demo" and isinstance(model, str):
@@ -126,24 +113,16 @@ def resolve(
     if name and os.path.exists(folder):
         raise CheckpointError(f"{name} is a file; name the folder that holds it")
 
-    from gpt2core.checkpoint import hub
-
     if not isinstance(model, str) or not hub.is_hub_id(name):
         kind = "" if not isinstance(model, str) else ", and no hub id (name or owner/name) either"
         raise CheckpointError(f"{shown(name)} is not an existing folder{kind}; check the path")
-    return hub.download(
-        name,
-        revision=revision,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
-        token=token,
-        progress=progress,
-    )
+    return hub.download(source, progress=progress)
 
 
 # What a dtype cannot hold rounds to infinity from here on; NaN is in no range.
 _LIMITS: Final = {"float32": np.inf, "float16": 65520.0, "bfloat16": (2 - 2**-8) * 2.0**127}
 _STORED: Final = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_WHOLE: Final = {"u2": "BF16", "i1": "I8", "u1": "U8"}  # of encodings
 
 
 def save_checkpoint(folder: str | os.PathLike[str], weights: Weights, *, dtype: str = "float32") -> None:
@@ -154,8 +133,9 @@ def save_checkpoint(folder: str | os.PathLike[str], weights: Weights, *, dtype: 
 
     Args:
         folder: made if it does not exist.
-        weights: arrays of any float type.
-        dtype: "float32", "float16" or "bfloat16"; numbers are rounded to the nearest.
+        weights: of any precision; arrays of any float type.
+        dtype: "float32", "float16" or "bfloat16" for float arrays, rounded to the nearest; quantized weights
+            are written as they are, which is "float32".
 
     Raises:
         RequestError: another dtype.
@@ -163,10 +143,15 @@ def save_checkpoint(folder: str | os.PathLike[str], weights: Weights, *, dtype: 
     """
     if dtype not in _STORED:
         raise RequestError(f"dtype is {shown(dtype)}, expected one of {', '.join(_STORED)}")
+    if weights.precision != "float32" and dtype != "float32":
+        raise RequestError(
+            f"{weights.precision} weights are written as they are, not as {dtype}; leave dtype out"
+        )
     faults = [
         f"{name} reaches {extreme:.6g}"
         for name, array in weights.named()
-        if not (extreme := max(float(array.max()), -float(array.min()))) < _LIMITS[dtype]
+        if array.dtype.kind == "f"
+        and not (extreme := max(float(array.max()), -float(array.min()))) < _LIMITS[dtype]
     ]
     if faults:
         raise CheckpointError(f"{dtype} cannot hold these weights: {listed(faults)}; save them as float32")
@@ -175,21 +160,36 @@ def save_checkpoint(folder: str | os.PathLike[str], weights: Weights, *, dtype: 
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be made: {error.strerror}") from error
+    tensors = {
+        name if name.startswith("lm_head") else f"transformer.{name}": _tensor_data(array, dtype)
+        for name, array in weights.named()
+    }
+    # Wide numbers first, which keeps them aligned.
+    ordered = sorted(tensors.items(), key=lambda item: -ITEM_NBYTES[item[1].dtype])
     with replacing(folder / WEIGHTS) as file:
-        write_safetensors(file, dict(_stored(weights, dtype)))
-    config = weights.config.to_dict() | {"torch_dtype": dtype}
+        write_safetensors(file, dict(ordered))
+    config = weights.config.to_dict() | _described(weights, dtype)
     with replacing(folder / "config.json") as file:
         file.write((json.dumps(config, indent=2) + "\n").encode())
 
 
-def _stored(weights: Weights, dtype: str) -> Iterator[tuple[str, TensorData]]:
-    for name, array in weights.named():
-        full_name = name if name.startswith("lm_head") else f"transformer.{name}"
-        yield full_name, TensorData(_STORED[dtype], array.shape, partial(_encode, array, dtype))
+def _described(weights: Weights, dtype: str) -> dict[str, Any]:
+    """The field of `config.json` that says how the weights are stored."""
+    if weights.precision == "float32":
+        return {"torch_dtype": dtype}
+    field: dict[str, Any] = {"version": QUANTIZATION_VERSION, "precision": weights.precision}
+    if isinstance(matrix := weights.blocks[0].c_attn.weight, Int4):
+        field["group_size"] = matrix.group_size
+    return {QUANTIZATION_FIELD: field}
 
 
-def _encode(array: np.ndarray[Any, Any], dtype: str) -> np.ndarray[Any, Any]:
+def _tensor_data(array: np.ndarray[Any, Any], dtype: str) -> TensorData:
+    stored = _STORED[dtype] if array.dtype.kind == "f" else _WHOLE[array.dtype.str[1:]]
+    return TensorData(stored, array.shape, partial(_encode, array, stored))
+
+
+def _encode(array: np.ndarray[Any, Any], stored: str) -> np.ndarray[Any, Any]:
     """The bytes of an array in the file's type, little-endian."""
-    if dtype != "bfloat16":
-        return np.ascontiguousarray(array, "<f4" if dtype == "float32" else "<f2")
-    return round_to_bfloat16(array)
+    if stored == "BF16" and array.dtype.kind == "f":
+        return round_to_bfloat16(array)
+    return np.ascontiguousarray(array, STORED[stored])

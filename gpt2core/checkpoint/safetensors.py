@@ -18,6 +18,7 @@ import numpy as np
 
 from gpt2core._json import parse_json_object, shown, shown_name
 from gpt2core._shapes import Float32
+from gpt2core.encodings import widen_bfloat16
 from gpt2core.errors import CheckpointError
 
 ITEM_NBYTES: Final = {
@@ -34,7 +35,7 @@ READABLE: Final = ("F32", "F16", "BF16", "F64")
 MAX_HEADER_NBYTES: Final = 2_000_000
 MAX_TENSORS: Final = 50_000
 MAX_DIMENSIONS: Final = 8
-_STORED: Final = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8", "I8": "i1", "U8": "u1"}
+STORED: Final = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8", "I8": "i1", "U8": "u1"}
 _BLOCK: Final = 1 << 16  # elements; a block and its mask stay in the processor's cache
 
 
@@ -109,7 +110,7 @@ class SafetensorsFile:
     def stored(self, name: str) -> np.ndarray:
         """A tensor as it is stored, bfloat16 as uint16: a read-only view of the mapped file where aligned."""
         entry = self.entries[name]
-        array = np.frombuffer(self._map, _STORED[entry.dtype], math.prod(entry.shape), entry.begin)
+        array = np.frombuffer(self._map, STORED[entry.dtype], math.prod(entry.shape), entry.begin)
         if not array.flags.aligned:
             array = array.copy()
             array.flags.writeable = False
@@ -123,12 +124,10 @@ class SafetensorsFile:
         """
         entry = self.entries[name]
         count = math.prod(entry.shape)
-        stored = np.frombuffer(self._map, _STORED[entry.dtype], count, entry.begin)
+        stored = np.frombuffer(self._map, STORED[entry.dtype], count, entry.begin)
         with np.errstate(all="ignore"):  # whoever wants finite numbers counts them afterwards
-            if entry.dtype == "BF16":  # the upper half of a float32
-                array = stored.astype(np.uint32)
-                array <<= 16
-                array = array.view(np.float32)
+            if entry.dtype == "BF16":
+                array = widen_bfloat16(stored)
             else:
                 array = stored.astype(np.float32, copy=not stored.flags.aligned)
         array = array.reshape(entry.shape)

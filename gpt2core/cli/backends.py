@@ -17,14 +17,14 @@ def backends(threads: int | None, as_json: bool) -> None:
     GPT2CORE_BACKEND names no engine there is no choice to show; a line says so.
     """
     from gpt2core.backends import available, choose
-    from gpt2core.checkpoint.open import read_config, resolve
+    from gpt2core.checkpoint.open import Source, read_config, resolve
     from gpt2core.config import ModelConfig
     from gpt2core.errors import BackendUnavailableError, CheckpointError
 
     engines = available().values()
     models = {"openai-community/gpt2": ModelConfig()}
     with suppress(CheckpointError):  # an installation without the demo model
-        models = {"demo": read_config(resolve("demo")), **models}
+        models = {"demo": read_config(resolve(Source("demo"))), **models}
     auto: dict[str, tuple[str, str]] = {}
     unknown = ""
     try:

@@ -76,9 +76,10 @@ def options(*groups: Callable[[Command], Command]) -> Callable[[Command], Comman
 
 def find(model: str, *, revision: str | None, offline: bool) -> Path:
     """The folder of the model that the options name; a download shows its progress on a terminal."""
-    from gpt2core.checkpoint.open import resolve
+    from gpt2core.checkpoint.open import Source, resolve
 
-    return resolve(model, revision=revision, local_files_only=offline, progress=sys.stderr.isatty())
+    source = Source(model, revision, local_files_only=offline)
+    return resolve(source, progress=sys.stderr.isatty())
 
 
 def load(

@@ -48,14 +48,12 @@ def quantize(
     OUT then is a model like any other: it is loaded by mapping its file, and runs in that precision.
     """
     from gpt2core.checkpoint.folder import SMALL_FILES, WEIGHTS
-    from gpt2core.checkpoint.open import open_checkpoint
-    from gpt2core.checkpoint.quantized import save_quantized
+    from gpt2core.checkpoint.open import open_checkpoint, save_checkpoint
     from gpt2core.errors import CheckpointError, RequestError
-    from gpt2core.quantization.encodings import QuantizedWeights
     from gpt2core.quantization.rounding import quantize as rounded
 
     checkpoint = open_checkpoint(find(model, revision=revision, offline=offline))
-    if isinstance(checkpoint.stored, QuantizedWeights):
+    if checkpoint.stored.precision != "float32":
         raise RequestError(
             f"{model} is quantised already, to {checkpoint.stored.precision}; "
             "name the float model it was made of"
@@ -69,7 +67,7 @@ def quantize(
         )
     with Status(f"rounding {model} to {precision}"):
         weights = rounded(checkpoint.stored, precision, group_size=int(group_size))
-        save_quantized(folder, weights)
+        save_checkpoint(folder, weights)
     for name in SMALL_FILES:
         if name != "config.json" and (checkpoint.folder / name).is_file():
             shutil.copyfile(checkpoint.folder / name, folder / name)

@@ -5,20 +5,21 @@ well as text, since what matters is which inputs are large and which go together
 """
 
 # B texts, T tokens of each, N = B T, D width, H heads, K head width
-# I inputs, O outputs, G groups, S inputs per group
+# I inputs, O outputs, G groups, S inputs per group, n groups to be rounded
 
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import numpy as np
 
+from gpt2core import kernels
 from gpt2core._shapes import Float32, Int
-from gpt2core.backends.numpy import kernels
-from gpt2core.quantization.encodings import Int4, QuantizedBlock, QuantizedLinear, pack_nibbles
-from gpt2core.quantization.rounding import best_rounding, read_only
-from gpt2core.weights import LayerNorm, Linear, Weights
+from gpt2core.encodings import SMALLEST_SCALE, Int4, pack_nibbles, read_only
+from gpt2core.weights import LayerNorm, Linear, Weights, as_array
 
 TEXTS: Final = 16
 _LONGEST: Final = 256  # tokens of a text
+_SHRINKS: Final = tuple(1 - 0.04 * i for i in range(10))  # of a group's range: 1 down to 0.64
 _DAMPING: Final = 0.01  # of the mean squared input, added to each: keeps rare inputs from being sacrificed
 
 
@@ -28,32 +29,30 @@ def random_texts(weights: Weights) -> Int[np.ndarray, "B T"]:
     return np.random.default_rng(0).integers(0, weights.config.vocab_size, shape)
 
 
-def quantize_blocks(
-    weights: Weights, texts: Int[np.ndarray, "B T"], group_size: int
-) -> tuple[QuantizedBlock, ...]:
-    """All blocks, each rounded for the inputs that the rounded ones before it produce."""
+def round_layers(weights: Weights, texts: Int[np.ndarray, "B T"], group_size: int) -> Iterator[Int4]:
+    """The matrices of `weights.blocks` in 4 bits, in the order in which they compute.
+
+    Each is rounded for the inputs that the rounded ones before it produce.
+    """
     config, count = weights.config, texts.shape[1]
-    x = (weights.wte[texts] + weights.wpe[:count]).reshape(-1, config.n_embd)  # (N, D)
-    blocks = []
+    x = (as_array(weights.wte)[texts] + weights.wpe[:count]).reshape(-1, config.n_embd)  # (N, D)
     for i, block in enumerate(weights.blocks):
-        c_attn, qkv = _rounded(block.c_attn, _norm(x, block.ln_1, weights), group_size)
-        y = _attention(qkv, count, weights, i)
-        attn_c_proj, y = _rounded(block.attn_c_proj, y, group_size)
-        x += y
-        c_fc, h = _rounded(block.c_fc, _norm(x, block.ln_2, weights), group_size)
+        h = _norm(x, block.ln_1, weights)
+        yield (c_attn := round_for_inputs(as_array(block.c_attn.weight), h, group_size))
+        y = _attention(_apply(block.c_attn, c_attn, h), count, weights, i)
+        yield (attn_c_proj := round_for_inputs(as_array(block.attn_c_proj.weight), y, group_size))
+        x += _apply(block.attn_c_proj, attn_c_proj, y)
+        h = _norm(x, block.ln_2, weights)
+        yield (c_fc := round_for_inputs(as_array(block.c_fc.weight), h, group_size))
+        h = _apply(block.c_fc, c_fc, h)
         kernels.activate(h, config.activation_function)
-        mlp_c_proj, y = _rounded(block.mlp_c_proj, h, group_size)
-        x += y
-        blocks.append(QuantizedBlock(block.ln_1, c_attn, attn_c_proj, block.ln_2, c_fc, mlp_c_proj))
-    return tuple(blocks)
+        yield (mlp_c_proj := round_for_inputs(as_array(block.mlp_c_proj.weight), h, group_size))
+        x += _apply(block.mlp_c_proj, mlp_c_proj, h)
 
 
-def _rounded(
-    layer: Linear, x: Float32[np.ndarray, "N I"], group_size: int
-) -> tuple[QuantizedLinear, Float32[np.ndarray, "N O"]]:
-    """The layer in 4 bits, and what that makes of its inputs."""
-    weight = round_for_inputs(layer.weight, x, group_size)
-    return QuantizedLinear(weight, layer.bias), kernels.linear(x, weight.float32(), layer.bias)
+def _apply(layer: Linear, weight: Int4, x: Float32[np.ndarray, "N I"]) -> Float32[np.ndarray, "N O"]:
+    """What the rounded layer makes of its inputs."""
+    return kernels.linear(x, weight.float32(), layer.bias)
 
 
 def round_for_inputs(
@@ -66,7 +65,7 @@ def round_for_inputs(
     """
     inputs, outputs = weight.shape
     groups = -(-inputs // group_size)
-    rest = np.ascontiguousarray(weight.T)  # (O, I): what is not yet rounded, as the errors so far ask for
+    rest = weight.T.copy()  # (O, I): what is not yet rounded, as the errors so far ask for
     feedback = _feedback(x)  # (I, I)
     values = np.zeros((outputs, groups * group_size), np.uint8)
     scale = np.empty((outputs, groups), np.float32)
@@ -86,6 +85,42 @@ def round_for_inputs(
         rest[:, last:] -= errors @ feedback[first:last, last:]
         values[:, last : (g + 1) * group_size] = zero[:, g, None]  # padding
     return Int4(read_only(pack_nibbles(values)), read_only(scale), read_only(pack_nibbles(zero)), inputs)
+
+
+def best_rounding(
+    w: Float32[np.ndarray, "n S"], shrinks: Sequence[float] = _SHRINKS
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Values (n, S), scale (n,) and zero (n,) of 4 bits for each group, those of the least squared error.
+
+    From each of several ranges, narrower than the group's extremes: round, then fit the scale to the rounded
+    values by least squares, then round again. As in HQQ (Badri & Shaji 2023, "Half-Quadratic Quantization of
+    Large Machine Learning Models") values and parameters are improved in turn, by looking at weights alone.
+    """
+    low, high = np.minimum(w.min(1), 0), np.maximum(w.max(1), 0)
+    best_error = np.full(len(w), np.inf, np.float32)
+    best_values, best_scale = np.zeros(w.shape, np.uint8), np.ones(len(w), np.float32)
+    best_zero = np.zeros(len(w), np.uint8)
+    for shrink in shrinks:
+        scale = np.maximum((high - low) * np.float32(shrink / 15), SMALLEST_SCALE)  # (n,)
+        zero = np.clip(np.rint(-low * np.float32(shrink) / scale), 0, 15)[:, None]  # (n, 1)
+        steps = _steps(w, scale, zero)  # (n, S): value - zero
+        square = np.einsum("ns,ns->n", steps, steps)
+        fitted = np.einsum("ns,ns->n", w, steps) / np.maximum(square, 1)
+        scale = np.where(fitted > 0, fitted, scale).astype(np.float32)
+        steps = _steps(w, scale, zero)
+        rest = w - steps * scale[:, None]
+        error = np.einsum("ns,ns->n", rest, rest)
+        better = error < best_error
+        best_error[better], best_scale[better] = error[better], scale[better]
+        best_zero[better] = zero[better, 0]
+        best_values[better] = steps[better] + zero[better]
+    return best_values, best_scale, best_zero
+
+
+def _steps(w: np.ndarray, scale: np.ndarray, zero: np.ndarray) -> np.ndarray:
+    steps = w / scale[:, None]
+    np.rint(steps, out=steps)
+    return np.clip(steps, -zero, 15 - zero, out=steps)
 
 
 def _feedback(x: Float32[np.ndarray, "N I"]) -> Float32[np.ndarray, "I I"]:

@@ -1,40 +1,29 @@
-"""Quantisation in NumPy: float32 weights to 8, 4 or 16 bits, without any text to calibrate on.
+"""Quantization in NumPy: float32 weights to 8, 4 or 16 bits, without any text to calibrate on.
 
 What is rounded are the matrices of the linear layers, and the token embedding and the LM head, which stay
 in 8 bits with "int4" too: they are what perplexity is most sensitive to. Biases, layer norms and the
 position embedding stay float32.
 """
 
-# V vocabulary, D width, I inputs, O outputs, G groups, S inputs per group, n outputs or groups of a part
+# V vocabulary, D width, I inputs, O outputs
 
-from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
 
 from gpt2core._shapes import Float32
+from gpt2core.encodings import SMALLEST_SCALE, BFloat16, Int4, Int8, read_only, round_to_bfloat16
 from gpt2core.errors import CheckpointError, RequestError, in_short
-from gpt2core.quantization.encodings import (
-    BFloat16,
-    Int8,
-    Matrix,
-    QuantizedBlock,
-    QuantizedLinear,
-    QuantizedWeights,
-    Table,
-    round_to_bfloat16,
-)
-from gpt2core.weights import Block, Linear, Weights
+from gpt2core.quantization import gptq
+from gpt2core.weights import Weights
 
 PRECISIONS: Final = ("int8", "int4", "bfloat16")
 GROUP_SIZES: Final = (32, 64, 128)
 GROUP_SIZE: Final = 128
-_SHRINKS: Final = tuple(1 - 0.04 * i for i in range(10))  # of a group's range: 1 down to 0.64
 _PART: Final = 1 << 20  # numbers worked on at once, a few MB with all their scratch
-_TINY: Final = float(np.finfo(np.float32).tiny)
 
 
-def quantize(weights: Weights, precision: str, *, group_size: int = GROUP_SIZE) -> QuantizedWeights:
+def quantize(weights: Weights, precision: str, *, group_size: int = GROUP_SIZE) -> Weights:
     """Round weights to a precision.
 
     "int8" is symmetric with one scale per output of a layer and per row of the embedding. "int4" has a scale
@@ -43,74 +32,38 @@ def quantize(weights: Weights, precision: str, *, group_size: int = GROUP_SIZE) 
     int8. "bfloat16" halves every matrix.
 
     Raises:
-        RequestError: an unknown precision or group size.
+        RequestError: an unknown precision or group size, or weights that are rounded already.
         CheckpointError: a matrix holds numbers that are not finite.
     """
     if precision not in PRECISIONS:
         raise RequestError(f"precision {in_short(precision)} is unknown; use {_either(PRECISIONS)}")
     if group_size not in GROUP_SIZES:
         raise RequestError(f"group_size is {in_short(group_size)}; use {_either(GROUP_SIZES)}")
-
-    def linear(layer: Linear) -> QuantizedLinear:
-        _check_finite(layer.weight)
-        weight: Matrix
-        if precision == "int8":
-            weight = int8_columns(layer.weight)
-        else:
-            weight = BFloat16(read_only(round_to_bfloat16(layer.weight)))
-        return QuantizedLinear(weight, layer.bias)
-
-    def block(b: Block) -> QuantizedBlock:
-        c_attn, attn_c_proj, c_fc, mlp_c_proj = map(linear, (b.c_attn, b.attn_c_proj, b.c_fc, b.mlp_c_proj))
-        return QuantizedBlock(b.ln_1, c_attn, attn_c_proj, b.ln_2, c_fc, mlp_c_proj)
-
-    def table(array: Float32[np.ndarray, "V D"]) -> Table:
-        _check_finite(array)
-        return BFloat16(read_only(round_to_bfloat16(array))) if precision == "bfloat16" else int8_rows(array)
-
-    wte = table(weights.wte)
-    if precision == "int4":
-        from gpt2core.quantization import (
-            gptq,  # it uses the NumPy backend's kernels, whose package imports this module
+    if weights.precision != "float32":
+        raise RequestError(
+            f"the weights are quantised already, to {weights.precision}; take the float model that they "
+            "were made of"
         )
-
-        for b in weights.blocks:
-            for layer in (b.c_attn, b.attn_c_proj, b.c_fc, b.mlp_c_proj):
-                _check_finite(layer.weight)
-        blocks = gptq.quantize_blocks(weights, gptq.random_texts(weights), group_size)
-    else:
-        blocks = tuple(map(block, weights.blocks))
-    return QuantizedWeights(
-        config=weights.config,
-        precision=precision,
-        wte=wte,
-        wpe=weights.wpe,
-        blocks=blocks,
-        ln_f=weights.ln_f,
-        lm_head=wte if weights.lm_head is weights.wte else table(weights.lm_head),
-    )
+    _check_finite(weights)
+    if precision == "bfloat16":
+        return weights.convert(precision, _bfloat16, _bfloat16)
+    if precision == "int8":
+        return weights.convert(precision, int8_columns, int8_rows)
+    layers = gptq.round_layers(weights, gptq.random_texts(weights), group_size)
+    return weights.convert(precision, lambda _: next(layers), int8_rows)  # both go in the layers' order
 
 
-def dequantize(weights: QuantizedWeights) -> Weights:
-    """The float32 weights that quantised ones stand for: the reference for every backend that runs them."""
+def dequantize(weights: Weights) -> Weights:
+    """The float32 weights that rounded ones stand for: the reference for every backend that runs them."""
 
-    def linear(layer: QuantizedLinear) -> Linear:
-        return Linear(read_only(layer.weight.float32()), layer.bias)
+    def float32(matrix: Int8 | Int4 | BFloat16) -> np.ndarray:
+        return read_only(matrix.float32())
 
-    def block(b: QuantizedBlock) -> Block:
-        c_attn, attn_c_proj, c_fc, mlp_c_proj = map(linear, (b.c_attn, b.attn_c_proj, b.c_fc, b.mlp_c_proj))
-        return Block(b.ln_1, c_attn, attn_c_proj, b.ln_2, c_fc, mlp_c_proj)
+    return weights if weights.precision == "float32" else weights.convert("float32", float32, float32)
 
-    wte = read_only(weights.wte.float32())
-    tied = weights.lm_head is weights.wte
-    return Weights(
-        config=weights.config,
-        wte=wte,
-        wpe=weights.wpe,
-        blocks=tuple(map(block, weights.blocks)),
-        ln_f=weights.ln_f,
-        lm_head=wte if tied else read_only(weights.lm_head.float32()),
-    )
+
+def _bfloat16(matrix: np.ndarray) -> BFloat16:
+    return BFloat16(read_only(round_to_bfloat16(matrix)))
 
 
 def int8_columns(weight: Float32[np.ndarray, "I O"]) -> Int8:
@@ -126,7 +79,7 @@ def int8_rows(table: Float32[np.ndarray, "V D"]) -> Int8:
 
 
 def _int8_scale(largest: np.ndarray) -> np.ndarray:
-    return np.maximum(largest / np.float32(127), np.float32(_TINY))
+    return np.maximum(largest / np.float32(127), SMALLEST_SCALE)
 
 
 def _int8(array: np.ndarray, scale: np.ndarray) -> Int8:
@@ -138,53 +91,13 @@ def _int8(array: np.ndarray, scale: np.ndarray) -> Int8:
     return Int8(read_only(values), read_only(scale))
 
 
-def best_rounding(
-    w: Float32[np.ndarray, "n S"], shrinks: Sequence[float] = _SHRINKS
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Values (n, S), scale (n,) and zero (n,) of 4 bits for each group, those of the least squared error.
-
-    From each of several ranges, narrower than the group's extremes: round, then fit the scale to the rounded
-    values by least squares, then round again. As in HQQ (Badri & Shaji 2023, "Half-Quadratic Quantization of
-    Large Machine Learning Models") values and parameters are improved in turn, by looking at weights alone.
-    """
-    low, high = np.minimum(w.min(1), 0), np.maximum(w.max(1), 0)
-    best_error = np.full(len(w), np.inf, np.float32)
-    best_values, best_scale = np.zeros(w.shape, np.uint8), np.ones(len(w), np.float32)
-    best_zero = np.zeros(len(w), np.uint8)
-    for shrink in shrinks:
-        scale = np.maximum((high - low) * np.float32(shrink / 15), np.float32(_TINY))  # (n,)
-        zero = np.clip(np.rint(-low * np.float32(shrink) / scale), 0, 15)[:, None]  # (n, 1)
-        steps = _steps(w, scale, zero)  # (n, S): value - zero
-        square = np.einsum("ns,ns->n", steps, steps)
-        fitted = np.einsum("ns,ns->n", w, steps) / np.maximum(square, 1)
-        scale = np.where(fitted > 0, fitted, scale).astype(np.float32)
-        steps = _steps(w, scale, zero)
-        rest = w - steps * scale[:, None]
-        error = np.einsum("ns,ns->n", rest, rest)
-        better = error < best_error
-        best_error[better], best_scale[better] = error[better], scale[better]
-        best_zero[better] = zero[better, 0]
-        best_values[better] = steps[better] + zero[better]
-    return best_values, best_scale, best_zero
-
-
-def _steps(w: np.ndarray, scale: np.ndarray, zero: np.ndarray) -> np.ndarray:
-    steps = w / scale[:, None]
-    np.rint(steps, out=steps)
-    return np.clip(steps, -zero, 15 - zero, out=steps)
-
-
-def _check_finite(array: np.ndarray) -> None:
-    if not np.isfinite([array.max(), array.min()]).all():
-        raise CheckpointError(
-            "a matrix holds numbers that are not finite, which no scale fits; check the model"
-        )
-
-
-def read_only(array: np.ndarray) -> np.ndarray:
-    """The same array, from now on not to be written to."""
-    array.flags.writeable = False
-    return array
+def _check_finite(weights: Weights) -> None:
+    for name, array in weights.named():
+        rounded = array.ndim == 2 and name != "wpe.weight"
+        if rounded and not np.isfinite([array.max(), array.min()]).all():
+            raise CheckpointError(
+                f"{name} holds numbers that are not finite, which no scale fits; check the model"
+            )
 
 
 def _either(values: tuple[object, ...]) -> str:

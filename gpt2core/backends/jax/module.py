@@ -19,7 +19,7 @@ from gpt2core.config import ModelConfig
 from gpt2core.weights import Block as BlockWeights
 from gpt2core.weights import LayerNorm as NormWeights
 from gpt2core.weights import Linear as LinearWeights
-from gpt2core.weights import Weights
+from gpt2core.weights import Weights, as_array
 
 Place = Callable[[np.ndarray, tuple[str | None, ...]], Array]
 """Puts an array on its devices; the tuple names the mesh axis over which each of its axes may be cut."""
@@ -102,7 +102,7 @@ class Linear(nnx.Module):
         cut: tuple[str | None, ...],
         place: Place,
     ) -> None:
-        self.weight = nnx.Param(place(weights.weight.reshape(*inputs, *outputs), cut))
+        self.weight = nnx.Param(place(as_array(weights.weight).reshape(*inputs, *outputs), cut))
         self.bias = nnx.Param(place(weights.bias.reshape(outputs), cut[len(inputs) :]))
         self.contracted = len(inputs)
 
@@ -141,12 +141,12 @@ class Gpt2Module(nnx.Module):
         place = place or (lambda array, cut: jnp.asarray(array))
         config = weights.config
         self.config = config
-        self.wte = nnx.Param(place(weights.wte, (None, MODEL_AXIS)))  # (V, D)
+        self.wte = nnx.Param(place(as_array(weights.wte), (None, MODEL_AXIS)))  # (V, D)
         self.wpe = nnx.Param(place(weights.wpe, (None, MODEL_AXIS)))  # (P, D)
         self.blocks = nnx.List([Block(block, config, place) for block in weights.blocks])
         self.ln_f = LayerNorm(weights.ln_f, config.layer_norm_epsilon, place)
         if weights.lm_head is not weights.wte:
-            self.lm_head = nnx.Param(place(weights.lm_head, (None, MODEL_AXIS)))  # (V, D)
+            self.lm_head = nnx.Param(place(as_array(weights.lm_head), (None, MODEL_AXIS)))  # (V, D)
 
     def __call__(self, token_ids: Any) -> Array:
         """Logits at every position: (..., T) ids -> (..., T, V) float32; nothing is cached."""

@@ -19,7 +19,6 @@ from gpt2core.backends.native.packing import CModel, PackedModel
 from gpt2core.batch import Batch
 from gpt2core.config import ModelConfig
 from gpt2core.errors import BackendError, BackendUnavailableError, RequestError
-from gpt2core.quantization.encodings import QuantizedWeights
 from gpt2core.quantization.rounding import PRECISIONS
 from gpt2core.weights import Weights
 
@@ -74,16 +73,14 @@ class NativeBackend:
     name = "native"
     precisions = ("float32", *PRECISIONS)
 
-    def __init__(
-        self, weights: Weights | QuantizedWeights, *, device: str = "cpu", threads: int | None = None
-    ) -> None:
+    def __init__(self, weights: Weights, *, device: str = "cpu", threads: int | None = None) -> None:
         check_threads(threads)
         if device != "cpu":
             raise BackendUnavailableError(
                 f"the native backend runs on device 'cpu' only, not {device!r}; use backend='torch' for it"
             )
         self.config = weights.config
-        self.precision = weights.precision if isinstance(weights, QuantizedWeights) else "float32"
+        self.precision = weights.precision
         self._library = _declared(load_library())
         self._packed: PackedModel | None = PackedModel(weights, self._library)
         team = self._library.team_new(threads or _cores())

@@ -7,28 +7,17 @@ The structures have the fields of those in `kernels/products.h` and `kernels/gpt
 
 import ctypes
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from ctypes import POINTER, Structure, c_float, c_int, c_long, c_void_p
 from typing import Any, Final
 
 import numpy as np
 
 from gpt2core.backends._shared.memory import giving_back, private_memory
+from gpt2core.encodings import BFloat16, Int4, Int8, unpack_nibbles
 from gpt2core.errors import BackendUnavailableError
-from gpt2core.quantization.encodings import (
-    BFloat16,
-    Int4,
-    Int8,
-    QuantizedBlock,
-    QuantizedLinear,
-    QuantizedWeights,
-    Table,
-    unpack_nibbles,
-)
-from gpt2core.weights import Block, LayerNorm, Linear, Weights
+from gpt2core.weights import LINEAR, Block, LayerNorm, Linear, Matrix, Table, Weights
 
-AnyMatrix = np.ndarray | Int8 | Int4 | BFloat16
-AnyBlock = Block | QuantizedBlock
 _FLOAT32, _BFLOAT16, _INT8, _INT4 = range(4)
 _ALIGNMENT: Final = 64  # bytes; a line of the processor's cache
 _MOST_INT8_INPUTS: Final = 66_000  # more of 255 * 127 would not fit in 32 bits
@@ -96,16 +85,15 @@ class PackedModel:
         library: the compiled kernels.
     """
 
-    def __init__(self, weights: Weights | QuantizedWeights, library: Any) -> None:
+    def __init__(self, weights: Weights, library: Any) -> None:
         self._library, self._wide = library, library.strip_width()
         self._kept: list[Any] = []
         self._arena = _Arena(sum(self._packed_nbytes(m) for m in _matrices(weights)))
         config = weights.config
         with giving_back(array for _, array in weights.named()):
-            parts: Sequence[AnyBlock] = weights.blocks
-            blocks = [self._block(part, config.attention_scale(i)) for i, part in enumerate(parts)]
+            blocks = [self._block(block, config.attention_scale(i)) for i, block in enumerate(weights.blocks)]
             self._blocks = (CBlock * config.n_layer)(*blocks)
-            head = self._matrix(_transposed(weights.lm_head))
+            head = self._matrix(weights.lm_head.T)
         kind, wte, wte_scale = self._table(weights.wte)
         self.nbytes = self._arena.nbytes
         self.model = CModel(
@@ -128,7 +116,7 @@ class PackedModel:
         size = _whole(len(vector), self._wide)
         return self._address(np.pad(np.asarray(vector, np.float32), (0, size - len(vector))))
 
-    def _block(self, block: AnyBlock, attention_scale: float) -> CBlock:
+    def _block(self, block: Block, attention_scale: float) -> CBlock:
         return CBlock(
             self._norm(block.ln_1),
             self._norm(block.ln_2),
@@ -142,10 +130,10 @@ class PackedModel:
     def _norm(self, norm: LayerNorm) -> CNorm:
         return CNorm(self._padded(norm.weight), self._padded(norm.bias))
 
-    def _linear(self, linear: Linear | QuantizedLinear) -> CLinear:
+    def _linear(self, linear: Linear) -> CLinear:
         return CLinear(self._matrix(linear.weight), self._padded(linear.bias))
 
-    def _table(self, table: np.ndarray | Table) -> tuple[int, int, int | None]:
+    def _table(self, table: Table) -> tuple[int, int, int | None]:
         if isinstance(table, Int8):
             scale = np.ascontiguousarray(table.scale[:, 0])
             return _INT8, self._address(np.ascontiguousarray(table.values)), self._address(scale)
@@ -153,7 +141,7 @@ class PackedModel:
             return _BFLOAT16, self._address(np.ascontiguousarray(table.bits)), None
         return _FLOAT32, self._address(np.ascontiguousarray(table)), None
 
-    def _packed_nbytes(self, matrix: AnyMatrix) -> int:
+    def _packed_nbytes(self, matrix: Matrix) -> int:
         inputs, outputs = _shape(matrix)
         outputs = _whole(outputs, self._wide)
         if isinstance(matrix, Int4):
@@ -164,7 +152,7 @@ class PackedModel:
             size = inputs * outputs * (2 if isinstance(matrix, BFloat16) else 4)
         return _whole(size, _ALIGNMENT)
 
-    def _matrix(self, matrix: AnyMatrix) -> CMatrix:
+    def _matrix(self, matrix: Matrix) -> CMatrix:
         """Pack a matrix (I, O), of any strides."""
         inputs, outputs = _shape(matrix)
         to = self._arena.take(self._packed_nbytes(matrix))
@@ -212,33 +200,19 @@ class _Arena:
         return self._start + self._used - nbytes
 
 
-def _matrices(weights: Weights | QuantizedWeights) -> Iterator[AnyMatrix]:
-    blocks: Sequence[AnyBlock] = weights.blocks
-    for block in blocks:
-        for linear in (block.c_attn, block.attn_c_proj, block.c_fc, block.mlp_c_proj):
-            yield linear.weight
-    yield _transposed(weights.lm_head)
+def _matrices(weights: Weights) -> Iterator[Matrix]:
+    for block in weights.blocks:
+        yield from (getattr(block, field).weight for field in LINEAR)
+    yield weights.lm_head.T
 
 
-def _transposed(table: np.ndarray | Table) -> AnyMatrix:
-    """The head as a matrix (D, V)."""
-    if isinstance(table, Int8):
-        return Int8(table.values.T, table.scale[:, 0])
-    if isinstance(table, BFloat16):
-        return BFloat16(table.bits.T)
-    return table.T
-
-
-def _shape(matrix: AnyMatrix) -> tuple[int, int]:
-    if isinstance(matrix, Int4):
-        return matrix.inputs, len(matrix.packed)
-    if isinstance(matrix, Int8) and matrix.values.shape[0] > _MOST_INT8_INPUTS:
+def _shape(matrix: Matrix) -> tuple[int, int]:
+    inputs, outputs = matrix.shape
+    if isinstance(matrix, Int8) and inputs > _MOST_INT8_INPUTS:
         raise BackendUnavailableError(
             f"the native backend multiplies int8 matrices of up to {_MOST_INT8_INPUTS} inputs, not "
-            f"{matrix.values.shape[0]}; use precision='float32' or backend='numpy'"
+            f"{inputs}; use precision='float32' or backend='numpy'"
         )
-    values = matrix.values if isinstance(matrix, Int8) else matrix
-    inputs, outputs = (values.bits if isinstance(values, BFloat16) else values).shape
     return inputs, outputs
 
 
@@ -252,9 +226,9 @@ def _strided(array: np.ndarray) -> tuple[int, int, int]:
     return array.ctypes.data, first, second
 
 
-def _small_cache(weights: Weights | QuantizedWeights) -> int:
+def _small_cache(weights: Weights) -> int:
     """Whether keys and values are kept in bfloat16: where the weights are rounded more than that anyway."""
-    return int(isinstance(weights, QuantizedWeights) and weights.precision in ("int8", "int4"))
+    return int(weights.precision in ("int8", "int4"))
 
 
 def _whole(size: int, unit: int) -> int:

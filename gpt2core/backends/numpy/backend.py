@@ -1,7 +1,7 @@
 """The NumPy backend: the readable one among the fast, and the default where no framework is installed.
 
-One forward pass, top to bottom, is `NumpyBackend._logits`; the arithmetic is in `numpy_kernels`. Weights are
-used where they lie: a memory-mapped float32 checkpoint is never copied.
+One forward pass, top to bottom, is `NumpyBackend._logits`; the arithmetic is in `gpt2core.kernels`. Weights
+are used where they lie: a memory-mapped float32 checkpoint is never copied.
 """
 
 # N new tokens in all, B rows, M wanted logits, D width, H heads, K head width, V vocabulary
@@ -13,19 +13,18 @@ from typing import final
 
 import numpy as np
 
+from gpt2core import kernels
 from gpt2core._shapes import Float, Float32
 from gpt2core.backends._shared.memory import lazy_zeros
 from gpt2core.backends._shared.ragged import AttentionPlan, note_filled, plan_attention
 from gpt2core.backends._shared.threads import blas_threads
-from gpt2core.backends.numpy import kernels
-from gpt2core.backends.numpy.products import linear, project
+from gpt2core.backends.numpy.products import linear, multiply
 from gpt2core.batch import Batch, whole_sequence
 from gpt2core.config import ModelConfig
 from gpt2core.errors import BackendUnavailableError, RequestError
-from gpt2core.quantization.encodings import QuantizedBlock, QuantizedWeights, look_up
 from gpt2core.quantization.rounding import PRECISIONS
 from gpt2core.trace import Trace
-from gpt2core.weights import Block, Weights
+from gpt2core.weights import Weights, look_up
 
 
 @final
@@ -69,16 +68,14 @@ class NumpyBackend:
     name = "numpy"
     precisions = ("float32", *PRECISIONS)
 
-    def __init__(
-        self, weights: Weights | QuantizedWeights, *, device: str = "cpu", threads: int | None = None
-    ) -> None:
+    def __init__(self, weights: Weights, *, device: str = "cpu", threads: int | None = None) -> None:
         if device != "cpu":
             raise BackendUnavailableError(
                 f"the numpy backend runs on device 'cpu' only, not {device!r}; use backend='torch' for it"
             )
         self.config = weights.config
-        self.precision = "float32" if isinstance(weights, Weights) else weights.precision
-        self._weights: Weights | QuantizedWeights | None = weights
+        self.precision = weights.precision
+        self._weights: Weights | None = weights
         self._threads = blas_threads(threads)
 
     def new_cache(self, slots: int, capacity: int) -> NumpyCache:
@@ -111,7 +108,7 @@ class NumpyBackend:
 
     def _logits(
         self,
-        weights: Weights | QuantizedWeights,
+        weights: Weights,
         batch: Batch,
         cache: NumpyCache,
         notes: "_Notes | None",
@@ -122,8 +119,7 @@ class NumpyBackend:
         x += weights.wpe[batch.positions]
         if notes is not None:
             notes.hidden_states.append(x.copy())
-        blocks: Sequence[Block | QuantizedBlock] = weights.blocks
-        for i, block in enumerate(blocks):
+        for i, block in enumerate(weights.blocks):
             h = kernels.layer_norm(x, block.ln_1.weight, block.ln_1.bias, epsilon)
             qkv = linear(h, block.c_attn)  # (N, 3 D)
             qkv = qkv.reshape(len(x), 3, config.n_head, -1)  # (N, 3, H, K)
@@ -143,7 +139,7 @@ class NumpyBackend:
             if notes is not None:
                 notes.hidden_states.append(x.copy())
         x = kernels.layer_norm(x, weights.ln_f.weight, weights.ln_f.bias, epsilon)
-        return project(x, weights.lm_head)
+        return multiply(x, weights.lm_head.T)
 
     def close(self) -> None:
         """Let go of the weights."""

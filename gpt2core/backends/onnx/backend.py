@@ -18,9 +18,8 @@ from gpt2core.backends.onnx.passes import OnnxCache, Settings
 from gpt2core.backends.onnx.runs import Run, plan_runs
 from gpt2core.batch import Batch, whole_sequence
 from gpt2core.errors import BackendError, BackendUnavailableError, RequestError
-from gpt2core.quantization.encodings import QuantizedWeights, look_up
 from gpt2core.trace import Trace
-from gpt2core.weights import Weights
+from gpt2core.weights import Weights, look_up
 
 SPINNING_VARIABLE: Final = "GPT2CORE_ONNX_SPINNING"
 
@@ -49,7 +48,7 @@ class OnnxBackend:
 
     def __init__(
         self,
-        weights: Weights | QuantizedWeights,
+        weights: Weights,
         *,
         device: str = "cpu",
         threads: int | None = None,
@@ -57,19 +56,17 @@ class OnnxBackend:
     ) -> None:
         check_threads(threads)
         self.config = weights.config
-        self.precision = weights.precision if isinstance(weights, QuantizedWeights) else "float32"
+        self.precision = weights.precision
         if self.precision != "float32" and device != "cpu":
             raise BackendUnavailableError(
                 f"the onnx backend runs precision {self.precision!r} on device 'cpu' only, not {device!r}"
             )
-        self._weights: Weights | QuantizedWeights | None = weights
+        self._weights: Weights | None = weights
         self._device = device
         self._settings = Settings(threads, _spinning(spinning), _providers(device))
         with self._failing("could not start"):
-            if isinstance(weights, QuantizedWeights):
-                self._network: Whole | Quantized | None = Quantized(weights, self._settings)
-            else:
-                self._network = Whole(weights, self._settings)
+            network = Whole if self.precision == "float32" else Quantized
+            self._network: Whole | Quantized | None = network(weights, self._settings)
         self._tracer: Any = None
 
     def new_cache(self, slots: int, capacity: int) -> OnnxCache:
@@ -101,7 +98,7 @@ class OnnxBackend:
     def _run(
         self,
         network: Whole | Quantized,
-        weights: Weights | QuantizedWeights,
+        weights: Weights,
         run: Run,
         cache: OnnxCache,
         wanted: np.ndarray,

@@ -15,8 +15,7 @@ from gpt2core.backends.onnx.nodes import Graph
 from gpt2core.backends.onnx.operators import MICROSOFT, Fused, padded_head_dim
 from gpt2core.backends.onnx.products import QuantizedProducts
 from gpt2core.config import ModelConfig
-from gpt2core.quantization.encodings import QuantizedWeights
-from gpt2core.weights import Linear, Weights
+from gpt2core.weights import Linear, Weights, as_array
 
 OPSET: Final = 21
 IR_VERSION: Final = 10
@@ -42,9 +41,10 @@ def _widen(
 ) -> dict[str, np.ndarray]:
     d, heads, k = config.n_embd, config.n_head, config.head_dim
     extra = head_dim - k
-    weight = np.pad(qkv.weight.reshape(d, 3, heads, k), ((0, 0), (0, 0), (0, 0), (0, extra)))  # (D, 3, H, K)
+    weight = as_array(qkv.weight).reshape(d, 3, heads, k)
+    weight = np.pad(weight, ((0, 0), (0, 0), (0, 0), (0, extra)))  # (D, 3, H, K)
     bias = np.pad(qkv.bias.reshape(3, heads, k), ((0, 0), (0, 0), (0, extra)))  # (3, H, K)
-    projection = np.pad(out.weight.reshape(heads, k, d), ((0, 0), (0, extra), (0, 0)))  # (H, K, D)
+    projection = np.pad(as_array(out.weight).reshape(heads, k, d), ((0, 0), (0, extra), (0, 0)))  # (H, K, D)
     return {
         f"{prefix}c_attn.weight": weight.reshape(d, -1),
         f"{prefix}c_attn.bias": bias.reshape(-1),
@@ -53,7 +53,7 @@ def _widen(
 
 
 def graph_weights(
-    weights: Weights | QuantizedWeights, products: QuantizedProducts | None = None, *, part: Part = "whole"
+    weights: Weights, products: QuantizedProducts | None = None, *, part: Part = "whole"
 ) -> Iterator[tuple[str, np.ndarray]]:
     """The initializers of `build_model` by name: no embeddings, but always a head where the part has one."""
     if products is not None:
@@ -63,7 +63,6 @@ def graph_weights(
         if part != "body":
             yield from products.head_arrays()
         return
-    assert isinstance(weights, Weights)
     for name, array in named_weights(weights, padded_head_dim(weights.config)):
         if name == "wte.weight" and weights.lm_head is weights.wte:
             yield "lm_head.weight", array

@@ -17,7 +17,6 @@ from gpt2core.backends.onnx.graph import Part, build_model, graph_weights
 from gpt2core.backends.onnx.passes import Heads, OnnxCache, Passes, Settings, start
 from gpt2core.backends.onnx.products import ByPass, ByToken, QuantizedProducts
 from gpt2core.backends.onnx.runs import Run
-from gpt2core.quantization.encodings import QuantizedWeights
 from gpt2core.weights import Weights
 
 _FEW_TOKENS: Final = 4  # beyond these `ByPass` is faster
@@ -49,7 +48,7 @@ class Whole:
 class Quantized:
     """int8 and int4: a session for few and one for many tokens, and the same for the head."""
 
-    def __init__(self, weights: QuantizedWeights, settings: Settings) -> None:
+    def __init__(self, weights: Weights, settings: Settings) -> None:
         self._weights, self._settings = weights, settings
         self._products: dict[bool, QuantizedProducts] = {True: ByToken(weights), False: ByPass(weights)}
         self._bodies: dict[bool, Passes] = {}
@@ -90,19 +89,19 @@ class Quantized:
         return self._heads[few]
 
 
-def start_tracer(weights: Weights | QuantizedWeights, settings: Settings) -> tuple[Any, Any]:
+def start_tracer(weights: Weights, settings: Settings) -> tuple[Any, Any]:
     """A session that shows what happens inside, and what has to live as long."""
-    products = ByToken(weights) if isinstance(weights, QuantizedWeights) else None
+    products = ByToken(weights) if weights.precision != "float32" else None
     model, arrays = _model(weights, products, "whole", trace=True)
     return start(model, arrays, settings, packed=False)
 
 
-def _mapped_pages_given_back(weights: Weights | QuantizedWeights) -> AbstractContextManager[None]:
+def _mapped_pages_given_back(weights: Weights) -> AbstractContextManager[None]:
     return giving_back(array for _, array in weights.named())
 
 
 def _model(
-    weights: Weights | QuantizedWeights,
+    weights: Weights,
     products: QuantizedProducts | None,
     part: Part,
     *,

@@ -11,9 +11,9 @@ import numpy as np
 
 from gpt2core.backends.onnx.nodes import Graph, Products
 from gpt2core.backends.onnx.operators import MICROSOFT
-from gpt2core.quantization.encodings import Int4, Int8, QuantizedLinear, QuantizedWeights
+from gpt2core.encodings import Int4, Int8
 from gpt2core.quantization.rounding import int8_columns
-from gpt2core.weights import BLOCK_NAMES
+from gpt2core.weights import BLOCK_NAMES, LINEAR, Linear, Weights, as_array
 
 _INT8_ACTIVATIONS: Final = 4  # accuracy_level of MatMulNBits: inputs in int8 too, by groups of each token
 _GROUPS: Final = 256, 128, 64, 32, 16  # inputs; a longer group is faster, as fewer scales are read
@@ -42,7 +42,7 @@ class ByToken:
 
     flat = widened = False
 
-    def __init__(self, weights: QuantizedWeights) -> None:
+    def __init__(self, weights: Weights) -> None:
         self._weights = weights
         self._layers = dict(_layers(weights))
 
@@ -104,7 +104,7 @@ class ByPass:
 
     flat = widened = False
 
-    def __init__(self, weights: QuantizedWeights) -> None:
+    def __init__(self, weights: Weights) -> None:
         self._weights = weights
 
     def linear(self, g: Graph, x: str, name: str) -> str:
@@ -120,7 +120,7 @@ class ByPass:
         """See `QuantizedProducts`."""
         for name, layer in _layers(self._weights):
             weight = layer.weight
-            int8 = weight if isinstance(weight, Int8) else int8_columns(weight.float32())
+            int8 = weight if isinstance(weight, Int8) else int8_columns(as_array(weight))
             yield f"{name}.bias", layer.bias
             yield f"{name}.weight", int8.values
             yield f"{name}.weight_scale", int8.scale
@@ -133,12 +133,10 @@ class ByPass:
         yield "lm_head.weight_scale", head.scale.reshape(-1)
 
 
-def _layers(weights: QuantizedWeights) -> Iterator[tuple[str, QuantizedLinear]]:
+def _layers(weights: Weights) -> Iterator[tuple[str, Linear]]:
     for i, block in enumerate(weights.blocks):
-        for field, name in BLOCK_NAMES.items():
-            layer = getattr(block, field)
-            if isinstance(layer, QuantizedLinear):
-                yield f"h.{i}.{name}", layer
+        for field in LINEAR:
+            yield f"h.{i}.{BLOCK_NAMES[field]}", getattr(block, field)
 
 
 def group_size(inputs: int) -> int:

@@ -24,17 +24,10 @@ from gpt2core.backends.torch.products import ACTIVATIONS, EAGER, Pieces, Product
 from gpt2core.backends.torch.trace import Notes
 from gpt2core.batch import Batch, whole_sequence
 from gpt2core.config import ModelConfig
+from gpt2core.encodings import Int8
 from gpt2core.errors import BackendError, BackendUnavailableError, RequestError
-from gpt2core.quantization.encodings import (
-    BFloat16,
-    Int8,
-    QuantizedBlock,
-    QuantizedLinear,
-    QuantizedWeights,
-    look_up,
-)
 from gpt2core.trace import Trace
-from gpt2core.weights import Block, Linear, Weights
+from gpt2core.weights import Linear, Table, Weights, look_up
 
 COMPILE_VARIABLE: Final = "GPT2CORE_TORCH_COMPILE"
 
@@ -54,7 +47,7 @@ class _Layer:
 
 @dataclass(frozen=True, slots=True)
 class _Model:
-    wte: Tensor | Int8  # quantised, it stays in the checkpoint's file, of which a pass reads a few rows
+    wte: Tensor | Table  # in int8 it stays in the checkpoint's file, of which a pass reads a few rows
     wpe: Tensor
     layers: tuple[_Layer, ...]
     ln_f: tuple[Tensor, Tensor]
@@ -103,7 +96,7 @@ class TorchBackend:
 
     def __init__(
         self,
-        weights: Weights | QuantizedWeights,
+        weights: Weights,
         *,
         device: str = "cpu",
         threads: int | None = None,
@@ -111,7 +104,7 @@ class TorchBackend:
     ) -> None:
         check_threads(threads)
         self.config = weights.config
-        self.precision = weights.precision if isinstance(weights, QuantizedWeights) else "float32"
+        self.precision = weights.precision
         self._device = _device(device)
         if self.precision != "float32" and self._device.type != "cpu":
             raise BackendUnavailableError(
@@ -195,10 +188,10 @@ class TorchBackend:
         return model.lm_head(h)  # (M, V)
 
     def _embedded(self, model: _Model, batch: Batch) -> Tensor:
-        if isinstance(model.wte, Int8):
-            tokens = torch.from_numpy(look_up(model.wte, batch.tokens))
-        else:
+        if isinstance(model.wte, Tensor):
             tokens = model.wte[self._index(batch.tokens)]
+        else:
+            tokens = torch.from_numpy(look_up(model.wte, batch.tokens))
         return tokens.add_(model.wpe[self._index(batch.positions)])
 
     def _index(self, array: np.ndarray) -> Tensor:
@@ -235,7 +228,7 @@ def _compiled(wanted: bool | None) -> bool:
     return value == "1"
 
 
-def _to_torch(weights: Weights | QuantizedWeights, device: torch.device, pieces: Pieces) -> _Model:
+def _to_torch(weights: Weights, device: torch.device, pieces: Pieces) -> _Model:
     config = weights.config
     act = ACTIVATIONS[config.activation_function]
 
@@ -245,10 +238,8 @@ def _to_torch(weights: Weights | QuantizedWeights, device: torch.device, pieces:
     def norm(part: Any) -> tuple[Tensor, Tensor]:
         return tensor(part.weight), tensor(part.bias)
 
-    def product(
-        part: Linear | QuantizedLinear, activation: Callable[[Tensor], Tensor] | None = None
-    ) -> Product:
-        if isinstance(part, Linear):
+    def product(part: Linear, activation: Callable[[Tensor], Tensor] | None = None) -> Product:
+        if isinstance(part.weight, np.ndarray):
             return linear(tensor(part.weight).T, tensor(part.bias), activation)
         assert isinstance(part.weight, Int8)
         values, scale = tensor(part.weight.values).T, tensor(part.weight.scale)
@@ -256,19 +247,17 @@ def _to_torch(weights: Weights | QuantizedWeights, device: torch.device, pieces:
         give_back(part.weight.values)
         return packed
 
-    def head(table: np.ndarray | Int8) -> Product:
-        if not isinstance(table, Int8):
+    def head(table: Table) -> Product:
+        if isinstance(table, np.ndarray):
             return linear(tensor(table), None, None)
+        assert isinstance(table, Int8)
         packed = int8_product(tensor(table.values), tensor(table.scale).view(-1), pieces=pieces)
         give_back(table.values)
         return packed
 
-    assert not isinstance(weights.wte, BFloat16)
-    assert not isinstance(weights.lm_head, BFloat16)
-    blocks: tuple[Block | QuantizedBlock, ...] = weights.blocks
     lm_head = head(weights.lm_head)  # first, since it is the largest and packing it takes as much again
     return _Model(
-        wte=weights.wte if isinstance(weights.wte, Int8) else tensor(weights.wte),
+        wte=tensor(weights.wte) if isinstance(weights.wte, np.ndarray) else weights.wte,
         wpe=tensor(weights.wpe),
         layers=tuple(
             _Layer(
@@ -280,7 +269,7 @@ def _to_torch(weights: Weights | QuantizedWeights, device: torch.device, pieces:
                 mlp_c_proj=product(block.mlp_c_proj),
                 scale=config.attention_scale(i),
             )
-            for i, block in enumerate(blocks)
+            for i, block in enumerate(weights.blocks)
         ),
         ln_f=norm(weights.ln_f),
         lm_head=lm_head,

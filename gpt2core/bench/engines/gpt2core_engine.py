@@ -21,7 +21,7 @@ def start(job: dict[str, Any]) -> None:
 
 def prepare(job: dict[str, Any]) -> None:
     """Round the checkpoint once, as a user would, and keep it in a folder; one that is rounded is let be."""
-    rounded = hasattr(open_checkpoint(job["checkpoint"]).stored, "precision")
+    rounded = open_checkpoint(job["checkpoint"]).stored.precision != "float32"
     if job["precision"] != "float32" and not rounded:
         command = ["quantize", job["checkpoint"], job["work"], "--precision", job["precision"], "--offline"]
         subprocess.run([sys.executable, "-m", "gpt2core", *command], check=True)

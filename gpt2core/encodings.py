@@ -1,19 +1,21 @@
-"""Quantised weights: a GPT-2's matrices in 8, 4 or 16 bits as read-only arrays, everything small in float32.
+"""Encodings: a matrix in 8, 4 or 16 bits per number, as read-only arrays.
 
-Each encoding says in `float32` what it means; `gpt2core.quantization.rounding` chooses the numbers, and
-`gpt2core.checkpoint.quantized` keeps them in files.
+Each has a `shape` and says in `float32()` and `rows(ids)` what it means; `gpt2core.quantization` chooses the
+numbers, and checkpoints keep its `arrays()`, each under the matrix's name and an ending.
 """
 
-# V vocabulary, P positions, D width, I inputs, O outputs, G groups of an output's inputs, S inputs per group
+# V vocabulary, D width, I inputs, O outputs, G groups of an output's inputs, S inputs per group
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
-from gpt2core._shapes import Float32, Int32
-from gpt2core.config import ModelConfig
-from gpt2core.weights import BLOCK_NAMES, LayerNorm
+from gpt2core._shapes import Float32, Int
+
+SMALLEST_SCALE: Final = np.finfo(np.float32).tiny
+"""Of a matrix of zeros, so that nothing is divided by zero."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +30,28 @@ class Int8:
     values: np.ndarray
     scale: Float32[np.ndarray, "..."]
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the matrix that this stands for."""
+        return self.values.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays."""
+        return self.values.nbytes + self.scale.nbytes
+
+    @property
+    def T(self) -> "Int8":
+        """A table (V, D) as the matrix (D, V) of a linear layer, without a copy."""
+        return Int8(self.values.T, self.scale[:, 0])
+
     def float32(self) -> Float32[np.ndarray, "..."]:
         """The matrix that this stands for."""
         return self.values * self.scale
+
+    def rows(self, ids: Int[np.ndarray, "..."]) -> Float32[np.ndarray, "... D"]:
+        """Rows of a table in float32."""
+        return self.values[ids] * self.scale[ids]
 
     def arrays(self) -> Iterator[tuple[str, np.ndarray]]:
         """What is stored, by the ending of its name."""
@@ -58,6 +79,16 @@ class Int4:
     inputs: int
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Of the matrix that this stands for, (I, O)."""
+        return self.inputs, len(self.packed)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays."""
+        return self.packed.nbytes + self.scale.nbytes + self.zero.nbytes
+
+    @property
     def group_size(self) -> int:
         """S: how many inputs share a scale."""
         return 2 * self.packed.shape[1] // self.scale.shape[1]
@@ -75,6 +106,10 @@ class Int4:
         """The matrix that this stands for."""
         return np.ascontiguousarray(self.outputs(0, len(self.scale)).T)
 
+    def rows(self, ids: Int[np.ndarray, "..."]) -> Float32[np.ndarray, "... O"]:
+        """Rows in float32; the whole matrix is unpacked for them, as tables are never in 4 bits."""
+        return self.float32()[ids]
+
     def arrays(self) -> Iterator[tuple[str, np.ndarray]]:
         """What is stored, by the ending of its name."""
         yield "", self.packed
@@ -84,100 +119,36 @@ class Int4:
 
 @dataclass(frozen=True, slots=True)
 class BFloat16:
-    """The upper halves of float32 numbers, as uint16, in the checkpoint's own shape."""
+    """The upper halves of float32 numbers, as uint16."""
 
     bits: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the matrix that this stands for."""
+        return self.bits.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the array."""
+        return self.bits.nbytes
+
+    @property
+    def T(self) -> "BFloat16":
+        """A table (V, D) as the matrix (D, V) of a linear layer, without a copy."""
+        return BFloat16(self.bits.T)
 
     def float32(self) -> Float32[np.ndarray, "..."]:
         """The matrix that this stands for."""
         return widen_bfloat16(self.bits)
 
+    def rows(self, ids: Int[np.ndarray, "..."]) -> Float32[np.ndarray, "... D"]:
+        """Rows of a table in float32."""
+        return widen_bfloat16(self.bits[ids])
+
     def arrays(self) -> Iterator[tuple[str, np.ndarray]]:
         """What is stored, by the ending of its name."""
         yield "", self.bits
-
-
-Matrix = Int8 | Int4 | BFloat16
-Table = Int8 | BFloat16
-
-
-@dataclass(frozen=True, slots=True)
-class QuantizedLinear:
-    """`x @ weight + bias`, the weight in any encoding."""
-
-    weight: Matrix
-    bias: Float32[np.ndarray, "O"]
-
-
-@dataclass(frozen=True, slots=True)
-class QuantizedBlock:
-    """One transformer block; see `gpt2core.weights.Block`."""
-
-    ln_1: LayerNorm
-    c_attn: QuantizedLinear
-    attn_c_proj: QuantizedLinear
-    ln_2: LayerNorm
-    c_fc: QuantizedLinear
-    mlp_c_proj: QuantizedLinear
-
-
-@dataclass(frozen=True, slots=True)
-class QuantizedWeights:
-    """All parameters; `lm_head is wte` when the head is tied: its rows are then also the embeddings.
-
-    Attributes:
-        config: what the model computes.
-        precision: of `gpt2core.quantization.rounding.PRECISIONS`.
-        wte, lm_head: tables (V, D).
-        wpe, ln_f: as of `Weights`, float32.
-        blocks: in the order in which they compute.
-    """
-
-    config: ModelConfig
-    precision: str
-    wte: Table
-    wpe: Float32[np.ndarray, "P D"]
-    blocks: tuple[QuantizedBlock, ...]
-    ln_f: LayerNorm
-    lm_head: Table
-
-    def named(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Each array once, with its name in the file (without the `transformer.` prefix)."""
-        yield from _endings("wte.weight", self.wte)
-        yield "wpe.weight", self.wpe
-        for i, block in enumerate(self.blocks):
-            for field, name in BLOCK_NAMES.items():
-                part = getattr(block, field)
-                if isinstance(part, QuantizedLinear):
-                    yield from _endings(f"h.{i}.{name}.weight", part.weight)
-                else:
-                    yield f"h.{i}.{name}.weight", part.weight
-                yield f"h.{i}.{name}.bias", part.bias
-        yield "ln_f.weight", self.ln_f.weight
-        yield "ln_f.bias", self.ln_f.bias
-        if self.lm_head is not self.wte:
-            yield from _endings("lm_head.weight", self.lm_head)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all arrays."""
-        return sum(array.nbytes for _, array in self.named())
-
-
-def _endings(name: str, matrix: Matrix) -> Iterator[tuple[str, np.ndarray]]:
-    for ending, array in matrix.arrays():
-        yield name + ending, array
-
-
-def look_up(
-    table: Float32[np.ndarray, "V D"] | Table, tokens: Int32[np.ndarray, "..."]
-) -> Float32[np.ndarray, "... D"]:
-    """The rows of tokens in float32, the caller's own."""
-    if isinstance(table, Int8):
-        return table.values[tokens] * table.scale[tokens]
-    if isinstance(table, BFloat16):
-        return widen_bfloat16(table.bits[tokens])
-    return table[tokens]
 
 
 def unpack_nibbles(packed: np.ndarray) -> np.ndarray:
@@ -207,3 +178,9 @@ def round_to_bfloat16(array: np.ndarray) -> np.ndarray:
     bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
     # Half a unit less one, plus the last bit that stays.
     return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype("<u2")
+
+
+def read_only(array: np.ndarray) -> np.ndarray:
+    """The same array, from now on not to be written to."""
+    array.flags.writeable = False
+    return array
