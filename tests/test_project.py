@@ -143,6 +143,12 @@ def test_the_floors_in_pyproject_admit_the_pinned_versions():
             assert requirement.specifier.contains(pinned), text
 
 
+def test_each_dependency_of_the_core_is_imported_by_the_core():
+    outside = {"backends", "bench", "serve"}
+    used = {name.split(".")[0] for path in MODULES if part_of(path) not in outside for name in imports(path)}
+    assert {Requirement(text).name.replace("-", "_") for text in PROJECT["dependencies"]} <= used
+
+
 def test_all_holds_every_runtime_extra():
     extras = PROJECT["optional-dependencies"]
     held = {extra for text in extras["all"] for extra in Requirement(text).extras}
