@@ -91,7 +91,7 @@ def test_layers_with_one_input_or_one_output_become_int4_and_stay_what_they_were
 
 
 def test_weights_are_rounded_once_only():
-    with pytest.raises(RequestError, match="quantised already, to int8; take the float model"):
+    with pytest.raises(RequestError, match="quantised already, to int8; name the float model"):
         quantize(QUANTIZED["int8"], "int4")
 
 

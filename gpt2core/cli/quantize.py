@@ -53,11 +53,6 @@ def quantize(
     from gpt2core.quantization.rounding import quantize as rounded
 
     checkpoint = open_checkpoint(find(model, revision=revision, offline=offline))
-    if checkpoint.stored.precision != "float32":
-        raise RequestError(
-            f"{model} is quantised already, to {checkpoint.stored.precision}; "
-            "name the float model it was made of"
-        )
     if folder.exists() and folder.resolve() == checkpoint.folder.resolve():
         raise RequestError(f"OUT is the model's own folder {folder}; name another one")
     there = [name for name in (WEIGHTS, *SMALL_FILES) if (folder / name).exists()]

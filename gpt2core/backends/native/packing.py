@@ -16,7 +16,7 @@ import numpy as np
 from gpt2core.backends._shared.memory import giving_back, private_memory
 from gpt2core.encodings import BFloat16, Int4, Int8, unpack_nibbles
 from gpt2core.errors import BackendUnavailableError
-from gpt2core.weights import LINEAR, Block, LayerNorm, Linear, Matrix, Table, Weights
+from gpt2core.weights import LINEAR, Block, LayerNorm, Linear, Matrix, Table, Weights, named_arrays
 
 _FLOAT32, _BFLOAT16, _INT8, _INT4 = range(4)
 _ALIGNMENT: Final = 64  # bytes; a line of the processor's cache
@@ -134,46 +134,38 @@ class PackedModel:
         return CLinear(self._matrix(linear.weight), self._padded(linear.bias))
 
     def _table(self, table: Table) -> tuple[int, int, int | None]:
-        if isinstance(table, Int8):
-            scale = np.ascontiguousarray(table.scale[:, 0])
-            return _INT8, self._address(np.ascontiguousarray(table.values)), self._address(scale)
-        if isinstance(table, BFloat16):
-            return _BFLOAT16, self._address(np.ascontiguousarray(table.bits)), None
-        return _FLOAT32, self._address(np.ascontiguousarray(table)), None
+        """Kind and addresses of a table's rows and of their scales."""
+        values, *scales = (np.ascontiguousarray(array) for _, array in named_arrays("", table))
+        return _layout(table)[0], self._address(values), self._address(scales[0]) if scales else None
 
     def _packed_nbytes(self, matrix: Matrix) -> int:
-        inputs, outputs = _shape(matrix)
-        outputs = _whole(outputs, self._wide)
-        if isinstance(matrix, Int4):
-            size = _int4_inputs(matrix) * outputs // 2
-        elif isinstance(matrix, Int8):
-            size = _whole(inputs, 4) * outputs
-        else:
-            size = inputs * outputs * (2 if isinstance(matrix, BFloat16) else 4)
-        return _whole(size, _ALIGNMENT)
+        kind, inputs, bits = _layout(matrix)
+        if kind == _INT8 and inputs > _MOST_INT8_INPUTS:
+            raise BackendUnavailableError(
+                f"the native backend multiplies int8 matrices of up to {_MOST_INT8_INPUTS} inputs, not "
+                f"{inputs}; use precision='float32' or backend='numpy'"
+            )
+        return _whole(inputs * _whole(matrix.shape[1], self._wide) * bits // 8, _ALIGNMENT)
 
     def _matrix(self, matrix: Matrix) -> CMatrix:
         """Pack a matrix (I, O), of any strides."""
-        inputs, outputs = _shape(matrix)
+        kind, padded, _ = _layout(matrix)
+        inputs, outputs = matrix.shape
         to = self._arena.take(self._packed_nbytes(matrix))
-        pack = self._library
-        if isinstance(matrix, Int4):
-            padded, size = _int4_inputs(matrix), matrix.group_size
-            pack.pack_int4(np.ascontiguousarray(matrix.packed).ctypes.data, padded, outputs, to)
-            zero = unpack_nibbles(matrix.zero)[:, : matrix.scale.shape[1]].astype(np.float32)
-            return CMatrix(
-                _INT4, size, padded, outputs, to, self._per_group(matrix.scale), self._per_group(zero)
-            )
-        if isinstance(matrix, Int8):
-            padded = _whole(inputs, 4)
-            pack.pack_int8(*_strided(matrix.values), inputs, padded, outputs, to)
-            scale = self._padded(matrix.scale.reshape(-1))
-            return CMatrix(_INT8, padded, padded, outputs, to, scale, None)
-        if isinstance(matrix, BFloat16):
-            pack.pack_bfloat16(*_strided(matrix.bits), inputs, outputs, to)
-            return CMatrix(_BFLOAT16, inputs, inputs, outputs, to, None, None)
-        pack.pack_float32(*_strided(matrix), inputs, outputs, to)
-        return CMatrix(_FLOAT32, inputs, inputs, outputs, to, None, None)
+        pack, group, scale, zero = self._library, padded, None, None
+        match matrix:
+            case Int4():
+                pack.pack_int4(np.ascontiguousarray(matrix.packed).ctypes.data, padded, outputs, to)
+                zeros = unpack_nibbles(matrix.zero)[:, : matrix.scale.shape[1]].astype(np.float32)
+                group, scale, zero = matrix.group_size, self._per_group(matrix.scale), self._per_group(zeros)
+            case Int8():
+                pack.pack_int8(*_strided(matrix.values), inputs, padded, outputs, to)
+                scale = self._padded(matrix.scale)
+            case BFloat16():
+                pack.pack_bfloat16(*_strided(matrix.bits), inputs, outputs, to)
+            case _:
+                pack.pack_float32(*_strided(matrix), inputs, outputs, to)
+        return CMatrix(kind, group, padded, outputs, to, scale, zero)
 
     def _per_group(self, numbers: np.ndarray) -> int:
         """(O, G) as (strips, G, outputs of a strip)."""
@@ -206,18 +198,17 @@ def _matrices(weights: Weights) -> Iterator[Matrix]:
     yield weights.lm_head.T
 
 
-def _shape(matrix: Matrix) -> tuple[int, int]:
-    inputs, outputs = matrix.shape
-    if isinstance(matrix, Int8) and inputs > _MOST_INT8_INPUTS:
-        raise BackendUnavailableError(
-            f"the native backend multiplies int8 matrices of up to {_MOST_INT8_INPUTS} inputs, not "
-            f"{inputs}; use precision='float32' or backend='numpy'"
-        )
-    return inputs, outputs
-
-
-def _int4_inputs(matrix: Int4) -> int:
-    return 2 * matrix.packed.shape[1]
+def _layout(matrix: Matrix) -> tuple[int, int, int]:
+    """A matrix's kind, its inputs when it is packed, and their bits."""
+    inputs = matrix.shape[0]
+    match matrix:
+        case Int4():
+            return _INT4, 2 * matrix.packed.shape[1], 4
+        case Int8():
+            return _INT8, _whole(inputs, 4), 8
+        case BFloat16():
+            return _BFLOAT16, inputs, 16
+    return _FLOAT32, inputs, 32
 
 
 def _strided(array: np.ndarray) -> tuple[int, int, int]:

@@ -13,7 +13,7 @@ from gpt2core.backends.onnx.nodes import Graph, Products
 from gpt2core.backends.onnx.operators import MICROSOFT
 from gpt2core.encodings import Int4, Int8
 from gpt2core.quantization.rounding import int8_columns
-from gpt2core.weights import BLOCK_NAMES, LINEAR, Linear, Weights, as_array
+from gpt2core.weights import BLOCK_NAMES, LINEAR, Linear, Matrix, Weights, as_array, named_arrays
 
 _INT8_ACTIVATIONS: Final = 4  # accuracy_level of MatMulNBits: inputs in int8 too, by groups of each token
 _GROUPS: Final = 256, 128, 64, 32, 16  # inputs; a longer group is faster, as fewer scales are read
@@ -49,13 +49,9 @@ class ByToken:
     def linear(self, g: Graph, x: str, name: str) -> str:
         """See `Products`."""
         weight = self._layers[name].weight
-        if isinstance(weight, Int4):
-            more = self._attributes(weight.inputs, len(weight.scale), bits=4, group=weight.group_size)
-            zero = f"{name}.weight_zero"
-        else:
-            assert isinstance(weight, Int8)
-            more = self._attributes(*weight.values.shape, bits=8)
-            zero = ""
+        group = weight.group_size if isinstance(weight, Int4) else None
+        more = self._attributes(*weight.shape, bits=4 if group else 8, group=group)
+        zero = f"{name}.weight_zero" if group else ""
         inputs = x, f"{name}.weight", f"{name}.weight_scale", zero, "", f"{name}.bias"
         return g.op("MatMulNBits", *inputs, domain=MICROSOFT, **more)
 
@@ -74,14 +70,11 @@ class ByToken:
                 yield f"{name}.weight_scale", scale
                 yield f"{name}.weight_zero", layer.weight.zero
             else:
-                assert isinstance(layer.weight, Int8)
-                yield from _grouped(f"{name}.weight", layer.weight.values.T, layer.weight.scale)
+                yield from _grouped(f"{name}.weight", _int8(layer.weight))
 
     def head_arrays(self) -> Iterator[tuple[str, np.ndarray]]:
         """See `QuantizedProducts`."""
-        head = self._weights.lm_head
-        assert isinstance(head, Int8)
-        yield from _grouped("lm_head.weight", head.values, head.scale.reshape(-1))
+        yield from _grouped("lm_head.weight", _int8(self._weights.lm_head.T))
 
     @staticmethod
     def _attributes(inputs: int, outputs: int, *, bits: int, group: int | None = None) -> dict[str, int]:
@@ -119,18 +112,12 @@ class ByPass:
     def arrays(self) -> Iterator[tuple[str, np.ndarray]]:
         """See `QuantizedProducts`."""
         for name, layer in _layers(self._weights):
-            weight = layer.weight
-            int8 = weight if isinstance(weight, Int8) else int8_columns(as_array(weight))
             yield f"{name}.bias", layer.bias
-            yield f"{name}.weight", int8.values
-            yield f"{name}.weight_scale", int8.scale
+            yield from named_arrays(f"{name}.weight", _int8(layer.weight))
 
     def head_arrays(self) -> Iterator[tuple[str, np.ndarray]]:
         """See `QuantizedProducts`; the table of rows is turned to (D, V), which is all the operator takes."""
-        head = self._weights.lm_head
-        assert isinstance(head, Int8)
-        yield "lm_head.weight", head.values.T
-        yield "lm_head.weight_scale", head.scale.reshape(-1)
+        yield from named_arrays("lm_head.weight", _int8(self._weights.lm_head.T))
 
 
 def _layers(weights: Weights) -> Iterator[tuple[str, Linear]]:
@@ -139,21 +126,25 @@ def _layers(weights: Weights) -> Iterator[tuple[str, Linear]]:
             yield f"h.{i}.{BLOCK_NAMES[field]}", getattr(block, field)
 
 
+def _int8(weight: Matrix) -> Int8:
+    return weight if isinstance(weight, Int8) else int8_columns(as_array(weight))
+
+
 def group_size(inputs: int) -> int:
     """How many inputs of int8 weights share a scale in `MatMulNBits`: many, but with little padding."""
     return next((s for s in _GROUPS if -(-inputs // s) * s <= _MOST_PADDING * inputs), _GROUPS[-1])
 
 
-def _grouped(name: str, values: np.ndarray, scale: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    """Weights int8 (O, I) and their scales (O,) as the bytes (O, G, S) and scales (O, G) of `MatMulNBits`."""
-    outputs, inputs = values.shape
+def _grouped(name: str, weight: Int8) -> Iterator[tuple[str, np.ndarray]]:
+    """A weight (I, O) as the bytes (O, G, S) and scales (O, G) of `MatMulNBits`."""
+    inputs, outputs = weight.shape
     group = group_size(inputs)
     groups = -(-inputs // group)
     grouped = np.empty((outputs, groups * group), np.uint8)
-    np.bitwise_xor(values.view(np.uint8), np.uint8(_OFFSET), out=grouped[:, :inputs])  # adds it
+    np.bitwise_xor(weight.values.T.view(np.uint8), np.uint8(_OFFSET), out=grouped[:, :inputs])  # adds it
     grouped[:, inputs:] = _OFFSET
     yield name, grouped.reshape(outputs, groups, group)
-    yield f"{name}_scale", np.repeat(scale[:, None], groups, axis=1)
+    yield f"{name}_scale", np.repeat(weight.scale[:, None], groups, axis=1)
 
 
 def packs_whole_numbers() -> bool:

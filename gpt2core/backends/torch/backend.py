@@ -27,7 +27,7 @@ from gpt2core.config import ModelConfig
 from gpt2core.encodings import Int8
 from gpt2core.errors import BackendError, BackendUnavailableError, RequestError
 from gpt2core.trace import Trace
-from gpt2core.weights import Linear, Table, Weights, look_up
+from gpt2core.weights import Linear, Matrix, Table, Weights, look_up
 
 COMPILE_VARIABLE: Final = "GPT2CORE_TORCH_COMPILE"
 
@@ -238,35 +238,32 @@ def _to_torch(weights: Weights, device: torch.device, pieces: Pieces) -> _Model:
     def norm(part: Any) -> tuple[Tensor, Tensor]:
         return tensor(part.weight), tensor(part.bias)
 
-    def product(part: Linear, activation: Callable[[Tensor], Tensor] | None = None) -> Product:
-        if isinstance(part.weight, np.ndarray):
-            return linear(tensor(part.weight).T, tensor(part.bias), activation)
-        assert isinstance(part.weight, Int8)
-        values, scale = tensor(part.weight.values).T, tensor(part.weight.scale)
-        packed = int8_product(values, scale, tensor(part.bias), activation, pieces)
-        give_back(part.weight.values)
+    def product(
+        weight: Matrix, bias: np.ndarray | None = None, activation: Callable[[Tensor], Tensor] | None = None
+    ) -> Product:
+        offset = None if bias is None else tensor(bias)
+        if isinstance(weight, np.ndarray):
+            return linear(tensor(weight).T, offset, activation)
+        assert isinstance(weight, Int8)
+        packed = int8_product(tensor(weight.values).T, tensor(weight.scale), offset, activation, pieces)
+        give_back(weight.values)
         return packed
 
-    def head(table: Table) -> Product:
-        if isinstance(table, np.ndarray):
-            return linear(tensor(table), None, None)
-        assert isinstance(table, Int8)
-        packed = int8_product(tensor(table.values), tensor(table.scale).view(-1), pieces=pieces)
-        give_back(table.values)
-        return packed
+    def layer(part: Linear, activation: Callable[[Tensor], Tensor] | None = None) -> Product:
+        return product(part.weight, part.bias, activation)
 
-    lm_head = head(weights.lm_head)  # first, since it is the largest and packing it takes as much again
+    lm_head = product(weights.lm_head.T)  # first, since it is the largest and packing it takes as much again
     return _Model(
         wte=tensor(weights.wte) if isinstance(weights.wte, np.ndarray) else weights.wte,
         wpe=tensor(weights.wpe),
         layers=tuple(
             _Layer(
                 ln_1=norm(block.ln_1),
-                c_attn=product(block.c_attn),
-                attn_c_proj=product(block.attn_c_proj),
+                c_attn=layer(block.c_attn),
+                attn_c_proj=layer(block.attn_c_proj),
                 ln_2=norm(block.ln_2),
-                c_fc=product(block.c_fc, act),
-                mlp_c_proj=product(block.mlp_c_proj),
+                c_fc=layer(block.c_fc, act),
+                mlp_c_proj=layer(block.mlp_c_proj),
                 scale=config.attention_scale(i),
             )
             for i, block in enumerate(weights.blocks)
