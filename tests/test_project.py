@@ -221,10 +221,8 @@ def test_no_module_imports_another_that_imports_it_in_turn():
     names = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in MODULES}
     waiting = {}
     for name, path in names.items():
-        used = imports(path)
-        waiting[name] = {
-            n for n in {*used, *(u.rpartition(".")[0] for u in used)} if n in names and n != name
-        }
+        used = {part for full in imports(path) for part in (full, full.rpartition(".")[0])}
+        waiting[name] = used & names.keys() - {name}
     while ready := {name for name, used in waiting.items() if not used & waiting.keys()}:
         for name in ready:
             del waiting[name]

@@ -3,12 +3,19 @@
 import codecs
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final, Protocol
-
-if TYPE_CHECKING:
-    from gpt2core.tokenizer.tokenizer import Tokenizer
+from typing import Final, Protocol
 
 _BYTE_TOKEN: Final = re.compile("<0x[0-9A-F]{2}>")
+
+
+class _Tokens(Protocol):
+    """What a stream decoder asks of a `Tokenizer`."""
+
+    @property
+    def special_ids(self) -> frozenset[int]: ...
+    def content(self, token_id: int) -> str | None: ...
+    def token_bytes(self, token_id: int) -> bytes: ...
+    def decode(self, token_ids: Sequence[int]) -> str: ...
 
 
 class StreamDecoder(Protocol):
@@ -29,7 +36,7 @@ class StreamDecoder(Protocol):
 class ByteStreamDecoder:
     """`StreamDecoder` of byte-level tokenizers: UTF-8, character by character."""
 
-    def __init__(self, tokenizer: "Tokenizer") -> None:
+    def __init__(self, tokenizer: _Tokens) -> None:
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
@@ -50,7 +57,7 @@ class TextStreamDecoder:
     bytes may join to a character: a run of them is held back.
     """
 
-    def __init__(self, tokenizer: "Tokenizer") -> None:
+    def __init__(self, tokenizer: _Tokens) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
         self._given = 0  # characters of their text
