@@ -16,7 +16,7 @@ import threading
 from typing import TYPE_CHECKING, Final
 
 from gpt2core._files import cache_folder, is_ours_alone
-from gpt2core.backends import recommendation as recommended
+from gpt2core._machine import describe_processor
 from gpt2core.backends._shared.c_compiler import find_compiler, lacks_compiler
 from gpt2core.errors import BackendUnavailableError
 
@@ -87,7 +87,7 @@ def _key(sources: pathlib.Path, compiler: str, flags: list[str]) -> str:
         (compiler, os.path.realpath(compiler), status.st_size, status.st_mtime_ns),
         flags,
         platform.machine(),
-        recommended.processor(),
+        describe_processor(),
     )
     return hashlib.sha256(repr(everything).encode()).hexdigest()[:32]
 
