@@ -19,6 +19,7 @@ from typing import Any, Final
 from gpt2core._files import cache_folder, is_ours_alone, replacing
 from gpt2core._json import loads_strict
 from gpt2core._machine import count_cores, describe_processor
+from gpt2core._version import __version__
 from gpt2core.backends._shared.c_compiler import find_compiler
 from gpt2core.config import ModelConfig
 
@@ -104,8 +105,6 @@ def save(
 
 def fingerprint() -> dict[str, Any]:
     """What a measurement depends on, found without importing anything: versions and processor."""
-    from gpt2core import __version__
-
     return {
         "gpt2core": __version__,
         "python": sys.version,

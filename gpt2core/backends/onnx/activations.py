@@ -2,15 +2,23 @@
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
-
-if TYPE_CHECKING:
-    from gpt2core.backends.onnx.nodes import Graph
+from typing import Any, Final, Protocol
 
 
-def activate(g: "Graph", x: str) -> str:
-    """The MLP's activation."""
-    name = g.config.activation_function
+class Nodes(Protocol):
+    """What an activation needs of a graph."""
+
+    def op(self, kind: str, *inputs: str, **attributes: Any) -> str:
+        """Append a node of one output; the name of that."""
+        ...
+
+    def constant(self, value: float) -> str:
+        """A float32 scalar."""
+        ...
+
+
+def activate(g: Nodes, x: str, name: str) -> str:
+    """The activation function `name`, of `gpt2core.config.ACTIVATIONS`."""
     if name in _TANH_GELUS:
         return g.op("Gelu", x, approximate="tanh")
     if name in _EXACT_GELUS:
@@ -26,21 +34,21 @@ _EXACT_GELUS: Final = ("gelu", "gelu_python")
 _SIGMOID_FACTORS: Final = {"quick_gelu": 1.702, "silu": 1.0, "swish": 1.0}  # x sigmoid(factor x)
 
 
-def _clip(g: "Graph", x: str, low: float, high: float) -> str:
+def _clip(g: Nodes, x: str, low: float, high: float) -> str:
     return g.op("Clip", x, g.constant(low), g.constant(high))
 
 
-def _laplace(g: "Graph", x: str) -> str:
+def _laplace(g: Nodes, x: str) -> str:
     z = g.op("Div", g.op("Sub", x, g.constant(0.707107)), g.constant(0.282095 * math.sqrt(2)))
     return g.op("Mul", g.op("Add", g.op("Erf", z), g.constant(1.0)), g.constant(0.5))
 
 
-def _relu2(g: "Graph", x: str) -> str:
+def _relu2(g: Nodes, x: str) -> str:
     x = g.op("Relu", x)
     return g.op("Mul", x, x)
 
 
-_ACTIVATIONS: Final[dict[str, Callable[["Graph", str], str]]] = {
+_ACTIVATIONS: Final[dict[str, Callable[[Nodes, str], str]]] = {
     "gelu_10": lambda g, x: _clip(g, g.op("Gelu", x), -10.0, 10.0),
     "hardswish": lambda g, x: g.op("HardSwish", x),
     "laplace": _laplace,

@@ -10,6 +10,7 @@ from typing import Any, Final, final
 import numpy as np
 import onnxruntime
 
+from gpt2core._machine import limit_threads
 from gpt2core._shapes import Float32
 from gpt2core.backends._shared.threads import check_threads
 from gpt2core.backends.onnx.networks import Quantized, Whole, start_tracer
@@ -34,7 +35,8 @@ class OnnxBackend:
             memory-mapped checkpoint are given back as they are copied, so that one copy stays. Of int8 and
             int4 weights there are two, one for few and one for many tokens, each made when first needed.
         device: "cpu", "cuda" or "cuda:N"; on CUDA the cache stays in the host's memory.
-        threads: ONNX Runtime's threads for one operator; None takes its default, one per core.
+        threads: ONNX Runtime's threads for one operator; None takes its default, one per core, or
+            as many as a quota of the container allows.
         spinning: whether its threads wait actively between two operators of a pass (never between passes):
             faster, at the cost of processor time. None takes the environment variable
             GPT2CORE_ONNX_SPINNING ("0" or "1"), or else True.
@@ -64,7 +66,7 @@ class OnnxBackend:
             )
         self._weights: Weights | QuantizedWeights | None = weights
         self._device = device
-        self._settings = Settings(threads, _spinning(spinning), _providers(device))
+        self._settings = Settings(limit_threads(threads), _spinning(spinning), _providers(device))
         with self._failing("could not start"):
             if isinstance(weights, QuantizedWeights):
                 self._network: Whole | Quantized | None = Quantized(weights, self._settings)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gpt2core._machine import limit_threads
 from gpt2core._shapes import Float32
 from gpt2core.backends._shared.memory import give_back, lazy_zeros
 from gpt2core.backends._shared.ragged import note_filled, plan_attention
@@ -117,7 +118,7 @@ class TorchBackend:
             raise BackendUnavailableError(
                 f"the torch backend runs precision {self.precision!r} on device 'cpu' only, not {device!r}"
             )
-        self._threads = threads
+        self._threads, self._quota = threads, limit_threads(None)
         with warnings.catch_warnings():  # from_numpy warns of read-only arrays; nothing here writes to them
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             self._pieces = EAGER.compiled() if _compiled(compiled) else EAGER
@@ -155,7 +156,7 @@ class TorchBackend:
     def _running(self) -> Iterator[None]:
         """No gradients, this backend's threads, and PyTorch's errors as one of this library's."""
         before = torch.get_num_threads()
-        threads = before if self._threads is None else self._threads
+        threads = self._threads or min(before, self._quota or before)
         try:
             if threads != before:
                 torch.set_num_threads(threads)
