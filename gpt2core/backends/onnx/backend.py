@@ -12,6 +12,7 @@ import onnxruntime
 
 from gpt2core._machine import limit_threads
 from gpt2core._shapes import Float32
+from gpt2core.backends._shared.caches import check_cache, check_size
 from gpt2core.backends._shared.threads import check_threads
 from gpt2core.backends.onnx.networks import Quantized, Whole, start_tracer
 from gpt2core.backends.onnx.operators import padded_head_dim
@@ -76,6 +77,7 @@ class OnnxBackend:
 
     def new_cache(self, slots: int, capacity: int) -> OnnxCache:
         """An empty cache for `slots` sequences of up to `capacity` tokens."""
+        check_size(self.config, slots, capacity)
         return OnnxCache(self.config, slots, capacity)
 
     def forward(self, batch: Batch, cache: OnnxCache) -> Float32[np.ndarray, "M V"]:
@@ -83,6 +85,7 @@ class OnnxBackend:
         network, weights = self._network, self._weights
         if network is None or weights is None:
             raise RequestError("the onnx backend is closed; load the model again")
+        check_cache(cache, OnnxCache, self.config)
         batch.check(vocab_size=self.config.vocab_size, slots=cache.slots, capacity=cache.capacity)
         logits = np.empty((len(batch.logits_at), self.config.vocab_size), np.float32)
         runs = plan_runs(batch)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gpt2core._machine import limit_threads
 from gpt2core._shapes import Float32
+from gpt2core.backends._shared.caches import check_cache, check_size
 from gpt2core.backends._shared.memory import give_back, lazy_zeros
 from gpt2core.backends._shared.ragged import note_filled, plan_attention
 from gpt2core.backends._shared.threads import check_threads
@@ -68,7 +69,7 @@ class TorchCache:
 
     def __init__(self, config: ModelConfig, slots: int, capacity: int, device: torch.device) -> None:
         shape = (config.n_layer, 2, slots, config.n_head, capacity, config.head_dim)
-        self.slots, self.capacity = slots, capacity
+        self.config, self.slots, self.capacity = config, slots, capacity
         if device.type == "cpu":
             self.kv = torch.from_numpy(lazy_zeros(shape))
         else:
@@ -126,12 +127,14 @@ class TorchBackend:
 
     def new_cache(self, slots: int, capacity: int) -> TorchCache:
         """An empty cache for `slots` sequences of up to `capacity` tokens."""
+        check_size(self.config, slots, capacity)
         return TorchCache(self.config, slots, capacity, self._device)
 
     def forward(self, batch: Batch, cache: TorchCache) -> Float32[np.ndarray, "M V"]:
         """See `gpt2core.backends.base.Backend.forward`."""
         if self._model is None:
             raise RequestError("the torch backend is closed; load the model again")
+        check_cache(cache, TorchCache, self.config)
         batch.check(vocab_size=self.config.vocab_size, slots=cache.slots, capacity=cache.capacity)
         with self._running():
             for slot, positions in note_filled(cache.filled, batch):
