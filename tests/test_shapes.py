@@ -41,5 +41,5 @@ def test_an_array_of_another_shape_or_type_is_refused():
             Trace(*arrays)
     assert len(Batch.of([([1, 2], 0, 0)]).positions) == 2
     with pytest.raises(TypeCheckError):  # a result
-        Batch.positions.fget(Batch.of([([1, 2], 0, 0)]).__class__(*[np.zeros(2, np.int64)] * 5))
+        Batch.positions.fget(Batch.of([([1, 2], 0, 0)]).__class__(*[np.ones(2, np.int64)] * 5))
     assert reference_logits(weights, [1, 2]).shape == (2, 257)
