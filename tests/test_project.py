@@ -165,13 +165,8 @@ def test_a_file_has_at_most_500_lines(path):
 
 # Who may import whom: each part only what stands before it or beside it.
 LAYERS = (
-<<<<<<< HEAD
-    ("errors", "_json", "_shapes", "_files", "config"),
-    ("weights", "batch", "trace", "sampling", "tokenizer", "reference"),
-=======
     ("errors", "_json", "_shapes", "_files", "_machine", "_version", "config"),
-    ("weights", "batch", "trace", "sampling", "tokenizer", "reference", "scoring"),
->>>>>>> ae4e275 (docs: architecture in 17 rows and the rooms' order; a file has at most 500 lines)
+    ("weights", "batch", "trace", "sampling", "tokenizer", "reference"),
     ("quantization", "checkpoint", "backends"),
     ("prompts", "engine", "generation"),
     ("model", "loading"),
