@@ -187,17 +187,17 @@ class RoundsWrongly(Broken):
 
 
 class PricesNothing(Broken):
-    def further_cost(self, tokens, rows):
+    def extra_tokens_cost(self, tokens, rows):
         return 0.0
 
 
 class PricesAlike(Broken):
-    def further_cost(self, tokens, rows):
+    def extra_tokens_cost(self, tokens, rows):
         return 1.0
 
 
 class PricesEndlessly(Broken):
-    def further_cost(self, tokens, rows):
+    def extra_tokens_cost(self, tokens, rows):
         return float("inf") if rows > 8 else tokens
 
 
@@ -300,7 +300,7 @@ def test_what_a_backend_lacks_is_said_and_not_passed_over():
     assert {name: outcome for name, outcome in outcomes.items() if outcome != "passed"} == {
         "a_trace_shows_the_references_numbers": "not applicable: the backend has no Traces",
         "every_precision_computes_what_its_weights_say": "not applicable: the factory has no RunsPrecisions",
-        "a_price_of_tokens_is_finite_and_grows": "not applicable: the backend has no PricesTokens",
+        "a_price_of_tokens_is_finite_and_grows": "not applicable: the backend has no EstimatesCost",
     }
 
 

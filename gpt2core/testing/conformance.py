@@ -18,7 +18,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from gpt2core.backends.base import Backend, BackendFactory, Cache, PricesTokens, RunsPrecisions, Traces
+from gpt2core.backends.base import Backend, BackendFactory, Cache, EstimatesCost, RunsPrecisions, Traces
 from gpt2core.batch import Batch
 from gpt2core.errors import BackendError, RequestError
 from gpt2core.quantization.rounding import dequantize, quantize
@@ -286,12 +286,12 @@ def every_precision_computes_what_its_weights_say(subject: Subject) -> None:
 
 
 def a_price_of_tokens_is_finite_and_grows(subject: Subject) -> None:
-    """Where a backend has `PricesTokens`: a positive, finite number that more tokens never make smaller."""
+    """Where a backend has `EstimatesCost`: a positive, finite number that more tokens never make smaller."""
     backend = subject.backend
-    if not isinstance(backend, PricesTokens):
-        raise NotApplicable("the backend has no PricesTokens")
+    if not isinstance(backend, EstimatesCost):
+        raise NotApplicable("the backend has no EstimatesCost")
     for rows in (1, 2, 8, 32):
-        prices = [backend.further_cost(tokens, rows) for tokens in range(1, 17)]
+        prices = [backend.extra_tokens_cost(tokens, rows) for tokens in range(1, 17)]
         finite = all(math.isfinite(price) and price > 0 for price in prices)
         assert finite, f"prices beside {rows} rows are {prices}, expected positive finite numbers"
         grows = prices == sorted(prices) and prices[0] < prices[-1]
