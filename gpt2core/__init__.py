@@ -8,6 +8,8 @@
 Importing the package imports nothing else: each name below is loaded when it is first used.
 """
 
+from gpt2core._version import __version__ as __version__
+
 TYPE_CHECKING = False  # type checkers take it for true; `typing` itself would cost more than all of the rest
 if TYPE_CHECKING:
     from gpt2core.backends.base import Backend, BackendFactory, Cache, Traces
@@ -37,8 +39,6 @@ if TYPE_CHECKING:
     from gpt2core.weights import Weights
 
     Sequence = Request
-
-__version__ = "0.1.0"
 
 _MODULE_OF = {
     "GPT2": "model",

@@ -1,8 +1,52 @@
-"""The user's cache folder: where it is, and whether what lies there can be trusted."""
+"""Files: replaced as a whole, and the user's cache folder with the question whether it can be trusted."""
 
+import contextlib
 import os
 import pathlib
 import stat
+from collections.abc import Iterator
+from typing import BinaryIO
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path, *, private: bool = False) -> Iterator[BinaryIO]:
+    """Write a file so that at every moment `path` is the complete old or the complete new one.
+
+    It is written beside its place, synced and renamed. Where anything raises, `path` stays as it was.
+
+    Args:
+        path: in a folder that exists.
+        private: only this user may read and write it, whatever the umask allows.
+
+    Raises:
+        OSError: the disk is full, the folder cannot be written to, ...
+    """
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    try:
+        with open(os.open(temporary, flags, 0o600 if private else 0o666), "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: pathlib.Path) -> None:
+    """Make renames in a folder last beyond a power failure.
+
+    Raises:
+        OSError: the folder cannot be opened or synced.
+    """
+    if os.name != "posix":  # elsewhere a folder cannot be opened
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def cache_folder(part: str) -> pathlib.Path:

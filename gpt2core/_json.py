@@ -1,9 +1,9 @@
-"""Strict JSON from files that are not trusted, and how their contents may appear in an error message."""
+"""Strict JSON from files and requests that are not trusted; how their contents may appear in a message."""
 
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,20 +35,57 @@ def parse_json_object(text: str | bytes, name: str) -> dict[str, Any]:
     """Parse strict JSON whose top is an object.
 
     Raises:
-        CheckpointError: `text` (of the file `name`) is not UTF-8 or begins with a byte order mark, is not
-            JSON, nests too deep, holds a number that is no finite float, or has a key twice.
+        CheckpointError: `loads_strict` refuses `text` (of the file `name`), or it holds something else.
     """
     try:
-        value = json.loads(
+        value = loads_strict(text)
+    except JSONFault as fault:
+        raise CheckpointError(f"{name} is not strict JSON: {fault}") from fault
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{name} holds {shown(value)}, expected a JSON object")
+    return value
+
+
+class JSONFault(ValueError):
+    """Why a text is not strict JSON.
+
+    Attributes:
+        summary: the same without quoting the text, as in "the body ...": for those who may not repeat it.
+    """
+
+    def __init__(self, message: str, summary: str) -> None:
+        super().__init__(message)
+        self.summary = summary
+
+
+def loads_strict(text: str | bytes, *, max_depth: int | None = None) -> object:
+    """Parse strict JSON: UTF-8 without a byte order mark, no key twice, every number a finite float.
+
+    Args:
+        text: one JSON value.
+        max_depth: how many levels may nest below the top; None: as deep as Python's own parser goes.
+
+    Raises:
+        JSONFault: a `ValueError` that says what is not strict about it.
+    """
+    too_deep = "nests too deep" if max_depth is None else f"nests deeper than {max_depth} levels"
+    try:
+        value: object = json.loads(
             text if isinstance(text, str) else str(text, "utf-8"),
             object_pairs_hook=_unique_keys,
             parse_constant=_refuse_constant,
             parse_float=_finite_float,
         )
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{name} is not strict JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{name} holds {shown(value)}, expected a JSON object")
+    except JSONFault:
+        raise
+    except RecursionError as error:
+        raise JSONFault(str(error), too_deep) from error
+    except UnicodeDecodeError as error:
+        raise JSONFault(str(error), "is not UTF-8") from error
+    except ValueError as error:  # a syntax error, or an integer of thousands of digits
+        raise JSONFault(str(error), "is not JSON, or begins with a byte order mark") from error
+    if max_depth is not None and _depth(value, max_depth) > max_depth:
+        raise JSONFault(f"it {too_deep}", too_deep)
     return value
 
 
@@ -56,19 +93,34 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
         key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-        raise ValueError(f"key {shown(key)} stands twice")
+        raise JSONFault(f"key {shown(key)} stands twice", "has a key twice in one object")
     return result
 
 
-def _refuse_constant(name: str) -> Callable[[], None]:
-    raise ValueError(f"{name} is not a JSON number")
+def _refuse_constant(name: str) -> None:
+    raise JSONFault(f"{name} is not a JSON number", "holds NaN or Infinity, which JSON does not have")
 
 
 def _finite_float(text: str) -> float:
     value = float(text)
     if value in (float("inf"), float("-inf")):
-        raise ValueError(f"the number {text:.40} is too large for a float")
+        summary = "holds a number that is too large for a float"
+        raise JSONFault(f"the number {text:.40} is too large for a float", summary)
     return value
+
+
+def _depth(value: object, most: int) -> int:
+    """How deep `value` nests; it stops counting beyond `most`."""
+    level, depth = [value], 0
+    while level and depth <= most:
+        level = [child for parent in level for child in _children(parent)]
+        depth += bool(level)
+    return depth
+
+
+def _children(value: object) -> list[object]:
+    found = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [child for child in found if isinstance(child, dict | list)]
 
 
 def shown(value: object) -> str:

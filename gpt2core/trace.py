@@ -1,6 +1,6 @@
 """Trace: what one forward pass computes on the way, for comparing backends and for looking inside."""
 
-# T tokens, D width, H heads, V vocabulary, L layers
+# T tokens, D width, H heads, V vocabulary, L layers, S = 2 L + 1 states
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from gpt2core._shapes import Float
 class Trace:
     """One sequence's hidden states, attention maps and logits."""
 
-    hidden_states: Float[np.ndarray, "2L+1 T D"]  # embedding; then, per layer, after attention and after MLP
+    hidden_states: Float[np.ndarray, "S T D"]  # embedding; then, per layer, after attention and after MLP
     attentions: Float[np.ndarray, "L H T T"]  # probabilities: row t sums to 1 over positions 0 to t
     logits: Float[np.ndarray, "T V"]
 

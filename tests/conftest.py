@@ -1,4 +1,4 @@
-"""Shared fixtures, and live shape checks: every call of these modules is checked against its annotations."""
+"""Live shape checks: every call of a module that annotates shapes is checked against its annotations."""
 
 import os
 import tempfile
@@ -16,22 +16,13 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
-
-SHAPE_CHECKED = (
-    "gpt2core.reference",
-    "gpt2core.kernels",
-    "gpt2core.backends.numpy.backend",
-    "gpt2core.backends.jax.runs",
-    "gpt2core.backends.jax.backend",
-    "gpt2core.backends._shared.ragged",
-    "gpt2core.backends.torch.backend",
-)
+from shape_checks import modules_with_shapes
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Check shapes in tests; not in benchmarks, whose times they would spoil."""
     if not config.getoption("benchmark_only", default=False):
-        install_import_hook(list(SHAPE_CHECKED), "beartype.beartype").__enter__()
+        install_import_hook(modules_with_shapes(), "shape_checks.check_shapes").__enter__()
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

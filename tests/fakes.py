@@ -1,24 +1,20 @@
-"""A scripted backend and a tokenizer of single bytes, for tests of everything above the backend.
+"""What tests of everything above the backend share: `FakeBackend` and a tokenizer of single bytes."""
 
-The backend computes nothing: its logits are a function of the row's whole history, which it reads from its
-own cache. So a mixed-up slot, a wrong start or a chunk out of order shows in the tokens.
-"""
-
-# V vocabulary, M wanted logits
-
-import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Inner
 
-from gpt2core.batch import Batch
+from gpt2core import testing
 from gpt2core.config import ModelConfig
+from gpt2core.testing import FakeBackend, hashed
+from gpt2core.testing.fake import LogitsOf
 from gpt2core.tokenizer.tokenizer import Tokenizer
 
 END = 256
-LogitsOf = Callable[[tuple[int, ...], int], np.ndarray]
+
+__all__ = ["END", "FakeBackend", "byte_tokenizer", "config", "endless", "hashed", "scripted"]
 
 
 def config(context: int = 64, *, vocab_size: int = 257, eos: tuple[int, ...] = (END,)) -> ModelConfig:
@@ -42,12 +38,6 @@ def byte_tokenizer() -> Tokenizer:
     return Tokenizer(inner)
 
 
-def hashed(history: tuple[int, ...], vocab_size: int) -> np.ndarray:
-    """Logits that depend on every token of the history and on nothing else."""
-    rng = np.random.default_rng(zlib.crc32(np.array(history, np.int32).tobytes()))
-    return 3 * rng.standard_normal(vocab_size, np.float32)
-
-
 def endless(history: tuple[int, ...], vocab_size: int) -> np.ndarray:
     """`hashed`, without the end of text."""
     logits = hashed(history, vocab_size)
@@ -56,82 +46,5 @@ def endless(history: tuple[int, ...], vocab_size: int) -> np.ndarray:
 
 
 def scripted(continuations: Mapping[Sequence[int], Sequence[int]]) -> LogitsOf:
-    """After a prompt comes its continuation, with near certainty; after that the end of text."""
-    scripts = {tuple(prompt): tuple(tokens) for prompt, tokens in continuations.items()}
-
-    def logits_of(history: tuple[int, ...], vocab_size: int) -> np.ndarray:
-        logits = np.zeros(vocab_size, np.float32)
-        for prompt, tokens in scripts.items():
-            if history[: len(prompt)] == prompt:
-                done = len(history) - len(prompt)
-                logits[tokens[done] if done < len(tokens) else END] = 50
-        return logits
-
-    return logits_of
-
-
-class FakeCache:
-    def __init__(self, slots: int, capacity: int) -> None:
-        self.slots = slots
-        self.capacity = capacity
-        self.nbytes = 0
-        self.histories: list[list[int]] = [[] for _ in range(slots)]
-
-
-class FakeBackend:
-    """Satisfies `Backend`.
-
-    Args:
-        config: what it pretends to be.
-        logits_of: history, vocabulary size -> (V,) logits.
-        before: is called with each batch before anything is committed; may raise, wait, or cancel somebody.
-        after: is called with each batch and its logits, (M, V), and may change them.
-    """
-
-    name = "fake"
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        logits_of: LogitsOf = hashed,
-        *,
-        before: Callable[[Batch], None] | None = None,
-        after: Callable[[Batch, np.ndarray], None] | None = None,
-    ) -> None:
-        self.config = config
-        self.logits_of = logits_of
-        self.before = before
-        self.after = after
-        self.batches: list[Batch] = []
-        self.caches: list[FakeCache] = []
-        self.closed = 0
-
-    def new_cache(self, slots: int, capacity: int) -> FakeCache:
-        self.caches.append(FakeCache(slots, capacity))
-        return self.caches[-1]
-
-    def forward(self, batch: Batch, cache: FakeCache) -> np.ndarray:
-        self.batches.append(batch)
-        batch.check(vocab_size=self.config.vocab_size, slots=cache.slots, capacity=cache.capacity)
-        if self.before is not None:
-            self.before(batch)
-        tokens = batch.tokens.tolist()
-        histories, owners, first = [], [], 0
-        for length, start, slot in zip(batch.lengths, batch.starts, batch.slots, strict=True):
-            cached = cache.histories[slot]
-            assert start <= len(cached), f"slot {slot} holds {len(cached)} tokens, the row starts at {start}"
-            histories.append([*cached[:start], *tokens[first : first + length]])
-            owners += [(len(histories) - 1, start + i + 1) for i in range(length)]
-            first += length
-        logits = np.empty((len(batch.logits_at), self.config.vocab_size), np.float32)
-        for m, at in enumerate(batch.logits_at):
-            row, seen = owners[at]
-            logits[m] = self.logits_of(tuple(histories[row][:seen]), self.config.vocab_size)
-        if self.after is not None:
-            self.after(batch, logits)
-        for slot, history in zip(batch.slots, histories, strict=True):
-            cache.histories[slot] = history
-        return logits
-
-    def close(self) -> None:
-        self.closed += 1
+    """`gpt2core.testing.scripted` with `END`."""
+    return testing.scripted(continuations, end=END)

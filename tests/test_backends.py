@@ -11,11 +11,12 @@ import pytest
 import torch
 
 import gpt2core
-from gpt2core import backends
+from gpt2core import _machine, backends
 from gpt2core.backends import available, choose, create_backend, load_factory
 from gpt2core.backends._shared.threads import _openblas, blas_threads, check_threads
 from gpt2core.backends.native import NativeBackend
 from gpt2core.backends.numpy.backend import NumpyBackend
+from gpt2core.backends.onnx import OnnxBackend
 from gpt2core.backends.torch.backend import TorchBackend
 from gpt2core.batch import Batch
 from gpt2core.errors import BackendError, BackendUnavailableError, RequestError
@@ -315,6 +316,28 @@ def test_threads_are_put_back_when_the_pass_fails():
     with pytest.raises(ZeroDivisionError), blas_threads(1 if before > 1 else 2):
         1 / 0  # noqa: B018 - raising is the point
     assert get() == before
+
+
+def test_a_quota_bounds_the_threads_that_nobody_chose(tmp_path, monkeypatch):
+    (tmp_path / "cpu.max").write_text("100000 100000\n")
+    monkeypatch.setattr(_machine, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(_machine, "_count_affinity", lambda: 4)
+    seen = {}
+    get, put = _openblas()
+    before = get()
+    put(2)
+    try:
+        with blas_threads(None):
+            seen["numpy"] = get()
+        with blas_threads(2):
+            seen["numpy, two"] = get()
+        assert get() == 2
+    finally:
+        put(before)
+    with TorchBackend(TINY)._running():
+        seen["torch"] = torch.get_num_threads()
+    seen["onnx"] = OnnxBackend(TINY)._settings.threads
+    assert seen == {"numpy": 1, "numpy, two": 2, "torch": 1, "onnx": 1}
 
 
 def test_a_numpy_without_openblas_says_what_to_do(monkeypatch):

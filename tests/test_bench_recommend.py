@@ -10,7 +10,8 @@ import pytest
 
 from gpt2core import GPT2, BackendUnavailableError, RequestError, backends
 from gpt2core._files import cache_folder
-from gpt2core.backends import choose, recommended
+from gpt2core.backends import choose
+from gpt2core.backends import recommendation as recommended
 from gpt2core.backends.recommendation import Recommendation
 from gpt2core.bench import recommend as module
 from gpt2core.bench.recommend import TEXT_TOKENS, TEXTS, recommend

@@ -3,13 +3,14 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 
-from gpt2core.backends.jax import Gpt2Module, JaxBackend
+from gpt2core.backends.jax import Gpt2Module, JaxBackend, executables
 from gpt2core.backends.jax.runs import Buckets, plan_runs
 from gpt2core.batch import Batch
 from gpt2core.errors import BackendError, BackendUnavailableError, RequestError
@@ -77,6 +78,23 @@ def test_every_plan_stays_within_the_shapes_that_bound_the_compilations(buckets)
     assert len(bound) <= 300
 
 
+@pytest.mark.parametrize("border", [128, 256])
+def test_a_row_that_decodes_across_a_buckets_border_sees_every_position(border):
+    weights = random_weights(random_config(n_positions=300, n_embd=8, n_head=2, n_layer=1), seed=5)
+    tokens = np.random.default_rng(border).integers(0, 257, border + 2).tolist()
+    backend = JaxBackend(weights)
+    cache = backend.new_cache(1, 300)
+    backend.forward(Batch.of([(tokens[: border - 1], 0, 0)], []), cache)
+    got = [backend.forward(Batch.of([([tokens[i]], i, 0)]), cache)[0] for i in range(border - 1, border + 2)]
+    np.testing.assert_allclose(got, reference_logits(weights, tokens)[border - 1 :], **TOLERANCE)
+
+
+def test_no_step_reads_less_than_its_rows_hold():
+    buckets = Buckets(4, 1000)
+    for end in range(1, 1001):
+        assert end <= buckets.read(end) <= 1000
+
+
 def test_a_small_model_needs_few_shapes():
     assert len(Buckets(4, 96, 4, (128,)).shapes()) == 3
 
@@ -132,6 +150,33 @@ def test_a_damaged_entry_is_compiled_anew_and_replaced(folder, damage):
     np.testing.assert_allclose(one_step(again), last_logits([1, 2, 3]), **TOLERANCE)
     one_step(after)
     assert (again.compilations, after.compilations, after.loaded) == (1, 0, 1)
+
+
+def test_what_is_kept_is_of_this_source_this_machine_and_these_shapes(monkeypatch):
+    devices = jax.devices("cpu")[:1]
+    key = executables.executable_key(devices, "shape")
+    assert key == executables.executable_key(devices, "shape")
+    others = [executables.executable_key(devices, "another shape")]
+    for name, value in (
+        ("_source", "another source"),
+        ("count_cores", 1000),
+        ("describe_processor", ("another",)),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(executables, name, lambda value=value: value)
+            others.append(executables.executable_key(devices, "shape"))
+    assert len({key, *others}) == 5
+
+
+def test_the_source_in_the_key_is_that_of_the_compiled_step(monkeypatch):
+    before = executables._source()
+    monkeypatch.setattr(executables, "_SOURCES", ("module.py",))
+    executables._source.cache_clear()
+    try:
+        assert executables._source() != before
+    finally:
+        executables._source.cache_clear()
+    assert {"module.py", "step.py"} <= {path.name for path in Path(executables.__file__).parent.iterdir()}
 
 
 def test_a_folder_that_others_may_write_to_is_neither_read_nor_written(folder):

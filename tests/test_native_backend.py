@@ -266,6 +266,8 @@ def quantising(weights, **options):
     """A factory for `check_backend` like `NativeBackend`, of the rounded weights."""
 
     def make(given, **more):
+        if given.config != weights.config:  # the suite's other model
+            return NativeBackend(given, **more, **options)
         return NativeBackend(replace(weights, wpe=given.wpe), **more, **options)
 
     return make

@@ -102,7 +102,7 @@ def test_without_a_compiler_the_error_says_how_to_get_one(tmp_path, sources, mon
 
 def test_a_system_that_is_not_posix_is_refused_by_name(sources, monkeypatch):
     monkeypatch.setattr(c_compiler.os, "name", "nt")
-    reason = c_compiler.lacks_compiler()
+    reason = c_compiler.missing_compiler()
     monkeypatch.undo()
     assert reason == "needs a POSIX system such as Linux or macOS"
 
@@ -221,7 +221,7 @@ def test_another_compiler_builds_anew(sources, compiler, tmp_path, monkeypatch, 
 
 def test_another_processor_builds_anew(sources, compiler, monkeypatch):
     load_library(sources)
-    monkeypatch.setattr(build.recommended, "processor", lambda: ["another"])
+    monkeypatch.setattr(build, "describe_processor", lambda: ("another",))
     anew(sources)
     assert len(compiler.calls) == 2
 

@@ -52,6 +52,20 @@ def test_a_skip_for_want_of_a_cuda_device_is_excused(tmp_path):
     assert "1 passed, 1 skipped" in result.stdout
 
 
+def test_a_reason_that_only_mentions_cuda_is_not_excused(tmp_path):
+    source = "def test_other():\n    pytest.skip('cuda is fine, but there was no time')\n"
+    result = run_pytest(tmp_path, source, CI="true")
+    assert result.returncode == 1, result.stdout
+    assert "there was no time" in result.stdout
+
+
+def test_a_test_that_gives_up_with_xfail_fails_the_run_and_is_named(tmp_path):
+    source = "def test_other():\n    pytest.xfail('does not work yet')\n"
+    result = run_pytest(tmp_path, source, CI="true")
+    assert result.returncode == 1, result.stdout
+    assert "test_it.py::test_other: pytest.xfail: does not work yet" in result.stdout
+
+
 def test_an_expected_failure_is_no_skip(tmp_path):
     assert run_pytest(tmp_path, XFAIL, CI="true").returncode == 0
 

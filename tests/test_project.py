@@ -158,9 +158,15 @@ def test_all_holds_every_runtime_extra():
 # Layout
 
 
-@pytest.mark.parametrize("path", MODULES, ids=relative)
-def test_a_module_has_at_most_350_lines(path):
-    assert len(path.read_text().splitlines()) <= 350
+LONG = {f"tests/{name}.py" for name in ("robustness", "test_bench_classic", "test_bench_comparison")} | {
+    f"tests/test_{name}.py" for name in ("checkpoint", "cli", "safetensors_file")
+}
+"""Files of tests that are still to be cut in parts."""
+
+
+@pytest.mark.parametrize("path", [*MODULES, *sorted((ROOT / "tests").glob("*.py"))], ids=relative)
+def test_a_file_has_at_most_500_lines(path):
+    assert len(path.read_text().splitlines()) <= 500 or relative(path) in LONG
 
 
 # Who may import whom: each part only what stands before it.
@@ -231,7 +237,8 @@ def test_no_module_imports_another_that_imports_it_in_turn():
 
 @pytest.mark.parametrize("path", [p for p in MODULES if part_of(p) in ("bench", "serve")], ids=relative)
 def test_bench_and_serve_use_public_names_only(path):
-    public = {*gpt2core.__all__, "__version__", "_files", "backends", "errors", "testing", part_of(path)}
+    helpers = {"_files", "_json", "_machine"}  # one of each in the whole library
+    public = {*gpt2core.__all__, "__version__", *helpers, "backends", "errors", "testing", part_of(path)}
     used = {name.split(".")[1] for name in imports(path) if name.startswith("gpt2core.")}
     assert used - public == set()
 

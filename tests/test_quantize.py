@@ -284,6 +284,8 @@ def quantising(name, precision):
 
     def make(weights, **options):
         rounded = QUANTIZED_OF[precision]
+        if weights.config != rounded.config:  # the suite's other model
+            return create_backend(name, weights, precision=precision, **options)
         return create_backend(name, replace(rounded, wpe=weights.wpe), **options)
 
     return make

@@ -25,7 +25,7 @@ from gpt2core.testing.subject import TOLERANCE
 from gpt2core.trace import Trace
 from gpt2core.verify import verify, worker
 from gpt2core.verify.cases import Case, Row, cases_of, texts_of
-from gpt2core.verify.compare import compare_logits, compare_texts, first_departure, parting
+from gpt2core.verify.compare import compare_logits, first_departure, parting
 
 QUICK = {"seeds": 2, "tokens": 12, "threads": 1}
 
@@ -271,27 +271,11 @@ def test_parting_finds_the_bisection_at_which_two_draws_part(vocab):
                 assert (uniform(seed, 0, 1, depth) < share) == (token < other)
 
 
-def test_a_disagreement_at_the_border_is_within_the_margin_of_a_large_enough_difference():
-    weights = random_weights(random_config())
-    prompt = [3, 5]
-    logits = reference_logits(weights, prompt)[-1]
-    options = {"token_ids": prompt, "prompt_tokens": 2, "eos_token_ids": (), "seed": 0, "choice": 0}
-    token = sample_token(logits, SamplingParams(temperature=0.8), **options)
-    other = token ^ 1
-    near = compare_texts(weights, prompt, 0.8, 5.0, ("numpy", [[token]]), [[other]])
-    far = compare_texts(weights, prompt, 0.8, 1e-6, ("numpy", [[token]]), [[other]])
-    (a,), (b,) = near.disagreements, far.disagreements
-    assert (near.equal_texts, near.equal_tokens, near.tokens) == (0, 0, 1)
-    assert (a.expected, a.got, a.margin) == (token, other, b.margin)
-    assert a.margin == abs(a.uniform - a.share)
-    assert (a.within, b.within) == (True, False)
-
-
-def test_a_text_that_ended_early_is_never_within_the_margin():
-    weights = random_weights(random_config())
-    found = compare_texts(weights, [1], 0.8, 1e-3, ("numpy", [[4, 5]]), [[4]])
-    (one,) = found.disagreements
-    assert (one.index, one.expected, one.got, one.margin, one.within) == (1, 5, None, None, False)
+def test_a_backend_that_was_named_and_cannot_load_fails_the_run(folder, monkeypatch):
+    monkeypatch.setenv("GPT2CORE_CC", "no-such-compiler")
+    report = verify(folder, backends=["native", "numpy"], seeds=0, tokens=1)
+    assert {one.backend: one.status for one in report.backends} == {"numpy": "passed", "native": "failed"}
+    assert not report.passed
 
 
 def test_the_first_departure_is_the_first_in_the_order_of_computation():

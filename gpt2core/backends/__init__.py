@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Final
 
-from gpt2core import __version__
-from gpt2core.backends import recommendation as recommended
-from gpt2core.backends._shared.c_compiler import lacks_compiler
+from gpt2core._version import __version__
+from gpt2core.backends._shared.c_compiler import missing_compiler
 from gpt2core.backends.base import Backend, BackendFactory, Cache, RunsPrecisions
+from gpt2core.backends.choose import apply_rules
 from gpt2core.config import ModelConfig
 from gpt2core.errors import BackendUnavailableError, RequestError
 from gpt2core.quantization import rounding
@@ -37,12 +37,6 @@ __all__ = [
 
 ENTRY_POINT_GROUP: Final = "gpt2core.backends"
 PRECISIONS: Final = ("float32", *rounding.PRECISIONS)
-SMALL_MODEL_PARAMETERS: Final = 30_000_000
-"""Below this, starting a framework takes longer than most texts take on NumPy."""
-
-
-def _nothing() -> str:
-    return ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +45,7 @@ class _BuiltIn:
     package: str | None  # does its arithmetic; also the name of the distribution; None: this library itself
     others: tuple[str, ...] = ()  # what else it imports
     precisions: tuple[str, ...] = ("float32",)  # the factory's, known without importing it
-    lacks: Callable[[], str] = _nothing  # what it needs beside packages and is not here, with the remedy
+    missing: Callable[[], str | None] = lambda: None  # what it needs beside packages, with the remedy
 
     @property
     def packages(self) -> tuple[str, ...]:
@@ -61,7 +55,7 @@ class _BuiltIn:
 _BUILT_IN: Final[Mapping[str, _BuiltIn]] = {
     "numpy": _BuiltIn("gpt2core.backends.numpy:NumpyBackend", "numpy", precisions=PRECISIONS),
     "native": _BuiltIn(
-        "gpt2core.backends.native:NativeBackend", None, precisions=PRECISIONS, lacks=lacks_compiler
+        "gpt2core.backends.native:NativeBackend", None, precisions=PRECISIONS, missing=missing_compiler
     ),
     "torch": _BuiltIn("gpt2core.backends.torch:TorchBackend", "torch", precisions=("float32", "int8")),
     "jax": _BuiltIn("gpt2core.backends.jax:JaxBackend", "jax", ("jaxlib", "flax")),
@@ -71,8 +65,6 @@ _BUILT_IN: Final[Mapping[str, _BuiltIn]] = {
 }
 BUILT_IN: Final = tuple(_BUILT_IN)
 """The names of the backends that come with the library."""
-_FASTEST_FIRST: Final = ("native", "onnx", "torch")  # on a CPU, as measured with examples/speed.py
-_ON_CUDA: Final = ("torch", "jax", "onnx")  # ONNX Runtime last: its cache stays in the host's memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,13 +85,9 @@ def available(*, load_plugins: bool = True) -> dict[str, BackendInfo]:
     """
     infos = {}
     for name, built_in in _BUILT_IN.items():
-        lacking = _lacking(name)
-        infos[name] = BackendInfo(
-            name=name,
-            available=not lacking,
-            version=None if lacking else _version(built_in.package),
-            reason=lacking,
-        )
+        missing = _missing(name)
+        version = _version(built_in.package) if missing is None else None
+        infos[name] = BackendInfo(name, missing is None, version, missing or "")
     for name, entry in _plugins().items():
         version = entry.dist.version if entry.dist else None
         try:
@@ -116,9 +104,8 @@ def load_factory(name: str) -> BackendFactory:
     """The factory of the backend `name`, its framework imported.
 
     Raises:
-        BackendUnavailableError: no such backend, its package is missing (names the pip extra), or its plugin
-        is
-            broken.
+        BackendUnavailableError: no such backend; its package is missing (names the pip extra); or its plugin
+            is broken.
     """
     if name in _BUILT_IN:
         module, _, attribute = _BUILT_IN[name].factory.partition(":")
@@ -152,7 +139,8 @@ def choose(
     2. what `gpt2core bench --recommend` measured for this shape of model, device, number of threads and
        precision, as long as the machine and the installed versions are those of that measurement;
     3. for "cuda" and "cuda:N" the first of PyTorch, JAX and ONNX Runtime that is installed; for any other
-       device but the CPU ("gpu", "tpu") JAX, which alone knows such; a missing one says how to install it;
+       device but the CPU ("gpu", "tpu") JAX, the only one that supports it; a missing one says how to
+       install it;
     4. NumPy for a model of less than 30 million parameters;
     5. the native backend where there is a C compiler, else ONNX Runtime where it is installed, else PyTorch
        where it is, else NumPy (faster than JAX here).
@@ -170,23 +158,11 @@ def choose(
                 "name one of these or unset the variable"
             )
         return named, "GPT2CORE_BACKEND names it"
-    measured = recommended.find(config, device=device, threads=threads, precision=precision)
-    able = [name for name, b in _BUILT_IN.items() if precision in b.precisions]
-    if measured is not None and measured.backend in able and not _lacking(measured.backend):
-        return measured.backend, measured.why
-    if device.partition(":")[0] == "cuda":
-        for name in _ON_CUDA:
-            if name in able and not _lacking(name):
-                return name, f"the first of {', '.join(_ON_CUDA)} that is installed, for device {device!r}"
-        return _ON_CUDA[0], f"NumPy does not run on device {device!r}"
-    if device != "cpu":
-        return "jax", f"no other backend runs on device {device!r}"
-    if config.parameters < SMALL_MODEL_PARAMETERS:
-        return "numpy", f"{config.parameters / 1e6:.1f} million parameters run before a framework has started"
-    for name in _FASTEST_FIRST:
-        if name in able and not _lacking(name):
-            return name, "it is the fastest of those that run here"
-    return "numpy", "there is no C compiler, and neither ONNX Runtime nor PyTorch is installed"
+
+    def can_run(name: str) -> bool:
+        return name in _BUILT_IN and precision in _BUILT_IN[name].precisions and _missing(name) is None
+
+    return apply_rules(config, device=device, threads=threads, precision=precision, can_run=can_run)
 
 
 def create_backend(
@@ -246,12 +222,12 @@ def resolve_precision(weights: Weights, precision: str) -> str:
     return precision
 
 
-def _lacking(name: str) -> str:
-    """What the built-in backend `name` lacks here, with the remedy; empty where it can run."""
+def _missing(name: str) -> str | None:
+    """What the built-in backend `name` lacks here, with the remedy; None where it can run."""
     built_in = _BUILT_IN[name]
     if any(find_spec(package) is None for package in built_in.packages):
         return _install_hint(name)
-    return built_in.lacks()
+    return built_in.missing()
 
 
 def _plugins() -> dict[str, "EntryPoint"]:

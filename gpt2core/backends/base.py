@@ -39,7 +39,11 @@ class Backend(Protocol):
     def config(self) -> ModelConfig: ...
 
     def new_cache(self, slots: int, capacity: int) -> Cache:
-        """An empty cache; `capacity` is at most the model's context."""
+        """An empty cache of 1 slot or more, for `capacity` tokens each, at most the model's context.
+
+        Raises:
+            RequestError: `slots` or `capacity` is out of range.
+        """
         ...
 
     def forward(self, batch: Batch, cache: Cache) -> Float32[np.ndarray, "M V"]:
@@ -50,7 +54,8 @@ class Backend(Protocol):
         still holds, and the same batch may be tried again.
 
         Raises:
-            RequestError: the batch does not fit the vocabulary or the cache.
+            RequestError: the batch does not fit the vocabulary or the cache, or the cache is of another
+                backend or model.
             BackendError: the engine failed.
         """
         ...

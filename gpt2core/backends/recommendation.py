@@ -5,7 +5,6 @@ Reading it needs no framework and no extra: versions are the names of the folder
 A file that is damaged, somebody else's, of another machine or of other versions counts as no file.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -17,14 +16,16 @@ from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from typing import Any, Final
 
-from gpt2core._files import cache_folder, is_ours_alone
+from gpt2core._files import cache_folder, is_ours_alone, replacing
+from gpt2core._json import loads_strict
+from gpt2core._machine import count_cores, describe_processor
+from gpt2core._version import __version__
 from gpt2core.backends._shared.c_compiler import find_compiler
 from gpt2core.config import ModelConfig
 
 FOLDER: Final = "recommended"
 PACKAGES: Final = ("numpy", "torch", "jax", "jaxlib", "flax", "onnxruntime", "onnx")
 _FORMAT: Final = 1
-_PROCESSOR_LINES: Final = ("model", "cpu family", "stepping", "flags", "CPU ", "Features")
 _LARGEST_NBYTES: Final = 1 << 16
 _SHAPE: Final = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "mlp_dim")
 
@@ -56,8 +57,8 @@ def find(
             return None
         with path.open("rb") as file:
             content = file.read(_LARGEST_NBYTES + 1)
-        document = json.loads(content) if len(content) <= _LARGEST_NBYTES else None
-    except (OSError, ValueError, RecursionError):
+        document = loads_strict(content) if len(content) <= _LARGEST_NBYTES else None
+    except (OSError, ValueError):
         return None
     if not isinstance(document, dict) or document.get("format") != _FORMAT:
         return None
@@ -85,8 +86,6 @@ def save(
     Raises:
         OSError: the folder cannot be written, or others may write to it.
     """
-    import tempfile  # costs milliseconds, which those who only read should not wait for
-
     path = _path(config, device, threads)
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not is_ours_alone(path.parent):
@@ -99,45 +98,22 @@ def save(
         "threads": threads,
         "by_precision": {precision: asdict(one) for precision, one in found.items()},
     }
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".", delete=False) as file:  # mode 0600
-        try:
-            json.dump(document, file, allow_nan=False)
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
-            os.replace(file.name, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(file.name)
-            raise
+    with replacing(path, private=True) as file:
+        file.write(json.dumps(document, allow_nan=False).encode())
     return path
 
 
 def fingerprint() -> dict[str, Any]:
     """What a measurement depends on, found without importing anything: versions and processor."""
-    from gpt2core import __version__
-
     return {
         "gpt2core": __version__,
         "python": sys.version,
         "packages": {name: _installed_as(name) for name in PACKAGES},
         "machine": platform.machine(),
-        "processor": processor(),
+        "processor": list(describe_processor()),
         "compiler": find_compiler(),  # whether the native backend can run, and how fast
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": count_cores(),
     }
-
-
-def processor() -> list[str]:
-    """Name and instructions of the first processor; names alone are often no more than "AMD EPYC"."""
-    found: list[str] = []
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-        for line in file:
-            if not line.strip():
-                break  # the next processor
-            if line.startswith(_PROCESSOR_LINES):
-                found.append(" ".join(line.split()))
-    return found or [platform.processor()]  # which runs a program, and takes milliseconds
 
 
 def _path(config: ModelConfig, device: str, threads: int | None) -> pathlib.Path:

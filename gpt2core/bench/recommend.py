@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from gpt2core import BackendUnavailableError, RequestError, open_checkpoint
-from gpt2core.backends import BUILT_IN, PRECISIONS, available, recommended
+from gpt2core.backends import BUILT_IN, PRECISIONS, available
+from gpt2core.backends import recommendation as recommended
 from gpt2core.backends.recommendation import Recommendation
 from gpt2core.bench import worker
 from gpt2core.bench.worker import Cell, Engine, Workload

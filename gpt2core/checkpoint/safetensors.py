@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, Final
 
 import numpy as np
 
+from gpt2core import _files
 from gpt2core._json import parse_json_object, shown, shown_name
 from gpt2core._shapes import Float32
 from gpt2core.encodings import widen_bfloat16
@@ -232,15 +233,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     Raises:
         CheckpointError: the disk is full, the folder cannot be written to, ...
     """
-    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
     try:
-        try:
-            with temporary.open("xb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with _files.replacing(path) as file:
+            yield file
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {error.strerror}") from error

@@ -177,16 +177,6 @@ def format_nbytes(nbytes: int) -> str:
     return f"{nbytes} bytes" if units[0] == "bytes" else f"{size:.1f} {units[0]}"
 
 
-def peak_memory_nbytes() -> int | None:
-    """The most resident memory that this process has had, or None where the system does not tell."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
-
-
 class Status:
     """A context that says on stderr what takes long: only on a terminal, after a second, gone at the end."""
 

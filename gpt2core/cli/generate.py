@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from gpt2core._machine import peak_memory_nbytes
 from gpt2core.cli.console import (
     format_nbytes,
     json_option,
     load,
     model_options,
     options,
-    peak_memory_nbytes,
     read_stdin,
     speculation_options,
     write,

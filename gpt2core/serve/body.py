@@ -1,13 +1,13 @@
 """A request's body: strict JSON, then a schema; every fault is a `Refusal` that repeats nothing."""
 
 import difflib
-import json
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 
+from gpt2core._json import JSONFault, loads_strict
 from gpt2core.serve.errors import Refusal, invalid
 from gpt2core.serve.settings import Settings
 
@@ -38,25 +38,11 @@ def check_type(headers: Mapping[str, str]) -> None:
 
 
 def parse(data: bytes, max_depth: int) -> Any:
-    """Strict JSON: UTF-8 without a byte order mark, no key twice, no NaN, no number beyond float64."""
+    """The body's strict JSON; see `loads_strict`."""
     try:
-        value = json.loads(
-            data.decode("utf-8"),
-            object_pairs_hook=_unique,
-            parse_constant=_no_constant,
-            parse_float=_finite,
-        )
-    except _Fault as fault:
-        raise _malformed(str(fault)) from None
-    except UnicodeDecodeError:
-        raise _malformed("is not UTF-8") from None
-    except RecursionError:
-        raise _malformed(f"nests deeper than {max_depth} levels") from None
-    except ValueError:  # a syntax error, or an integer of thousands of digits; its text quotes the body
-        raise _malformed("is not JSON, or begins with a byte order mark") from None
-    if _depth(value, max_depth) > max_depth:
-        raise _malformed(f"nests deeper than {max_depth} levels")
-    return value
+        return loads_strict(data, max_depth=max_depth)
+    except JSONFault as fault:
+        raise _malformed(fault.summary) from None
 
 
 def validate(value: Any, model: type[Model], settings: Settings) -> Model:
@@ -67,42 +53,6 @@ def validate(value: Any, model: type[Model], settings: Settings) -> Model:
         return model.model_validate(value, strict=True, context=settings)
     except ValidationError as error:
         raise _refusal(error.errors(include_url=False, include_input=False), model) from None
-
-
-class _Fault(ValueError):
-    """What is not strict about the JSON."""
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise _Fault("has a key twice in one object")
-    return result
-
-
-def _no_constant(name: str) -> None:
-    raise _Fault("holds NaN or Infinity, which JSON does not have")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if value in (float("inf"), float("-inf")):
-        raise _Fault("holds a number that is too large for a float")
-    return value
-
-
-def _depth(value: Any, most: int) -> int:
-    """How deep `value` nests; it stops counting beyond `most`."""
-    level, depth = [value], 0
-    while level and depth <= most:
-        level = [child for parent in level for child in _children(parent)]
-        depth += bool(level)
-    return depth
-
-
-def _children(value: Any) -> list[Any]:
-    values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return [child for child in values if isinstance(child, dict | list)]
 
 
 _FAULTS = {

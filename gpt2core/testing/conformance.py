@@ -9,20 +9,31 @@ two shapes: 4 slots of the full context, and `SMALL`, where another shape is the
 
 # T tokens of a sequence, M wanted logits, V vocabulary
 
+import functools
+import math
+import threading
+import unittest
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from gpt2core.backends.base import Backend, BackendFactory, Cache, Traces
+from gpt2core.backends.base import Backend, BackendFactory, Cache, EstimatesCost, RunsPrecisions, Traces
 from gpt2core.batch import Batch
-from gpt2core.errors import RequestError
+from gpt2core.errors import BackendError, RequestError
+from gpt2core.quantization.rounding import dequantize, quantize
 from gpt2core.reference import reference_logits, reference_trace
 from gpt2core.testing.random_model import random_config, random_weights
 from gpt2core.testing.subject import TOLERANCE, Row, Subject
 from gpt2core.weights import Weights
 
 SMALL = (1, 4)  # slots, capacity
+ROUNDED_TOLERANCE = 0.1
+"""Largest root mean square difference of logits, in their spread, where kernels may round their inputs."""
+
+
+class NotApplicable(unittest.SkipTest):
+    """A check is of a capability that the backend does not have; test runners show it as skipped."""
 
 
 def agrees_with_the_reference_at_every_position(subject: Subject) -> None:
@@ -232,7 +243,7 @@ def closing_is_final_and_harmless(subject: Subject) -> None:
 def a_trace_shows_the_references_numbers(subject: Subject) -> None:
     """Where a backend has `Traces`: hidden states, attention maps and logits are those of the reference."""
     if not isinstance(subject.backend, Traces):
-        return
+        raise NotApplicable("the backend has no Traces")
     for count in (1, 11):
         tokens = subject.tokens(count, seed=30)
         got, want = subject.backend.trace(tokens), reference_trace(subject.weights, tokens)
@@ -244,6 +255,103 @@ def a_trace_shows_the_references_numbers(subject: Subject) -> None:
         except RequestError:
             continue
         raise AssertionError(f"a trace of {len(bad)} tokens was not refused with a RequestError")
+
+
+def every_precision_computes_what_its_weights_say(subject: Subject) -> None:
+    """Where a factory has `RunsPrecisions`: rounded weights give nearly the logits that they stand for.
+
+    Kernels may round their inputs too, so what is allowed is a share of the logits' spread.
+    """
+    if not isinstance(subject.factory, RunsPrecisions):
+        raise NotApplicable("the factory has no RunsPrecisions")
+    tokens = subject.tokens(40, seed=31)
+    for precision in subject.factory.precisions:
+        if precision == "float32":
+            continue
+        rounded = quantize(subject.weights, precision)
+        want = reference_logits(dequantize(rounded), tokens)
+        backend = subject.factory(rounded)
+        try:
+            cache = backend.new_cache(4, subject.config.n_positions)
+            whole = backend.forward(Batch.of([(tokens[:39], 0, 1)], range(39)), cache)
+            last = backend.forward(Batch.of([(tokens[39:], 39, 1)]), cache)
+        finally:
+            backend.close()
+        got = np.concatenate([whole, last])
+        assert got.shape == want.shape, f"{precision}: shape is {got.shape}, expected {want.shape}"
+        off = float(np.sqrt(np.square(got - want).mean()) / want.std())
+        assert off <= ROUNDED_TOLERANCE, (
+            f"{precision}: logits are off by {off:.3g} of their spread, allowed is {ROUNDED_TOLERANCE:.3g}"
+        )
+
+
+def a_price_of_tokens_is_finite_and_grows(subject: Subject) -> None:
+    """Where a backend has `EstimatesCost`: a positive, finite number that more tokens never make smaller."""
+    backend = subject.backend
+    if not isinstance(backend, EstimatesCost):
+        raise NotApplicable("the backend has no EstimatesCost")
+    for rows in (1, 2, 8, 32):
+        prices = [backend.extra_tokens_cost(tokens, rows) for tokens in range(1, 17)]
+        finite = all(math.isfinite(price) and price > 0 for price in prices)
+        assert finite, f"prices beside {rows} rows are {prices}, expected positive finite numbers"
+        grows = prices == sorted(prices) and prices[0] < prices[-1]
+        assert grows, f"prices beside {rows} rows do not grow: {prices}"
+
+
+def two_callers_at_once_get_their_own_answers(subject: Subject) -> None:
+    """Two threads, each with a cache of its own, get what each would get alone."""
+    backend, failures = subject.backend, list[str]()
+    begin = threading.Barrier(2)
+
+    def write(seed: int) -> None:
+        history = subject.tokens(8, seed=seed)
+        try:
+            cache = backend.new_cache(4, subject.config.n_positions)
+            begin.wait()
+            got = [backend.forward(Batch.of([(history, 0, 0)]), cache)]
+            for token in range(16):
+                history = [*history, token]
+                got.append(backend.forward(Batch.of([([token], len(history) - 1, 0)]), cache))
+            want = reference_logits(subject.weights, history)[7:]
+            subject.expect_close(f"caller {seed}", np.concatenate(got), want)
+        except BaseException as error:  # told by the check, not by the thread
+            begin.abort()
+            failures.append(f"{type(error).__name__}: {error}")
+
+    callers = [threading.Thread(target=write, args=(seed,)) for seed in (32, 33)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert not failures, "; ".join(failures)
+
+
+def a_cache_of_another_model_is_refused(subject: Subject) -> None:
+    """A cache of a model with another number of layers is refused; it is neither read nor written."""
+    layers = subject.config.n_layer + 1
+    blocks = (*subject.weights.blocks, subject.weights.blocks[0])
+    other = replace(subject.weights, config=replace(subject.config, n_layer=layers), blocks=blocks)
+    stranger = subject.factory(other)
+    try:
+        cache = stranger.new_cache(4, subject.config.n_positions)
+        try:
+            subject.forward(cache, (subject.tokens(3, seed=34), 0, 0))
+        except (RequestError, BackendError):
+            return
+        raise AssertionError(f"the cache of a model of {layers} layers was not refused")
+    finally:
+        stranger.close()
+
+
+def a_cache_beyond_the_context_is_refused(subject: Subject) -> None:
+    """More capacity than the context, none, and no slots are refused when the cache is made."""
+    context = subject.config.n_positions
+    for slots, capacity in ((1, context + 1), (1, 0), (1, -1), (0, context)):
+        try:
+            subject.backend.new_cache(slots, capacity)
+        except (RequestError, BackendError):
+            continue
+        raise AssertionError(f"a cache of {slots} slots of {capacity} tokens was not refused")
 
 
 def _expect_refused(
@@ -274,6 +382,11 @@ CONFORMANCE_CHECKS: tuple[Callable[[Subject], None], ...] = (
     caches_are_independent,
     closing_is_final_and_harmless,
     a_trace_shows_the_references_numbers,
+    every_precision_computes_what_its_weights_say,
+    a_price_of_tokens_is_finite_and_grows,
+    two_callers_at_once_get_their_own_answers,
+    a_cache_of_another_model_is_refused,
+    a_cache_beyond_the_context_is_refused,
 )
 
 
@@ -283,7 +396,7 @@ def check_backend(
     *,
     checks: Sequence[Callable[[Subject], None]] = CONFORMANCE_CHECKS,
     tolerance: float = TOLERANCE,
-) -> None:
+) -> dict[str, str]:
     """Run the conformance suite against a backend.
 
     Args:
@@ -292,16 +405,53 @@ def check_backend(
         checks: which of `CONFORMANCE_CHECKS`.
         tolerance: largest allowed difference of a logit from the float64 reference.
 
+    Returns:
+        For each check its name and "passed", or which capability the backend lacks for it.
+
     Raises:
         AssertionError: names the check, the claim and the difference.
     """
     weights = weights or random_weights(random_config())
+    outcomes = {}
     for check in checks:
-        subject = Subject(factory, weights, tolerance)
         try:
-            check(subject)
-        except AssertionError as error:
-            raise AssertionError(f"{check.__name__}: {error}") from error
-        finally:
-            if "backend" in subject.__dict__:
-                subject.backend.close()
+            _run_check(check, factory, weights, tolerance)
+        except NotApplicable as reason:
+            outcomes[check.__name__] = f"not applicable: {reason}"
+        else:
+            outcomes[check.__name__] = "passed"
+    return outcomes
+
+
+def conformance_tests(
+    factory: BackendFactory, weights: Weights | None = None, *, tolerance: float = TOLERANCE
+) -> list[Callable[[], None]]:
+    """The conformance suite as functions without arguments, for `pytest.mark.parametrize`.
+
+    A check of a capability that the backend lacks is reported as skipped.
+
+    Args:
+        factory, weights, tolerance: as of `check_backend`.
+    """
+
+    def make(check: Callable[[Subject], None]) -> Callable[[], None]:
+        @functools.wraps(check)
+        def run() -> None:
+            _run_check(check, factory, weights or random_weights(random_config()), tolerance)
+
+        return run
+
+    return [make(check) for check in CONFORMANCE_CHECKS]
+
+
+def _run_check(
+    check: Callable[[Subject], None], factory: BackendFactory, weights: Weights, tolerance: float
+) -> None:
+    subject = Subject(factory, weights, tolerance)
+    try:
+        check(subject)
+    except AssertionError as error:
+        raise AssertionError(f"{check.__name__}: {error}") from error
+    finally:
+        if "backend" in subject.__dict__:
+            subject.backend.close()

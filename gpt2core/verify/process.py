@@ -1,7 +1,6 @@
 """Running one backend's worker, and saying how it died if it did."""
 
 import json
-import signal
 import subprocess
 import sys
 import tempfile
@@ -9,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from gpt2core._machine import describe_exit
 
 
 @contextmanager
@@ -37,7 +38,4 @@ def _run(command: list[str], output: Any, timeout_s: float) -> str:
         ).returncode
     except subprocess.TimeoutExpired:
         return f"its process was stopped after {timeout_s:g} s; allow it more time"
-    if code < 0:
-        known = {one.value: one.name for one in signal.Signals}
-        return f"its process was killed by {known.get(-code, f'signal {-code}')}"
-    return f"its process ended with exit code {code} and no result"
+    return describe_exit(code)

@@ -6,7 +6,6 @@
 
 import importlib
 import json
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from gpt2core._machine import peak_memory_nbytes
 from gpt2core.backends import load_factory
 from gpt2core.backends.base import Backend, BackendFactory, Traces
 from gpt2core.batch import Batch
@@ -33,7 +33,7 @@ def main(folder: Path) -> None:
         _run(job, folder, result)
     except Exception as error:  # a backend may raise anything
         result["errors"].append(_described(error))
-    result["peak_memory_nbytes"] = _peak_memory_nbytes()
+    result["peak_memory_nbytes"] = peak_memory_nbytes()
     (folder / "result.json").write_text(json.dumps(result))
 
 
@@ -132,22 +132,6 @@ def _trace(backend: Backend, job: dict[str, Any], folder: Path, result: dict[str
             attentions=found.attentions,
             logits=found.logits,
         )
-
-
-def _peak_memory_nbytes() -> int | None:
-    """Linux's own figure where it is to be had: the other one begins with what the parent had."""
-    try:
-        match = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    except OSError:
-        match = None
-    if match:
-        return 1024 * int(match[1])
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def _described(error: BaseException) -> str:

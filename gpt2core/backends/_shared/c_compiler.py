@@ -17,12 +17,12 @@ def find_compiler() -> str | None:
     return next((path for path in found if path is not None), None)
 
 
-def lacks_compiler() -> str:
-    """Why nothing can be compiled here, with the remedy, as in "the backend ..."; empty where it can be."""
+def missing_compiler() -> str | None:
+    """Why nothing can be compiled here, with the remedy, as in "the backend ..."; None where it can be."""
     if os.name != "posix":
         return "needs a POSIX system such as Linux or macOS"
     if find_compiler() is not None:
-        return ""
+        return None
     named = os.environ.get(VARIABLE)
     if named:
         return f"needs a C compiler, and {VARIABLE} names {named!r}, which is not found; correct or unset it"

@@ -12,6 +12,7 @@ from typing import Final
 
 import numpy as np
 
+from gpt2core._machine import limit_threads
 from gpt2core.errors import BackendUnavailableError, RequestError
 
 _AFFIXES: Final = (
@@ -40,22 +41,29 @@ class _Threads:
 
 
 def blas_threads(threads: int | None) -> AbstractContextManager[None]:
-    """A reusable context in which NumPy's BLAS uses `threads` threads; None changes nothing.
+    """A reusable context in which NumPy's BLAS uses `threads` threads.
+
+    None changes nothing, unless a quota allows fewer cores than the BLAS has threads: then as many as it
+    allows.
 
     Raises:
         RequestError: `threads` is not a whole number of 1 or more.
         BackendUnavailableError: this NumPy's BLAS is not an OpenBLAS.
     """
     check_threads(threads)
-    if threads is None:
+    wanted = limit_threads(threads)
+    if wanted is None:
         return nullcontext()
     functions = _openblas()
+    if functions is None and threads is None:
+        return nullcontext()
     if functions is None:
         raise BackendUnavailableError(
             f"threads={threads}: NumPy's BLAS here is not an OpenBLAS, so its threads cannot be set from "
             "inside; leave threads=None and set its environment variable (such as MKL_NUM_THREADS) instead"
         )
-    return _Threads(threads, *functions)
+    get, put = functions
+    return _Threads(wanted if threads is not None else min(wanted, get()), get, put)
 
 
 def check_threads(threads: int | None) -> None:

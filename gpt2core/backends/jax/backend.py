@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from gpt2core._files import cache_folder
 from gpt2core._shapes import Float32
+from gpt2core.backends._shared.caches import check_cache, check_size
 from gpt2core.backends._shared.threads import check_threads
 from gpt2core.backends.jax.executables import executable_key, load, save
 from gpt2core.backends.jax.module import MODEL_AXIS, Gpt2Module
@@ -42,7 +43,7 @@ class JaxCache:
     """
 
     def __init__(self, config: ModelConfig, slots: int, capacity: int, placement: Placement) -> None:
-        self.slots, self.capacity = slots, capacity
+        self.config, self.slots, self.capacity = config, slots, capacity
         self.shape = (config.n_layer, 2, slots, config.n_head, capacity, config.head_dim)
         self.sharding = placement.sharding(self.shape, _KV_CUT)
         self.kv: Array | None = self._empty()
@@ -132,12 +133,14 @@ class JaxBackend:
 
     def new_cache(self, slots: int, capacity: int) -> JaxCache:
         """An empty cache for `slots` sequences of up to `capacity` tokens."""
+        check_size(self.config, slots, capacity)
         return JaxCache(self.config, slots, capacity, self._placement)
 
     def forward(self, batch: Batch, cache: JaxCache) -> Float32[np.ndarray, "M V"]:
         """See `gpt2core.backends.base.Backend.forward`."""
         if self._module is None:
             raise RequestError("the jax backend is closed; load the model again")
+        check_cache(cache, JaxCache, self.config)
         batch.check(vocab_size=self.config.vocab_size, slots=cache.slots, capacity=cache.capacity)
         lost = [
             (cache.tokens[slot, cache.held[slot] : start].tolist(), int(cache.held[slot]), slot)

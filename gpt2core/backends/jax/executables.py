@@ -14,7 +14,6 @@ import os
 import pathlib
 import platform
 import sys
-import tempfile
 from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import version
@@ -25,7 +24,8 @@ import jax
 from jax.experimental import serialize_executable
 from jax.stages import Compiled
 
-from gpt2core._files import is_ours_alone
+from gpt2core._files import is_ours_alone, replacing
+from gpt2core._machine import count_cores, describe_processor
 
 _DIGEST_NBYTES: Final = 32
 _MOST_FILES: Final = 256
@@ -46,7 +46,7 @@ def executable_key(devices: Sequence[jax.Device], *parts: object) -> str:
         flax.__version__,
         os.environ.get("XLA_FLAGS", ""),
         [(d.platform, d.device_kind, d.id, d.client.platform_version) for d in devices],
-        _processor(),
+        (platform.machine(), describe_processor(), count_cores()),
         *parts,
     )
     return hashlib.sha256(repr(everything).encode()).hexdigest()
@@ -81,14 +81,8 @@ def save(folder: pathlib.Path, key: str, compiled: Compiled) -> bool:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not is_ours_alone(folder):
             return False
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".", delete=False) as file:  # mode 0600
-            try:
-                file.write(hashlib.sha256(payload).digest() + payload)
-                file.close()
-                os.replace(file.name, folder / key)
-            except OSError:
-                os.unlink(file.name)
-                raise
+        with replacing(folder / key, private=True) as file:
+            file.write(hashlib.sha256(payload).digest() + payload)
         _prune(folder)
     except OSError:
         return False
@@ -106,16 +100,3 @@ def _prune(folder: pathlib.Path) -> None:
 def _source() -> str:
     here = pathlib.Path(__file__).parent
     return hashlib.sha256(b"".join((here / name).read_bytes() for name in _SOURCES)).hexdigest()
-
-
-@cache
-def _processor() -> tuple[str, ...]:
-    cores = str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine(), platform.processor(), cores
-    found = {
-        line.split(":")[0].strip(): line for line in lines if line.startswith(("model name", "flags", "Feat"))
-    }
-    return platform.machine(), *found.values(), cores

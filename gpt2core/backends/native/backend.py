@@ -11,6 +11,7 @@ from typing import Any, Final, final
 
 import numpy as np
 
+from gpt2core._machine import count_cores
 from gpt2core._shapes import Float32
 from gpt2core.backends._shared.memory import private_memory
 from gpt2core.backends._shared.threads import check_threads
@@ -83,7 +84,7 @@ class NativeBackend:
         self.precision = weights.precision
         self._library = _declared(load_library())
         self._packed: PackedModel | None = PackedModel(weights, self._library)
-        team = self._library.team_new(threads or _cores())
+        team = self._library.team_new(threads or count_cores())
         if not team:
             raise BackendError("the native backend found no memory for its threads")
         self._team = c_void_p(team)
@@ -169,10 +170,6 @@ def _cut(pieces: np.ndarray, first: int, last: int) -> np.ndarray:
     counts = np.minimum(pieces[:, 0] + pieces[:, 1], last) - begins
     cut = np.stack([begins - first, counts, pieces[:, 2] + begins - pieces[:, 0], pieces[:, 3]], 1)
     return cut[counts > 0].astype(np.int32)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _declared(library: Any) -> Any:

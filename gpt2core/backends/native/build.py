@@ -16,8 +16,8 @@ import threading
 from typing import TYPE_CHECKING, Final
 
 from gpt2core._files import cache_folder, is_ours_alone
-from gpt2core.backends import recommendation as recommended
-from gpt2core.backends._shared.c_compiler import find_compiler, lacks_compiler
+from gpt2core._machine import describe_processor
+from gpt2core.backends._shared.c_compiler import find_compiler, missing_compiler
 from gpt2core.errors import BackendUnavailableError
 
 if TYPE_CHECKING:
@@ -57,8 +57,8 @@ def load_library(sources: pathlib.Path = KERNELS) -> ctypes.CDLL:
             split, or a library that the system refuses to load.
     """
     compiler = find_compiler()
-    if compiler is None or lacks_compiler():
-        raise BackendUnavailableError(f"the native backend {lacks_compiler()} or use backend='onnx'")
+    if compiler is None or missing_compiler() is not None:
+        raise BackendUnavailableError(f"the native backend {missing_compiler()} or use backend='onnx'")
     flags = _flags()
     path = cache_folder("native") / f"{_key(sources, compiler, flags)}.so"
     with _lock:
@@ -87,7 +87,7 @@ def _key(sources: pathlib.Path, compiler: str, flags: list[str]) -> str:
         (compiler, os.path.realpath(compiler), status.st_size, status.st_mtime_ns),
         flags,
         platform.machine(),
-        recommended.processor(),
+        describe_processor(),
     )
     return hashlib.sha256(repr(everything).encode()).hexdigest()[:32]
 

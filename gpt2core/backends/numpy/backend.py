@@ -15,6 +15,7 @@ import numpy as np
 
 from gpt2core import kernels
 from gpt2core._shapes import Float, Float32
+from gpt2core.backends._shared.caches import check_cache, check_size
 from gpt2core.backends._shared.memory import lazy_zeros
 from gpt2core.backends._shared.ragged import AttentionPlan, note_filled, plan_attention
 from gpt2core.backends._shared.threads import blas_threads
@@ -33,7 +34,7 @@ class NumpyCache:
 
     def __init__(self, config: ModelConfig, slots: int, capacity: int) -> None:
         shape = (config.n_layer, 2, slots, config.n_head, capacity, config.head_dim)
-        self.slots, self.capacity = slots, capacity
+        self.config, self.slots, self.capacity = config, slots, capacity
         self.kv = lazy_zeros(shape)
         self.filled = np.zeros(slots, np.int32)
 
@@ -80,12 +81,14 @@ class NumpyBackend:
 
     def new_cache(self, slots: int, capacity: int) -> NumpyCache:
         """An empty cache for `slots` sequences of up to `capacity` tokens."""
+        check_size(self.config, slots, capacity)
         return NumpyCache(self.config, slots, capacity)
 
     def forward(self, batch: Batch, cache: NumpyCache) -> Float32[np.ndarray, "M V"]:
         """See `gpt2core.backends.base.Backend.forward`."""
         if self._weights is None:
             raise RequestError("the numpy backend is closed; load the model again")
+        check_cache(cache, NumpyCache, self.config)
         batch.check(vocab_size=self.config.vocab_size, slots=cache.slots, capacity=cache.capacity)
         for slot, positions in note_filled(cache.filled, batch):
             cache.kv[:, :, slot, :, positions] = 0

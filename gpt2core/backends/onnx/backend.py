@@ -10,7 +10,9 @@ from typing import Any, Final, final
 import numpy as np
 import onnxruntime
 
+from gpt2core._machine import limit_threads
 from gpt2core._shapes import Float32
+from gpt2core.backends._shared.caches import check_cache, check_size
 from gpt2core.backends._shared.threads import check_threads
 from gpt2core.backends.onnx.networks import Quantized, Whole, start_tracer
 from gpt2core.backends.onnx.operators import padded_head_dim
@@ -33,7 +35,8 @@ class OnnxBackend:
             memory-mapped checkpoint are given back as they are copied, so that one copy stays. Of int8 and
             int4 weights there are two, one for few and one for many tokens, each made when first needed.
         device: "cpu", "cuda" or "cuda:N"; on CUDA the cache stays in the host's memory.
-        threads: ONNX Runtime's threads for one operator; None takes its default, one per core.
+        threads: ONNX Runtime's threads for one operator; None takes its default, one per core, or
+            as many as a quota of the container allows.
         spinning: whether its threads wait actively between two operators of a pass (never between passes):
             faster, at the cost of processor time. None takes the environment variable
             GPT2CORE_ONNX_SPINNING ("0" or "1"), or else True.
@@ -63,7 +66,7 @@ class OnnxBackend:
             )
         self._weights: Weights | None = weights
         self._device = device
-        self._settings = Settings(threads, _spinning(spinning), _providers(device))
+        self._settings = Settings(limit_threads(threads), _spinning(spinning), _providers(device))
         with self._failing("could not start"):
             network = Whole if self.precision == "float32" else Quantized
             self._network: Whole | Quantized | None = network(weights, self._settings)
@@ -71,6 +74,7 @@ class OnnxBackend:
 
     def new_cache(self, slots: int, capacity: int) -> OnnxCache:
         """An empty cache for `slots` sequences of up to `capacity` tokens."""
+        check_size(self.config, slots, capacity)
         return OnnxCache(self.config, slots, capacity)
 
     def forward(self, batch: Batch, cache: OnnxCache) -> Float32[np.ndarray, "M V"]:
@@ -78,6 +82,7 @@ class OnnxBackend:
         network, weights = self._network, self._weights
         if network is None or weights is None:
             raise RequestError("the onnx backend is closed; load the model again")
+        check_cache(cache, OnnxCache, self.config)
         batch.check(vocab_size=self.config.vocab_size, slots=cache.slots, capacity=cache.capacity)
         logits = np.empty((len(batch.logits_at), self.config.vocab_size), np.float32)
         runs = plan_runs(batch)

@@ -51,7 +51,7 @@ class OnnxCache:
 
     def __init__(self, config: ModelConfig, slots: int, capacity: int) -> None:
         shape = (config.n_layer, 2, slots, config.n_head, capacity, padded_head_dim(config))
-        self.slots, self.capacity = slots, capacity
+        self.config, self.slots, self.capacity = config, slots, capacity
         self.kv = lazy_zeros(shape)
 
     @property

@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gpt2core._machine import limit_threads
 from gpt2core._shapes import Float32
+from gpt2core.backends._shared.caches import check_cache, check_size
 from gpt2core.backends._shared.memory import give_back, lazy_zeros
 from gpt2core.backends._shared.ragged import note_filled, plan_attention
 from gpt2core.backends._shared.threads import check_threads
@@ -60,7 +62,7 @@ class TorchCache:
 
     def __init__(self, config: ModelConfig, slots: int, capacity: int, device: torch.device) -> None:
         shape = (config.n_layer, 2, slots, config.n_head, capacity, config.head_dim)
-        self.slots, self.capacity = slots, capacity
+        self.config, self.slots, self.capacity = config, slots, capacity
         if device.type == "cpu":
             self.kv = torch.from_numpy(lazy_zeros(shape))
         else:
@@ -110,7 +112,7 @@ class TorchBackend:
             raise BackendUnavailableError(
                 f"the torch backend runs precision {self.precision!r} on device 'cpu' only, not {device!r}"
             )
-        self._threads = threads
+        self._threads, self._quota = threads, limit_threads(None)
         with warnings.catch_warnings():  # from_numpy warns of read-only arrays; nothing here writes to them
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             self._pieces = EAGER.compiled() if _compiled(compiled) else EAGER
@@ -118,12 +120,14 @@ class TorchBackend:
 
     def new_cache(self, slots: int, capacity: int) -> TorchCache:
         """An empty cache for `slots` sequences of up to `capacity` tokens."""
+        check_size(self.config, slots, capacity)
         return TorchCache(self.config, slots, capacity, self._device)
 
     def forward(self, batch: Batch, cache: TorchCache) -> Float32[np.ndarray, "M V"]:
         """See `gpt2core.backends.base.Backend.forward`."""
         if self._model is None:
             raise RequestError("the torch backend is closed; load the model again")
+        check_cache(cache, TorchCache, self.config)
         batch.check(vocab_size=self.config.vocab_size, slots=cache.slots, capacity=cache.capacity)
         with self._running():
             for slot, positions in note_filled(cache.filled, batch):
@@ -148,7 +152,7 @@ class TorchBackend:
     def _running(self) -> Iterator[None]:
         """No gradients, this backend's threads, and PyTorch's errors as one of this library's."""
         before = torch.get_num_threads()
-        threads = before if self._threads is None else self._threads
+        threads = self._threads or min(before, self._quota or before)
         try:
             if threads != before:
                 torch.set_num_threads(threads)
