@@ -11,7 +11,7 @@ import time
 import pytest
 
 from gpt2core.backends._shared import c_compiler
-from gpt2core.backends.native import build
+from gpt2core.backends.native import build, library_cache
 from gpt2core.backends.native.build import find_compiler, load_library
 from gpt2core.errors import BackendUnavailableError
 
@@ -227,7 +227,7 @@ def test_another_processor_builds_anew(sources, compiler, monkeypatch):
 
 
 def test_beyond_so_many_libraries_the_oldest_is_removed(sources, cache, monkeypatch):
-    monkeypatch.setattr(build, "_MOST_FILES", 2)
+    monkeypatch.setattr(library_cache, "_MAX_FILES", 2)
     for n in range(3):
         monkeypatch.setenv("GPT2CORE_CFLAGS", f"-DLANES={n}")
         load_library(sources)

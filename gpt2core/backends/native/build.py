@@ -1,11 +1,11 @@
 """The kernels as a shared library: compiled with the user's compiler, kept in the user's cache folder.
 
-Loading a library runs code from its file. Therefore only a file of this user is loaded, from a folder of this
-user that nobody else may write to; without such a folder each process builds its own and keeps nothing.
+Without a folder that only this user can put files into, each process builds its own and keeps nothing.
 """
 
 import contextlib
 import ctypes
+import errno
 import hashlib
 import os
 import pathlib
@@ -13,15 +13,13 @@ import platform
 import shlex
 import signal
 import threading
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-from gpt2core._files import cache_folder, is_ours_alone
+from gpt2core._files import cache_folder
 from gpt2core._machine import describe_processor
 from gpt2core.backends._shared.c_compiler import find_compiler, missing_compiler
+from gpt2core.backends.native.library_cache import find_folder, load_kept, new_scratch, prune, sign
 from gpt2core.errors import BackendUnavailableError
-
-if TYPE_CHECKING:
-    from tempfile import TemporaryDirectory
 
 __all__ = ["find_compiler", "load_library"]
 
@@ -35,12 +33,11 @@ _FOR_THIS_PROCESSOR: Final = {
     "aarch64": "-mcpu=native",
     "arm64": "-mcpu=native",  # aarch64, as macOS calls it
 }
-_DIGEST_NBYTES: Final = 32
-_MOST_FILES: Final = 32
+_FOLDER_FAULTS: Final = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _MOST_ERROR_LINES: Final = 12
 
 _loaded: dict[pathlib.Path, ctypes.CDLL] = {}
-_lock: Final = threading.Lock()  # threads that want the same library wait for one build
+_lock = threading.Lock()  # threads that want the same library wait for one build
 
 
 def load_library(sources: pathlib.Path = KERNELS) -> ctypes.CDLL:
@@ -63,7 +60,9 @@ def load_library(sources: pathlib.Path = KERNELS) -> ctypes.CDLL:
     path = cache_folder("native") / f"{_key(sources, compiler, flags)}.so"
     with _lock:
         if path not in _loaded:
-            _loaded[path] = _kept(path) or _built(path, sources, [compiler, *flags])
+            folder = find_folder(path.parent, make=False)
+            kept = load_kept(folder, path.name) if folder is not None else None
+            _loaded[path] = kept or _built(path, sources, [compiler, *flags])
         return _loaded[path]
 
 
@@ -92,61 +91,48 @@ def _key(sources: pathlib.Path, compiler: str, flags: list[str]) -> str:
     return hashlib.sha256(repr(everything).encode()).hexdigest()[:32]
 
 
-def _kept(path: pathlib.Path) -> ctypes.CDLL | None:
-    """The library in the cache; None where it is missing, damaged, not ours alone or cannot be loaded."""
-    try:
-        if not (is_ours_alone(path.parent) and is_ours_alone(path)):
-            return None
-        content = path.read_bytes()
-        # A file that was cut short would not fail to load, but end the process.
-        if hashlib.sha256(content[:-_DIGEST_NBYTES]).digest() != content[-_DIGEST_NBYTES:]:
-            return None
-        return ctypes.CDLL(str(path))
-    except OSError:
-        return None
-
-
 def _built(path: pathlib.Path, sources: pathlib.Path, command: list[str]) -> ctypes.CDLL:
-    """The library, compiled; kept as `path` where that can be done safely."""
-    with _scratch(path.parent) as scratch:
-        made = pathlib.Path(scratch) / path.name
-        _compile([*command, "gpt2.c", "-o", str(made), "-lm"], sources)
-        try:
-            made.chmod(0o600)  # compilers give what the umask lets them, perhaps to a group
-            with made.open("ab") as file:
-                file.write(hashlib.sha256(made.read_bytes()).digest())  # loaders do not look behind the end
+    """The library, compiled in its folder and kept there; else in the temporary folder, and not kept."""
+    folder = find_folder(path.parent, make=True)
+    if folder is not None:
+        with contextlib.suppress(_UnfitFolderError):  # full, read-only, or its files must not be executed
+            return _built_in(folder, path.name, sources, command)
+    return _built_in(None, path.name, sources, command)
+
+
+def _built_in(
+    folder: pathlib.Path | None, name: str, sources: pathlib.Path, command: list[str]
+) -> ctypes.CDLL:
+    try:
+        with new_scratch(folder) as scratch:
+            made = scratch / name
+            _compile([*command, "gpt2.c", "-o", str(made), "-lm"], sources, scratch)
+            sign(made)
             library = ctypes.CDLL(str(made))
-        except OSError as error:
-            raise BackendUnavailableError(
-                f"the native backend was built, but cannot be loaded: {error}; let GPT2CORE_CACHE name a "
-                "folder whose files may be executed, or use backend='onnx'"
-            ) from error
-        if made.parent.parent == path.parent:
-            with contextlib.suppress(OSError):  # costs the next process a build, and this one nothing
-                os.replace(made, path)
-                _prune(path.parent)
-    return library
+            if folder is not None:
+                with contextlib.suppress(OSError):  # costs the next process a build, and this one nothing
+                    os.replace(made, folder / name)
+                    prune(folder)
+        return library
+    except OSError as error:
+        raise _UnfitFolderError(
+            f"the native backend cannot be built and loaded: {error}; let GPT2CORE_CACHE name a folder with "
+            "room whose files may be executed, or use backend='onnx'"
+        ) from error
 
 
-def _scratch(folder: pathlib.Path) -> "TemporaryDirectory[str]":
-    """A new folder of this user alone: inside `folder` where nobody else may write there, else elsewhere."""
-    from tempfile import TemporaryDirectory  # costs milliseconds, which only those who build should wait for
-
-    with contextlib.suppress(OSError):
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if is_ours_alone(folder):
-            return TemporaryDirectory(prefix=".", dir=folder, ignore_cleanup_errors=True)
-    return TemporaryDirectory(prefix="gpt2core-native-", ignore_cleanup_errors=True)
+class _UnfitFolderError(BackendUnavailableError):
+    """The folder is at fault, so another one may do."""
 
 
-def _compile(command: list[str], sources: pathlib.Path) -> None:
-    import subprocess  # as above
+def _compile(command: list[str], sources: pathlib.Path, scratch: pathlib.Path) -> None:
+    import subprocess  # costs milliseconds, which only those who build should wait for
 
     try:
         compiler = subprocess.Popen(
             command,
             cwd=sources,
-            env={**os.environ, "LC_ALL": "C"},
+            env={**os.environ, "LC_ALL": "C", "TMPDIR": str(scratch)},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -165,6 +151,9 @@ def _compile(command: list[str], sources: pathlib.Path) -> None:
         raise
     if compiler.returncode != 0:
         last = stderr.decode(errors="replace").splitlines()[-_MOST_ERROR_LINES:]
+        fault = next((os.strerror(n) for n in _FOLDER_FAULTS if any(os.strerror(n) in s for s in last)), None)
+        if fault is not None:
+            raise OSError(f"{command[0]} said: {fault}, in {scratch.parent}")
         raise _failed(command[0], f"ended with exit code {compiler.returncode}", "\n".join(last))
 
 
@@ -174,7 +163,11 @@ def _failed(compiler: str, how: str, said: str = "") -> BackendUnavailableError:
     return BackendUnavailableError(f"the native backend could not be built: {compiler} {how}; {remedy}{said}")
 
 
-def _prune(folder: pathlib.Path) -> None:
-    files = [path for path in folder.iterdir() if path.suffix == ".so"]
-    for path in sorted(files, key=lambda path: path.stat().st_mtime)[:-_MOST_FILES]:
-        path.unlink(missing_ok=True)  # those who have loaded it keep it
+def _renew_lock() -> None:
+    """In a forked child, which lacks the thread that may have been building."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
