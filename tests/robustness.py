@@ -6,6 +6,7 @@ figure, and fails where something that must hold does not.
 
 import argparse
 import asyncio
+import itertools
 import json
 import random
 import re
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from exit_program import ENDS, WAYS, exit_code
 from fuzz_schema import fuzz_schema
 from load_client import Answer, ask, ask_all, percentile, request
 from malformed import malformed_requests
@@ -478,7 +480,16 @@ def faults(args: argparse.Namespace, tiny: str) -> None:
     must("faults", "ended within 4 s of the second signal", elapsed_s <= 4)
 
 
+def exits(args: argparse.Namespace, tiny: str) -> None:
+    """Programs that end while daemon threads compute: with their own exit code, within 5 s."""
+    for way, end in itertools.product(WAYS, ENDS):
+        codes = Counter(exit_code(args.backend, way, end, tiny) for _ in range(args.exits))
+        report("exit", way=way, end=end, want=ENDS[end], codes=dict(codes))
+        must("exit", f"{way}, {end}: exit code {ENDS[end]}", set(codes) == {ENDS[end]})
+
+
 PARTS = {
+    "exit": (exits, "tiny"),
     "determinism": (determinism, "tiny"),
     "threads": (threads, "tiny"),
     "prompts": (prompts, "small"),
@@ -503,6 +514,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3, help="of `load`; the best counts")
     parser.add_argument("--requests", type=int, default=10_000, help="of `leaks`")
     parser.add_argument("--cases", type=int, default=20_000, help="of `fuzz`")
+    parser.add_argument("--exits", type=int, default=10, help="of `exit`, in each of its ten ways")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     if unknown := set(args.parts) - set(PARTS):

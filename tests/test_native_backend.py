@@ -1,7 +1,6 @@
 """The native backend: the same bits however work is cut, near the reference, and gone when it is closed."""
 
 import platform
-import threading
 from dataclasses import replace
 
 import numpy as np
@@ -123,25 +122,6 @@ def test_more_logits_may_be_wanted_than_there_are_tokens(backend):
     wanted = [1, 0] * 300
     got = backend.forward(Batch.of([(TOKENS[:2], 0, 0)], wanted), backend.new_cache(1, 2))
     np.testing.assert_array_equal(got, want[wanted])
-
-
-def test_python_threads_with_caches_of_their_own_get_the_bits_of_one_alone(backend):
-    texts = [tokens_of(WIDE.config, 20 + n, seed=n) for n in range(6)]
-    want, got = [all_logits(backend, text) for text in texts], [[] for _ in texts]
-
-    def work(text, into):
-        for _ in range(5):
-            into.append(all_logits(backend, text))
-
-    threads = [threading.Thread(target=work, args=pair) for pair in zip(texts, got, strict=True)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    for mine, theirs in zip(want, got, strict=True):
-        assert len(theirs) == 5
-        for one in theirs:
-            np.testing.assert_array_equal(one, mine)
 
 
 # ----------------------------------------------------------------------------------------- near the reference

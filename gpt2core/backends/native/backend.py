@@ -7,6 +7,7 @@ import os
 import threading
 import weakref
 from ctypes import POINTER, Structure, byref, c_long, c_void_p
+from dataclasses import dataclass
 from typing import Any, Final, final
 
 import numpy as np
@@ -18,7 +19,6 @@ from gpt2core.backends._shared.threads import check_threads
 from gpt2core.backends.native.build import load_library
 from gpt2core.backends.native.packing import CModel, PackedModel
 from gpt2core.batch import Batch
-from gpt2core.config import ModelConfig
 from gpt2core.errors import BackendError, BackendUnavailableError, RequestError
 from gpt2core.quantization.rounding import PRECISIONS
 from gpt2core.weights import Weights
@@ -35,15 +35,27 @@ class _CCache(Structure):
     _fields_ = [("keys", c_void_p), ("values", c_void_p), ("slots", c_long), ("capacity", c_long)]
 
 
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """What a model and its cache must agree on, since C reads one by the shape of the other."""
+
+    layers: int
+    heads: int
+    head_dim: int
+    itemsize: int
+    lanes: int
+
+
 @final
 class NativeCache:
     """Keys and values, float32 or bfloat16; zeroed lazily, so unused slots take no memory."""
 
-    def __init__(self, config: ModelConfig, slots: int, capacity: int, *, itemsize: int, lanes: int) -> None:
-        self.slots, self.capacity = slots, capacity
+    def __init__(self, layout: "_Layout", slots: int, capacity: int) -> None:
+        self.layout, self.slots, self.capacity = layout, slots, capacity
+        lanes = layout.lanes
         positions = -(-capacity // lanes) * lanes
-        widths = config.head_dim, -(-config.head_dim // lanes) * lanes  # keys, values
-        each = config.n_layer * slots * config.n_head * positions * itemsize
+        widths = layout.head_dim, -(-layout.head_dim // lanes) * lanes  # keys, values
+        each = layout.layers * slots * layout.heads * positions * layout.itemsize
         self._memory = private_memory(each * sum(widths))
         start = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         self.there = _CCache(start, start + each * widths[0], slots, positions)
@@ -83,27 +95,54 @@ class NativeBackend:
         self.config = weights.config
         self.precision = weights.precision
         self._library = _declared(load_library())
+        self._layout = _Layout(
+            layers=self.config.n_layer,
+            heads=self.config.n_head,
+            head_dim=self.config.head_dim,
+            itemsize=2 if self.precision in ("int8", "int4") else 4,
+            lanes=self._library.lanes(),
+        )
         self._packed: PackedModel | None = PackedModel(weights, self._library)
         team = self._library.team_new(threads or count_cores())
         if not team:
             raise BackendError("the native backend found no memory for its threads")
         self._team = c_void_p(team)
         self._end_team = weakref.finalize(self, self._library.team_free, self._team)
+        self._end_team.atexit = False  # a daemon thread may be in a pass; threads end with the process
         self._lock = threading.Lock()  # a team takes one pass at a time
         _alive.add(self)
 
     def new_cache(self, slots: int, capacity: int) -> NativeCache:
-        """An empty cache for `slots` sequences of up to `capacity` tokens."""
-        itemsize = 2 if self.precision in ("int8", "int4") else 4
-        lanes = self._library.lanes()
-        return NativeCache(self.config, slots, capacity, itemsize=itemsize, lanes=lanes)
+        """An empty cache for `slots` sequences of up to `capacity` tokens.
+
+        Raises:
+            RequestError: the backend is closed, or a size is no whole number of 1 or more, or `capacity` is
+                beyond the model's context.
+        """
+        if self._packed is None:
+            raise RequestError(_CLOSED)
+        _check_size("slots", slots, None)
+        _check_size("capacity", capacity, self.config.n_positions)
+        try:
+            return NativeCache(self._layout, int(slots), int(capacity))
+        except (OSError, OverflowError) as error:
+            raise BackendError(
+                f"the native backend found no memory for a cache of {slots} slots of {capacity} tokens "
+                f"({error}); use fewer"
+            ) from error
 
     def forward(self, batch: Batch, cache: NativeCache) -> Float32[np.ndarray, "M V"]:
         """See `gpt2core.backends.base.Backend.forward`."""
         packed = self._packed
         if packed is None:
             raise RequestError(_CLOSED)
-        batch.check(vocab_size=self.config.vocab_size, slots=cache.slots, capacity=cache.capacity)
+        if not isinstance(cache, NativeCache) or cache.layout != self._layout:
+            raise RequestError(
+                f"the cache is {getattr(cache, 'layout', type(cache).__name__)}, and this model's is "
+                f"{self._layout}; use what new_cache of this backend returned"
+            )
+        capacity = min(cache.capacity, self.config.n_positions)
+        batch.check(vocab_size=self.config.vocab_size, slots=cache.slots, capacity=capacity)
         logits = np.empty((len(batch.logits_at), self.config.vocab_size), np.float32)
         firsts = batch.firsts
         pieces = np.stack([firsts, batch.lengths, batch.starts, batch.slots], 1)  # (B, 4)
@@ -162,6 +201,15 @@ def _unlock_all() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_unlock_all)
+
+
+def _check_size(name: str, value: object, limit: int | None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise RequestError(f"the cache's {name} is {value!r}; use a whole number of 1 or more")
+    if limit is not None and value > limit:
+        raise RequestError(
+            f"the cache's {name} is {value}; this model's context is {limit}; use at most that many"
+        )
 
 
 def _cut(pieces: np.ndarray, first: int, last: int) -> np.ndarray:
