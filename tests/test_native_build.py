@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -102,9 +103,25 @@ def test_without_a_compiler_the_error_says_how_to_get_one(tmp_path, sources, mon
 
 def test_a_system_that_is_not_posix_is_refused_by_name(sources, monkeypatch):
     monkeypatch.setattr(c_compiler.os, "name", "nt")
+    monkeypatch.setattr(c_compiler.sys, "platform", "win32")
     reason = c_compiler.missing_compiler()
     monkeypatch.undo()
-    assert reason == "needs a POSIX system such as Linux or macOS"
+    assert reason == "needs a POSIX system such as Linux or macOS, not 'win32'; run it on one"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("maxsize", 2**31 - 1, "needs 64 bits, and this Python for armv7l has 32; install one of 64"),
+        ("byteorder", "big", "needs a little-endian processor, and armv7l is none; run it on another"),
+    ],
+)
+def test_a_processor_that_the_kernels_do_not_fit_is_refused_by_name(sources, monkeypatch, name, value, said):
+    monkeypatch.setattr(c_compiler.platform, "machine", lambda: "armv7l")
+    monkeypatch.setattr(c_compiler, "sys", SimpleNamespace(**{**vars(sys), name: value}))
+    with pytest.raises(BackendUnavailableError) as caught:
+        load_library(sources)
+    assert str(caught.value) == f"the native backend {said} or use backend='onnx'"
 
 
 def test_a_compiler_that_fails_is_named_with_its_exit_code_and_last_words(sources, compiler, cache):

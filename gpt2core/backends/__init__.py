@@ -7,7 +7,8 @@ backend is made.
 
 import importlib
 import os
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Final
@@ -150,17 +151,28 @@ def choose(
     Raises:
         BackendUnavailableError: GPT2CORE_BACKEND names a backend that does not exist.
     """
-    named = os.environ.get("GPT2CORE_BACKEND")
-    if named and named != "auto":
+    named = _named_by_environment()
+    if named is not None:
         if named not in _BUILT_IN and named not in _plugins():
             raise BackendUnavailableError(
                 f"GPT2CORE_BACKEND names {named!r}, which does not exist; known are {_known_names()}; "
                 "name one of these or unset the variable"
             )
         return named, "GPT2CORE_BACKEND names it"
+    return _choose(config, device, threads, precision, frozenset())
 
+
+def _named_by_environment() -> str | None:
+    named = os.environ.get("GPT2CORE_BACKEND")
+    return named if named not in ("", "auto") else None
+
+
+def _choose(
+    config: ModelConfig, device: str, threads: int | None, precision: str, without: Set[str]
+) -> tuple[str, str]:
     def can_run(name: str) -> bool:
-        return name in _BUILT_IN and precision in _BUILT_IN[name].precisions and _missing(name) is None
+        able = name in _BUILT_IN and precision in _BUILT_IN[name].precisions
+        return able and name not in without and _missing(name) is None
 
     return apply_rules(config, device=device, threads=threads, precision=precision, can_run=can_run)
 
@@ -173,7 +185,10 @@ def create_backend(
     threads: int | None = None,
     precision: str = "auto",
 ) -> Backend:
-    """Make the backend `name` ("auto" for `choose`'s answer) over `weights`.
+    """Make the backend `name` over `weights`; "auto" is `choose`'s answer.
+
+    Where that answer, unlike one that the environment names, cannot be made on the CPU (a compiler that is
+    found but fails, a framework that does not load), a warning says why and the rule's next one is taken.
 
     Args:
         name: of `available()`, or "auto".
@@ -188,8 +203,25 @@ def create_backend(
             or `threads` below 1.
     """
     precision = resolve_precision(weights, precision)
-    if name == "auto":
-        name, _ = choose(weights.config, device=device, threads=threads, precision=precision)
+    if name != "auto":
+        return _create(name, weights, device, threads, precision)
+    without: set[str] = set()
+    name, _ = choose(weights.config, device=device, threads=threads, precision=precision)
+    while True:
+        try:
+            return _create(name, weights, device, threads, precision)
+        except BackendUnavailableError as error:
+            if device != "cpu" or name == "numpy" or _named_by_environment() is not None:
+                raise
+            without.add(name)
+            name, _ = _choose(weights.config, device, threads, precision, without)
+            reason = str(error).partition("\n")[0]
+            warnings.warn(f"backend='auto' takes {name}: {reason}", RuntimeWarning, stacklevel=2)
+
+
+def _create(
+    name: str, weights: Weights | QuantizedWeights, device: str, threads: int | None, precision: str
+) -> Backend:
     factory = load_factory(name)
     offered = factory.precisions if isinstance(factory, RunsPrecisions) else ("float32",)
     if precision not in offered:

@@ -9,6 +9,7 @@ should not wait for what they do not need.
 import io
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 import click
@@ -48,6 +49,7 @@ def main(args: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(
             errors="replace"
         )  # what the terminal cannot show becomes "?"; the story goes on
+    warnings.formatwarning = lambda message, *_, **__: f"gpt2core: warning: {one_line(str(message))}\n"
     try:
         # Commands return nothing; the code of an Exit, --help's for one, comes back as the result.
         code: int | None = program.main(args, prog_name="gpt2core", standalone_mode=False)

@@ -1,6 +1,8 @@
 """Which C compiler this machine has; looked up, never run, so that the registry can ask."""
 
 import os
+import platform
+import sys
 from typing import Final
 
 VARIABLE: Final = "GPT2CORE_CC"
@@ -20,7 +22,11 @@ def find_compiler() -> str | None:
 def missing_compiler() -> str | None:
     """Why nothing can be compiled here, with the remedy, as in "the backend ..."; None where it can be."""
     if os.name != "posix":
-        return "needs a POSIX system such as Linux or macOS"
+        return f"needs a POSIX system such as Linux or macOS, not {sys.platform!r}; run it on one"
+    if sys.maxsize < 2**32:
+        return f"needs 64 bits, and this Python for {platform.machine()} has 32; install one of 64"
+    if sys.byteorder != "little":
+        return f"needs a little-endian processor, and {platform.machine()} is none; run it on another"
     if find_compiler() is not None:
         return None
     named = os.environ.get(VARIABLE)

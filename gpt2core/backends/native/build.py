@@ -159,8 +159,8 @@ def _compile(command: list[str], sources: pathlib.Path, scratch: pathlib.Path) -
 
 def _failed(compiler: str, how: str, said: str = "") -> BackendUnavailableError:
     remedy = "use backend='onnx', or name another compiler with GPT2CORE_CC"
-    said = f"; it said:\n{said}" if said else ""
-    return BackendUnavailableError(f"the native backend could not be built: {compiler} {how}; {remedy}{said}")
+    message = f"the native backend could not be built: {compiler} {how}; {remedy}"
+    return BackendUnavailableError(f"{message}\n{said}" if said else message)
 
 
 def _renew_lock() -> None:
