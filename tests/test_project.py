@@ -57,7 +57,7 @@ def test_python_m_gpt2core_prints_the_version():
 
 @pytest.mark.parametrize(
     "script",
-    ["scripts/try", "scripts/test", "scripts/test-extras", "scripts/check", "scripts/robustness", ".ci/run"],
+    sorted(relative(path) for path in (*(ROOT / "scripts").iterdir(), ROOT / ".ci/run") if not path.suffix),
 )
 def test_a_script_is_executable_and_is_valid_bash(script):
     path = ROOT / script
