@@ -57,6 +57,7 @@ def check(weights) -> None:
     cache = several.new_cache(6, config.n_positions)
     got = several.forward(Batch.of(rows, range(sum(map(len, texts)))), cache)
     np.testing.assert_array_equal(got, np.concatenate(want))
+    np.testing.assert_array_equal(several.trace(texts[0]).logits, want[0])
     assert several.forward(Batch.of(rows, []), cache).shape == (0, config.vocab_size)
     start = 0
     for size in (1, 5, config.n_positions - 6):  # rewound, and on in chunks

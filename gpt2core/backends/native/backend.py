@@ -6,6 +6,7 @@ import ctypes
 import os
 import threading
 import weakref
+from collections.abc import Sequence
 from ctypes import POINTER, Structure, byref, c_long, c_void_p
 from dataclasses import dataclass
 from typing import Any, Final, final
@@ -18,9 +19,10 @@ from gpt2core.backends._shared.memory import private_memory
 from gpt2core.backends._shared.threads import check_threads
 from gpt2core.backends.native.build import load_library
 from gpt2core.backends.native.packing import CModel, PackedModel
-from gpt2core.batch import Batch
+from gpt2core.batch import Batch, whole_sequence
 from gpt2core.errors import BackendError, BackendUnavailableError, RequestError
 from gpt2core.quantization.rounding import PRECISIONS
+from gpt2core.trace import Trace
 from gpt2core.weights import Weights
 
 _CLOSED: Final = "the native backend is closed; load the model again"
@@ -33,6 +35,12 @@ class _CCache(Structure):
     """`Cache` of gpt2.c."""
 
     _fields_ = [("keys", c_void_p), ("values", c_void_p), ("slots", c_long), ("capacity", c_long)]
+
+
+class _CTrace(Structure):
+    """`Trace` of gpt2.c."""
+
+    _fields_ = [("hidden_states", c_void_p), ("attentions", c_void_p), ("tokens", c_long)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,9 +141,6 @@ class NativeBackend:
 
     def forward(self, batch: Batch, cache: NativeCache) -> Float32[np.ndarray, "M V"]:
         """See `gpt2core.backends.base.Backend.forward`."""
-        packed = self._packed
-        if packed is None:
-            raise RequestError(_CLOSED)
         if not isinstance(cache, NativeCache) or cache.layout != self._layout:
             raise RequestError(
                 f"the cache is {getattr(cache, 'layout', type(cache).__name__)}, and this model's is "
@@ -143,18 +148,36 @@ class NativeBackend:
             )
         capacity = min(cache.capacity, self.config.n_positions)
         batch.check(vocab_size=self.config.vocab_size, slots=cache.slots, capacity=capacity)
+        return self._logits(batch, cache, None)
+
+    def trace(self, token_ids: Sequence[int]) -> Trace:
+        """See `gpt2core.backends.base.Traces.trace`; the logits have the bits of `forward`."""
+        batch, config = whole_sequence(self.config, token_ids), self.config
+        count = len(token_ids)
+        hidden_states = np.zeros((2 * config.n_layer + 1, count, config.n_embd), np.float32)
+        attentions = np.zeros((config.n_layer, config.n_head, count, count), np.float32)
+        notes = _CTrace(hidden_states.ctypes.data, attentions.ctypes.data, count)
+        logits = self._logits(batch, self.new_cache(1, count), notes)
+        return Trace(hidden_states, attentions, logits)
+
+    def _logits(self, batch: Batch, cache: NativeCache, trace: _CTrace | None) -> Float32[np.ndarray, "M V"]:
+        packed = self._packed
+        if packed is None:
+            raise RequestError(_CLOSED)
         logits = np.empty((len(batch.logits_at), self.config.vocab_size), np.float32)
         firsts = batch.firsts
         pieces = np.stack([firsts, batch.lengths, batch.starts, batch.slots], 1)  # (B, 4)
         if len(batch.tokens) <= _MOST_TOKENS:
-            self._pass(packed, cache, batch.tokens, pieces, batch.logits_at, logits)
+            self._pass(packed, cache, batch.tokens, pieces, batch.logits_at, logits, trace)
             return logits
         for first in range(0, len(batch.tokens), _MOST_TOKENS):
             last = min(first + _MOST_TOKENS, len(batch.tokens))
             here = np.flatnonzero((batch.logits_at >= first) & (batch.logits_at < last))
             part = np.empty((len(here), logits.shape[1]), np.float32)
             wanted = (batch.logits_at[here] - first).astype(np.int32)
-            self._pass(packed, cache, batch.tokens[first:last], _cut(pieces, first, last), wanted, part)
+            self._pass(
+                packed, cache, batch.tokens[first:last], _cut(pieces, first, last), wanted, part, trace
+            )
             logits[here] = part
         return logits
 
@@ -166,6 +189,7 @@ class NativeBackend:
         pieces: np.ndarray,
         wanted: np.ndarray,
         logits: np.ndarray,
+        trace: _CTrace | None,
     ) -> None:
         tokens, pieces, wanted = map(np.ascontiguousarray, (tokens, pieces, wanted))
         with self._lock:
@@ -175,6 +199,7 @@ class NativeBackend:
                 *(self._team, byref(packed.model), byref(cache.there)),
                 *(tokens.ctypes.data, len(tokens), pieces.ctypes.data, len(pieces)),
                 *(wanted.ctypes.data, len(wanted), logits.ctypes.data),
+                None if trace is None else byref(trace),
             )
         if failed:
             raise BackendError(f"the native backend found no memory for a pass of {len(tokens)} tokens")
@@ -229,6 +254,7 @@ def _declared(library: Any) -> Any:
     library.forward.argtypes = [
         *(c_void_p, POINTER(CModel), POINTER(_CCache)),
         *(c_void_p, c_long, c_void_p, c_long, c_void_p, c_long, c_void_p),
+        POINTER(_CTrace),
     ]
     for name in ("pack_float32", "pack_bfloat16"):
         getattr(library, name).argtypes = [c_void_p, *[c_long] * 4, c_void_p]

@@ -47,9 +47,17 @@ typedef struct {
   long slots, capacity;
 } Cache;
 
+/* What a pass over one row, from its beginning and perhaps in several passes, shows of itself; T tokens in all. */
+typedef struct {
+  float *hidden_states; /* (2 L + 1, T, D) */
+  float *attentions;    /* (L, H, T, T), zero where a token sees nothing */
+  long tokens;          /* T */
+} Trace;
+
 typedef struct {
   const Model *model;
   const Cache *cache;
+  const Trace *trace; /* or NULL; then the wanted tokens are all tokens in their order */
   const int32_t *tokens;
   const Piece *pieces;
   const int32_t *wanted; /* (M,) of the pass's tokens */
@@ -145,6 +153,24 @@ static void remember_token(const Pass *p, long layer, const Piece *piece, long i
              k + head * width, v + head * width);
 }
 
+/* Copy the residual stream for the trace; the part of `hidden_states` it is. A stage, where there is a trace. */
+static void trace_hidden_state(const Pass *p, Member *me, long part, const float *x) {
+  const Trace *trace = p->trace;
+  STAGE(me, trace ? p->tokens_count : 0, 4, mine)
+  for (long n = mine.first; n < mine.last; n++)
+    memcpy(trace->hidden_states + (part * trace->tokens + p->pieces->start + n) * p->model->width, x + n * p->padded,
+           4 * p->model->width);
+}
+
+/* Copy the shares of one head that `attend` left in `scores`, whose sum is not yet 1. */
+static void trace_attention(const Pass *p, long layer, long head, long position, const float *scores) {
+  const Trace *trace = p->trace;
+  float *to = trace->attentions + ((layer * p->model->heads + head) * trace->tokens + position) * trace->tokens;
+  double sum = 0;
+  for (long t = 0; t <= position; t++) sum += scores[t];
+  for (long t = 0; t <= position; t++) to[t] = scores[t] / sum;
+}
+
 /* The queries `i` and up to QUERIES - 1 that follow in a piece, in one head. */
 static void attend(const Pass *p, long layer, const Piece *piece, long head, long i, float *scores) {
   const long width = p->shape.head_dim, rows = piece->count - i < QUERIES ? piece->count - i : QUERIES;
@@ -157,6 +183,8 @@ static void attend(const Pass *p, long layer, const Piece *piece, long head, lon
   (p->shape.bfloat16 ? attend_bfloat16 : attend_float32)(
       rows, &p->shape, keys, values, next, piece->start + i, q,
       p->y + (piece->first + i) * p->padded + head * width, p->padded, scores);
+  for (long r = 0; p->trace && r < rows; r++)
+    trace_attention(p, layer, head, piece->start + i + r, scores + r * p->cache->capacity);
 }
 
 static void attention(Pass *p, Member *me, long layer) {
@@ -193,6 +221,7 @@ static void take_part(Pass *p, Member *me) {
       long n = p->pieces[b].first + i;
       if (n >= mine.first && n < mine.last) embed(p, n, p->pieces[b].start + i);
     }
+  trace_hidden_state(p, me, 0, x);
   for (long layer = 0; layer < m->layers; layer++) {
     const Block *block = m->blocks + layer;
     Rows in = prepare(p, me, &block->c_attn.weight, &block->ln_1, x, p->padded, m->width, rows, y);
@@ -210,10 +239,12 @@ static void take_part(Pass *p, Member *me) {
     }
     in = prepare(p, me, &block->attn_c_proj.weight, NULL, y, p->padded, m->width, rows, NULL);
     apply(me, &block->attn_c_proj, &in, rows, x, p->padded, 1, NULL);
+    trace_hidden_state(p, me, 2 * layer + 1, x);
     in = prepare(p, me, &block->c_fc.weight, &block->ln_2, x, p->padded, m->width, rows, y);
     apply(me, &block->c_fc, &in, rows, p->h, p->mlp_padded, 0, activation);
     in = prepare(p, me, &block->mlp_c_proj.weight, NULL, p->h, p->mlp_padded, m->mlp, rows, NULL);
     apply(me, &block->mlp_c_proj, &in, rows, x, p->padded, 1, NULL);
+    trace_hidden_state(p, me, 2 * layer + 2, x);
   }
   Rows in = prepare(p, me, &m->head, &m->ln_f, x, p->padded, m->width, rows, y);
   multiply(me, &m->head, &in, rows, &(Result){p->logits, m->vocabulary, 1, 0, NULL, NULL});
@@ -240,11 +271,12 @@ static long widest_inputs(const Model *model) {
 /* Append the tokens to the cache and compute the wanted logits. 0, or -1 where memory is wanting: then
    nothing was written. */
 int forward(Team *team, const Model *model, const Cache *cache, const int32_t *tokens, long tokens_count,
-            const Piece *pieces, long pieces_count, const int32_t *wanted, long wanted_count, float *logits) {
+            const Piece *pieces, long pieces_count, const int32_t *wanted, long wanted_count, float *logits,
+            const Trace *trace) {
   const long width = model->width, kept = larger_of(wanted_count, tokens_count);
   Pass pass = {.model = model, .cache = cache, .tokens = tokens, .pieces = pieces, .wanted = wanted,
                .tokens_count = tokens_count, .pieces_count = pieces_count, .wanted_count = wanted_count,
-               .logits = logits, .team = team};
+               .logits = logits, .trace = trace, .team = team};
   pass.shape = (Shape){model->bfloat16_cache, width / model->heads, whole_vectors(width / model->heads),
                        cache->capacity};
   pass.padded = whole_strips(width);
