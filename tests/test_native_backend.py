@@ -246,8 +246,8 @@ def quantising(weights, **options):
     """A factory for `check_backend` like `NativeBackend`, of the rounded weights."""
 
     def make(given, **more):
-        if given.config != weights.config:  # the suite's other model
-            return NativeBackend(given, **more, **options)
+        if given.config != weights.config:  # another model, for a cache that is not this one's
+            return NativeBackend(quantize(given, weights.precision), **more, **options)
         return NativeBackend(replace(weights, wpe=given.wpe), **more, **options)
 
     return make
