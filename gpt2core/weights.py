@@ -108,15 +108,17 @@ class Weights:
         return replace(self, precision=precision, wte=wte, blocks=blocks, lm_head=lm_head)
 
 
-def named_arrays(name: str, matrix: Matrix) -> Iterator[tuple[str, np.ndarray]]:
-    """The arrays of a matrix or table of this name, with theirs."""
+def named_arrays(
+    name: str, matrix: Float[np.ndarray, "..."] | Int8 | Int4 | BFloat16
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The arrays of a matrix, table or vector of this name, with their own names."""
     if isinstance(matrix, np.ndarray):
         yield name, matrix
     else:
         yield from ((name + ending, array) for ending, array in matrix.arrays())
 
 
-def as_array(matrix: Matrix) -> Float[np.ndarray, "..."]:
+def as_array(matrix: Float[np.ndarray, "..."] | Int8 | Int4 | BFloat16) -> Float[np.ndarray, "..."]:
     """The array itself, or what the encoding stands for."""
     return matrix if isinstance(matrix, np.ndarray) else matrix.float32()
 

@@ -219,9 +219,7 @@ def create_backend(
             warnings.warn(f"backend='auto' takes {name}: {reason}", RuntimeWarning, stacklevel=2)
 
 
-def _create(
-    name: str, weights: Weights | QuantizedWeights, device: str, threads: int | None, precision: str
-) -> Backend:
+def _create(name: str, weights: Weights, device: str, threads: int | None, precision: str) -> Backend:
     factory = load_factory(name)
     offered = factory.precisions if isinstance(factory, RunsPrecisions) else ("float32",)
     if precision not in offered:
