@@ -3,7 +3,7 @@
     python examples/quantization_quality.py TEXT --model demo --backends numpy,onnx
 
 TEXT is UTF-8 that the model has not been trained on; it is read in whole contexts, each from its beginning.
-Every row is compared with float32 on NumPy, and with the dequantised weights that the backend should compute
+Every row is compared with float32 on NumPy, and with the dequantized weights that the backend should compute
 ("off by": the logits' root mean square difference from those, over the logits' spread).
 """
 
@@ -33,7 +33,7 @@ class Sums:
     spread_square: float = 0.0
 
     def add(self, ids: list[int], got: np.ndarray, want: np.ndarray, should: np.ndarray) -> None:
-        """The logits of one window: a backend's, those of float32, those of the dequantised weights."""
+        """The logits of one window: a backend's, those of float32, those of the dequantized weights."""
         p, q = log_softmax(want), log_softmax(got)
         self.positions += len(ids)
         self.predicted += len(ids) - 1
@@ -89,7 +89,7 @@ def windows_of(checkpoint: Checkpoint, text: str, most: int) -> list[list[int]]:
 def measure(
     checkpoint: Checkpoint, names: list[str], weights: Weights, windows: list[list[int]]
 ) -> list[tuple[str, Sums | RequestError]]:
-    """Read every window on every backend, on the dequantised reference and in float32, and compare."""
+    """Read every window on every backend, on the dequantized reference and in float32, and compare."""
     results: list[tuple[str, Sums | RequestError]] = []
     tokenizer = Tokenizer.from_folder(checkpoint.folder)
     reference = dequantize(weights)

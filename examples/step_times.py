@@ -91,7 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", nargs="?", help="a checkpoint, quantised or not")
+    parser.add_argument("folder", nargs="?", help="a checkpoint, quantized or not")
     parser.add_argument("--random", metavar="SIZE", help="small, medium, large or xl, with random weights")
     parser.add_argument("--precision", default="float32", help="rounded to once, before")
     parser.add_argument("--backends", default="onnx")

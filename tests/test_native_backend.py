@@ -242,7 +242,7 @@ def test_every_activation_is_the_references_also_far_from_zero(name, scale, tole
     np.testing.assert_allclose(got, reference_logits(weights, tokens), rtol=0, atol=tolerance)
 
 
-def quantising(weights, **options):
+def quantizing(weights, **options):
     """A factory for `check_backend` like `NativeBackend`, of the rounded weights."""
 
     def make(given, **more):
@@ -258,10 +258,10 @@ SUITE = {precision: stored(random_weights(random_config()), precision) for preci
 
 @pytest.mark.parametrize("check", CONFORMANCE_CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_quantised_weights_pass_the_suite(precision, check):
+def test_quantized_weights_pass_the_suite(precision, check):
     tolerance = TOLERANCE if precision == "bfloat16" else ROUNDED_INPUTS
     check_backend(
-        quantising(SUITE[precision]), dequantize(SUITE[precision]), checks=[check], tolerance=tolerance
+        quantizing(SUITE[precision]), dequantize(SUITE[precision]), checks=[check], tolerance=tolerance
     )
 
 

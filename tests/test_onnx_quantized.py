@@ -1,4 +1,4 @@
-"""How the ONNX Runtime backend runs quantised weights: one layout for few tokens, one for many."""
+"""How the ONNX Runtime backend runs quantized weights: one layout for few tokens, one for many."""
 
 import numpy as np
 import pytest

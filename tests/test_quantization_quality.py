@@ -28,6 +28,6 @@ def test_the_quality_script_prints_a_table_and_names_what_a_backend_does_not_run
     assert abs(float(change.removesuffix(" %"))) < 0.5
     assert 0 < float(kl) < 1e-3
     assert float(top.removesuffix(" %")) > 95
-    assert float(off) < 1e-5, "NumPy must differ from the dequantised weights by rounding only"
+    assert float(off) < 1e-5, "NumPy must differ from the dequantized weights by rounding only"
     assert rows["float32", "numpy"][1:4] == ["+0.000 %", "0.00e+00", "100.00 %"]
     assert "does not run precision 'bfloat16'" in rows["bfloat16", "onnx"][0]

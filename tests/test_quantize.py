@@ -1,4 +1,4 @@
-"""Quantised weights: how near they are, that files hold them bit for bit, and who runs or refuses them."""
+"""Quantized weights: how near they are, that files hold them bit for bit, and who runs or refuses them."""
 
 import json
 import platform
@@ -49,8 +49,8 @@ def linear_weights(weights):
     return [(field, getattr(block, field).weight) for block in weights.blocks for field in LINEAR]
 
 
-def quantised_folder(tmp_path, *options):
-    folder = tmp_path / "quantised"
+def quantized_folder(tmp_path, *options):
+    folder = tmp_path / "quantized"
     assert main(["quantize", "demo", str(folder), *options]) == 0
     return folder
 
@@ -91,7 +91,7 @@ def test_layers_with_one_input_or_one_output_become_int4_and_stay_what_they_were
 
 
 def test_weights_are_rounded_once_only():
-    with pytest.raises(RequestError, match="quantised already, to int8; name the float model"):
+    with pytest.raises(RequestError, match="quantized already, to int8; name the float model"):
         quantize(QUANTIZED["int8"], "int4")
 
 
@@ -164,7 +164,7 @@ def test_a_tied_head_is_rounded_and_stored_once():
     assert separate.lm_head is not separate.wte
 
 
-def test_quantised_weights_take_the_memory_that_their_bits_say():
+def test_quantized_weights_take_the_memory_that_their_bits_say():
     demo = open_checkpoint("demo").stored
     share = {precision: quantize(demo, precision).nbytes / demo.nbytes for precision in ("int8", "bfloat16")}
     assert 0.25 < share["int8"] < 0.30
@@ -212,7 +212,7 @@ def test_a_saved_model_is_read_back_bit_for_bit(tmp_path, precision, tied):
 
 
 def test_the_command_writes_a_model_that_loads_and_speaks(tmp_path, capsys):
-    folder = quantised_folder(tmp_path, "--precision", "int8")
+    folder = quantized_folder(tmp_path, "--precision", "int8")
     assert "0.27 of float32's" in capsys.readouterr().out
     with GPT2.from_pretrained(folder) as model, GPT2.from_pretrained("demo", precision="int8") as direct:
         assert (model.backend.precision, direct.backend.precision) == ("int8", "int8")
@@ -221,25 +221,25 @@ def test_the_command_writes_a_model_that_loads_and_speaks(tmp_path, capsys):
 
 
 def test_the_command_refuses_what_would_lose_something(tmp_path, capsys):
-    folder = quantised_folder(tmp_path)
+    folder = quantized_folder(tmp_path)
     assert main(["quantize", "demo", str(folder)]) == 1
     assert "already holds model.safetensors" in capsys.readouterr().err
     assert main(["quantize", str(folder), str(tmp_path / "again")]) == 2
-    assert "is quantised already, to int8" in capsys.readouterr().err
+    assert "is quantized already, to int8" in capsys.readouterr().err
     assert main(["quantize", "demo", str(folder), "--precision", "bfloat16", "--force"]) == 0
     assert open_checkpoint(folder).stored.precision == "bfloat16"
 
 
-def test_a_quantised_folder_with_another_precision_asked_for_is_refused(tmp_path):
+def test_a_quantized_folder_with_another_precision_asked_for_is_refused(tmp_path):
     save_checkpoint(tmp_path, QUANTIZED["int8"])
     stored = open_checkpoint(tmp_path).stored
     with pytest.raises(
-        RequestError, match="'float32' is asked for, but the checkpoint is quantised to 'int8'"
+        RequestError, match="'float32' is asked for, but the checkpoint is quantized to 'int8'"
     ):
         create_backend("numpy", stored, precision="float32")
 
 
-def test_faults_of_a_quantised_file_are_all_named(tmp_path):
+def test_faults_of_a_quantized_file_are_all_named(tmp_path):
     save_checkpoint(tmp_path, QUANTIZED["int8"])
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"n_layer": 4}))
@@ -279,7 +279,7 @@ def test_auto_takes_a_backend_that_runs_the_precision():
         assert precision in factory.precisions
 
 
-def quantising(name, precision):
+def quantizing(name, precision):
     """A factory for `check_backend`: it runs the rounded weights that its float32 ones were made of."""
 
     def make(weights, **options):
@@ -296,8 +296,8 @@ QUANTIZED_OF = {p: quantize(random_weights(random_config()), p, group_size=32) f
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("check", CONFORMANCE_CHECKS, ids=lambda check: check.__name__)
-def test_numpy_computes_what_the_dequantised_weights_say(check, precision):
-    check_backend(quantising("numpy", precision), dequantize(QUANTIZED_OF[precision]), checks=[check])
+def test_numpy_computes_what_the_dequantized_weights_say(check, precision):
+    check_backend(quantizing("numpy", precision), dequantize(QUANTIZED_OF[precision]), checks=[check])
 
 
 ROUNDED_INPUTS = 0.6
@@ -306,15 +306,15 @@ ROUNDED_INPUTS = 0.6
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 @pytest.mark.parametrize("check", CONFORMANCE_CHECKS, ids=lambda check: check.__name__)
-def test_onnx_computes_what_the_dequantised_weights_say_but_for_rounded_inputs(check, precision):
+def test_onnx_computes_what_the_dequantized_weights_say_but_for_rounded_inputs(check, precision):
     reference = dequantize(QUANTIZED_OF[precision])
-    check_backend(quantising("onnx", precision), reference, checks=[check], tolerance=ROUNDED_INPUTS)
+    check_backend(quantizing("onnx", precision), reference, checks=[check], tolerance=ROUNDED_INPUTS)
 
 
 @pytest.mark.parametrize("variant", ["separate_head", "odd_head_size", "narrow_mlp"])
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 @pytest.mark.parametrize("few", [True, False], ids=["few", "many"])
-def test_onnx_is_near_the_dequantised_weights_on_every_shape(variant, precision, few):
+def test_onnx_is_near_the_dequantized_weights_on_every_shape(variant, precision, few):
     weights = quantize(random_weights(random_config(**VARIANTS[variant])), precision, group_size=32)
     tokens = np.random.default_rng(1).integers(0, 257, 40).tolist()
     want = reference_logits(dequantize(weights), tokens)
@@ -358,9 +358,9 @@ ROUNDED_ROWS = 0.4
 
 
 @pytest.mark.parametrize("check", CONFORMANCE_CHECKS, ids=lambda check: check.__name__)
-def test_torch_computes_what_the_dequantised_weights_say_but_for_rounded_inputs(check):
+def test_torch_computes_what_the_dequantized_weights_say_but_for_rounded_inputs(check):
     reference = dequantize(QUANTIZED_OF["int8"])
-    check_backend(quantising("torch", "int8"), reference, checks=[check], tolerance=ROUNDED_ROWS)
+    check_backend(quantizing("torch", "int8"), reference, checks=[check], tolerance=ROUNDED_ROWS)
 
 
 @pytest.mark.parametrize(
@@ -371,7 +371,7 @@ def test_torch_computes_what_the_dequantised_weights_say_but_for_rounded_inputs(
     ],
     ids=str,
 )
-def test_torch_is_near_the_dequantised_weights_on_every_shape_and_activation(changes):
+def test_torch_is_near_the_dequantized_weights_on_every_shape_and_activation(changes):
     weights = quantize(random_weights(random_config(**changes)), "int8")
     tokens = np.random.default_rng(1).integers(0, 257, 40).tolist()
     want = reference_logits(dequantize(weights), tokens)
@@ -440,7 +440,7 @@ def test_what_torch_hands_to_its_int8_product_is_as_fine_as_said(monkeypatch, st
     assert error < {127: 0.08, 63: 0.16}[steps]
 
 
-def test_torch_refuses_quantised_weights_on_other_devices(monkeypatch):
+def test_torch_refuses_quantized_weights_on_other_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(
         BackendUnavailableError, match="the torch backend runs precision 'int8' on device 'cpu' only, not 'cu"
@@ -455,7 +455,7 @@ def test_a_torch_without_the_int8_product_says_what_to_use(monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the process's memory from Linux's /proc")
-def test_torch_keeps_one_copy_of_a_quantised_folder(tmp_path):
+def test_torch_keeps_one_copy_of_a_quantized_folder(tmp_path):
     """In a process of its own: 21 MB of weights, of which oneDNN's copy stays and the file's pages do not."""
     config = random_config(n_embd=512, n_layer=6, n_head=8, vocab_size=4096)
     save_checkpoint(tmp_path, quantize(random_weights(config), "int8"))
@@ -477,7 +477,7 @@ print((psutil.Process().memory_info().rss - rss) / weights.nbytes)
     assert 0.8 < float(result.stdout) < 1.4
 
 
-def test_onnx_refuses_quantised_weights_on_other_devices():
+def test_onnx_refuses_quantized_weights_on_other_devices():
     with pytest.raises(
         BackendUnavailableError, match="runs precision 'int8' on device 'cpu' only, not 'cuda'"
     ):

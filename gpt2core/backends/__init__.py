@@ -192,7 +192,7 @@ def create_backend(
 
     Args:
         name: of `available()`, or "auto".
-        weights: float32 or quantised.
+        weights: float32 or quantized.
         device, threads: as of the backend.
         precision: what the backend is to run: "auto" takes the weights as they are; another rounds float32
             weights to it, without calibration (see `gpt2core.quantization.rounding`).
@@ -237,7 +237,7 @@ def resolve_precision(weights: Weights, precision: str) -> str:
     """The precision that `precision` means for these weights.
 
     Raises:
-        RequestError: it is unknown, or the weights were quantised to another.
+        RequestError: it is unknown, or the weights were quantized to another.
     """
     if precision not in ("auto", *PRECISIONS):
         known = " or ".join(map(repr, PRECISIONS))
@@ -246,7 +246,7 @@ def resolve_precision(weights: Weights, precision: str) -> str:
         return weights.precision
     if weights.precision not in ("float32", precision):
         raise RequestError(
-            f"precision {precision!r} is asked for, but the checkpoint is quantised to "
+            f"precision {precision!r} is asked for, but the checkpoint is quantized to "
             f"{weights.precision!r}; ask for that, or load the float checkpoint that it was made of"
         )
     return precision

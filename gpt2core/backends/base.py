@@ -83,7 +83,7 @@ class Traces(Protocol):
 
 @runtime_checkable
 class RunsPrecisions(Protocol):
-    """A factory's capability: it also takes quantised weights, of the precisions that it names."""
+    """A factory's capability: it also takes quantized weights, of the precisions that it names."""
 
     precisions: tuple[str, ...]
 

@@ -119,7 +119,7 @@ def _storage(folder: Path, field: Any) -> Storage:
             return storage
     raise CheckpointError(
         f"{folder}/config.json: {QUANTIZATION_FIELD} is {shown(field)}, which this version does not read; "
-        "quantise the model again with `gpt2core quantize`"
+        "quantize the model again with `gpt2core quantize`"
     )
 
 

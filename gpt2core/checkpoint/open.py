@@ -48,7 +48,7 @@ class Checkpoint:
 
     @property
     def weights(self) -> Weights:
-        """The float32 weights; of a quantised checkpoint what its numbers stand for, made at each access."""
+        """The float32 weights; of a quantized checkpoint what its numbers stand for, made at each access."""
         return dequantize(self.stored)
 
 

@@ -41,7 +41,7 @@ def quantize(weights: Weights, precision: str, *, group_size: int = GROUP_SIZE) 
         raise RequestError(f"group_size is {in_short(group_size)}; use {_either(GROUP_SIZES)}")
     if weights.precision != "float32":
         raise RequestError(
-            f"the model is quantised already, to {weights.precision}; name the float model it was made of"
+            f"the model is quantized already, to {weights.precision}; name the float model it was made of"
         )
     _check_finite(weights)
     if precision == "bfloat16":

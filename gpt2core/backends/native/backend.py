@@ -81,7 +81,7 @@ class NativeBackend:
     A sequence's logits do not depend, to the last bit, on what is computed beside it.
 
     Args:
-        weights: float32 or quantised. A rearranged copy of the matrices is kept; pages of a memory-mapped
+        weights: float32 or quantized. A rearranged copy of the matrices is kept; pages of a memory-mapped
             checkpoint are given back as they are copied, so that one copy stays.
         device: only "cpu".
         threads: of a forward pass; None takes one per core. They wait actively within a pass and

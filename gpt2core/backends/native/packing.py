@@ -81,7 +81,7 @@ class PackedModel:
     """The weights, packed; they live as long as this does.
 
     Args:
-        weights: float32 or quantised. Matrices are copied; the table of embeddings is read where it lies.
+        weights: float32 or quantized. Matrices are copied; the table of embeddings is read where it lies.
         library: the compiled kernels.
     """
 

@@ -57,7 +57,7 @@ class NumpyBackend:
     """GPT-2 in pure NumPy.
 
     Args:
-        weights: float32 or quantised weights; they are shared, not copied. Quantised ones are multiplied by
+        weights: float32 or quantized weights; they are shared, not copied. Quantized ones are multiplied by
             blocks that become float32 in the processor's cache, so they take less memory, not less time.
         device: only "cpu".
         threads: threads of NumPy's BLAS during a forward pass; None leaves them as they are.

@@ -1,7 +1,7 @@
-"""Which session runs what: one for float32, and for quantised weights what is fastest for each shape.
+"""Which session runs what: one for float32, and for quantized weights what is fastest for each shape.
 
 Reading the weights is what takes time where tokens are few, and multiplying where they are many, so ONNX
-Runtime has two operators for quantised weights, each with a layout of its own: see `products`.
+Runtime has two operators for quantized weights, each with a layout of its own: see `products`.
 """
 
 # R rows of a run, S new tokens per row, N = R S, M wanted logits, D width, V vocabulary

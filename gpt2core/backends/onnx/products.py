@@ -1,4 +1,4 @@
-"""Matrix products as ONNX nodes, of quantised weights: int8 and int4 in ONNX Runtime's words."""
+"""Matrix products as ONNX nodes, of quantized weights: int8 and int4 in ONNX Runtime's words."""
 
 # O outputs, I inputs, G groups, S inputs per group, V vocabulary, D width
 
@@ -22,7 +22,7 @@ _OFFSET: Final = 128  # what MatMulNBits subtracts from a byte when it is given 
 
 
 class QuantizedProducts(Products, Protocol):
-    """Products of quantised weights; they bring their own initializers."""
+    """Products of quantized weights; they bring their own initializers."""
 
     def arrays(self) -> Iterator[tuple[str, np.ndarray]]:
         """The initializers of every `linear`."""
