@@ -27,7 +27,7 @@ import numpy as np
 
 from gpt2core import Batch, open_checkpoint
 from gpt2core.backends import create_backend
-from gpt2core.bench.bandwidth import read_bandwidth
+from gpt2core.bench.compare.bandwidth import read_bandwidth
 from gpt2core.encodings import Int8
 from gpt2core.weights import Weights
 

@@ -47,7 +47,7 @@ def main(model: str, root: Path, points: int) -> None:
     settings = ClassicSettings(model=model, backend="numpy", prompts=("One", "Two!"), lengths=(8, 12), runs=2)
     chance, killed = random.Random(0), []
     GPT2.from_pretrained(model, backend="numpy").close()  # imported once, before the first fork
-    cells = len(settings.cells())
+    cells = len(settings.trials())
     for point in range(points):
         folder = root / str(point)
         first = chance.randrange(cells)

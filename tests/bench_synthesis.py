@@ -103,6 +103,8 @@ def comparison_folder(
     skipped: tuple[str, ...] = ("llamacpp",),
     failed: tuple[str, ...] = (),
     drift: float = 1.0,
+    others_cores: float | None = None,
+    steal_share: float | None = None,
     seed: int = 0,
     **settings: Any,
 ) -> Path:
@@ -126,6 +128,9 @@ def comparison_folder(
     for index in range(rounds):
         slower = drift ** (index / max(rounds - 1, 1))
         add("machine", "read_bandwidth", 2e10 / slower, "bytes/s", round=index)
+        for measure, value in (("others_cores", others_cores), ("steal_share", steal_share)):
+            if value is not None:
+                add("machine", measure, value, "", round=index)
         for engine in engines:
             for precision in precisions:
                 speed = SPEEDS.get(engine, 45.0) * (2.5 if precision == "int8" else 1)

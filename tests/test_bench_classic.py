@@ -1,32 +1,31 @@
-"""The classic benchmark: what is measured, in which order, what is recorded, resumed and printed."""
+"""The classic benchmark: what is measured, in which order, what is recorded, and what is refused."""
 
-import fcntl
+import inspect
 import itertools
 import json
-import os
-import pty
-import select
-import shutil
 import statistics
-import struct
 import subprocess
 import sys
-import termios
 import types
 from pathlib import Path
 
 import numpy as np
 import pytest
+from bench_faults import failing
 
 from gpt2core import GPT2, bench
-from gpt2core.bench import BenchmarkError, ClassicSettings, classic, run_classic, targets
-from gpt2core.bench.attempts import attempts
+from gpt2core.bench import BenchmarkError, ClassicSettings, run_classic
+from gpt2core.bench.compare.plan import Comparison
+from gpt2core.bench.compare.recommend import recommend
 from gpt2core.bench.errors import ServerError
-from gpt2core.bench.files import read_log
-from gpt2core.bench.results import summarise
-from gpt2core.bench.workload import DEFAULT_PROMPTS, WARM_UP, Cell
+from gpt2core.bench.store.files import read_log
+from gpt2core.bench.sweep import model_target as targets
+from gpt2core.bench.sweep.retries import measure_with_retries
+from gpt2core.bench.sweep.summary import summarise
+from gpt2core.bench.sweep.workload import DEFAULT_PROMPTS, WARM_UP, Trial
 from gpt2core.cli import main
-from gpt2core.errors import ContextLengthError, Gpt2CoreError, NumericalError, RequestError
+from gpt2core.cli.bench import bench as bench_command
+from gpt2core.errors import ContextLengthError, Gpt2CoreError, RequestError
 from gpt2core.testing import random_checkpoint
 
 PROMPTS, LENGTHS, RUNS = ("One", "Two more", "3"), (12, 20), 2
@@ -35,6 +34,7 @@ SCHEMA = {
     "elapsed_s": float, "ttft_s": float, "token_times_s": list, "prompt_tokens": int,
     "completion_tokens": int, "finish_reason": str, "text": str, "attempts": int, "seed": int,
     "backend": str, "precision": str, "model": str, "url": None, "environment": str, "started_at": str,
+    "others_cores": (float, type(None)), "steal_share": (float, type(None)),
 }  # fmt: skip
 
 
@@ -54,9 +54,9 @@ def settings(folder):
 def reports(monkeypatch):
     """The folders that a report was asked for, instead of reports."""
     asked: list[Path] = []
-    module = types.ModuleType("gpt2core.bench.report")
+    module = types.ModuleType("gpt2core.bench.report.page")
     module.write_report = asked.append
-    monkeypatch.setitem(sys.modules, "gpt2core.bench.report", module)
+    monkeypatch.setitem(sys.modules, "gpt2core.bench.report.page", module)
     return asked
 
 
@@ -71,9 +71,6 @@ def run(capfd, monkeypatch, folder):
         return code, out, err
 
     return run
-
-
-SMALL = ("--prompt", "One", "--prompt", "Two more", "--lengths", "12,20", "--runs", "2", "--seed", "7")
 
 
 # What is measured
@@ -119,15 +116,15 @@ def test_the_texts_are_those_of_the_seeds_and_an_end_token_does_not_shorten_them
 
 
 def test_runs_are_interleaved_and_begin_with_the_warm_up(settings):
-    cells = settings.cells()
+    cells = settings.trials()
     assert [cell.run for cell in cells] == [-1] * 6 + [0] * 6 + [1] * 6
     rounds = [[cell[:2] for cell in cells[i : i + 6]] for i in (0, 6, 12)]
     assert sorted(rounds[0]) == sorted(rounds[1]) == sorted(rounds[2])
     assert len({tuple(one) for one in rounds}) > 1  # each in its own order
-    assert cells == settings.cells()
-    assert cells != ClassicSettings(prompts=PROMPTS, lengths=LENGTHS, runs=RUNS, seed=8).cells()
-    assert Cell(0, 50, WARM_UP).is_warm_up
-    assert not Cell(0, 50, 0).is_warm_up
+    assert cells == settings.trials()
+    assert cells != ClassicSettings(prompts=PROMPTS, lengths=LENGTHS, runs=RUNS, seed=8).trials()
+    assert Trial(0, 50, WARM_UP).is_warm_up
+    assert not Trial(0, 50, 0).is_warm_up
 
 
 def test_the_default_prompts_are_varied_and_fit_the_shortest_length():
@@ -188,21 +185,37 @@ def test_summaries_are_means_over_the_measured_runs(settings, tmp_path):
     assert (one.runs, one.failed, one.ended_early) == (2, 0, 0)
 
 
+def test_the_precision_is_that_of_the_checkpoint_and_every_door_has_that_default(folder, tmp_path):
+    rounded = tmp_path / "int8"
+    assert main(["quantize", folder, str(rounded), "--precision", "int8"]) == 0
+    settings = ClassicSettings(model=str(rounded), backend="numpy", prompts=("a",), lengths=(4,), runs=1)
+    result = run_classic(settings, output=tmp_path / "out", report=False)
+    assert result.settings["precision"] == "int8"
+    assert {record["precision"] for record in result.records} == {"int8"}
+    defaults = {
+        "settings": ClassicSettings().precision,
+        "comparison": Comparison(backends=("numpy",)).precisions[0],
+        "recommend": inspect.signature(recommend).parameters["precisions"].default[0],
+        "from_pretrained": inspect.signature(GPT2.from_pretrained).parameters["precision"].default,
+    }
+    for name, command in {"bench": bench_command, **bench_command.commands}.items():
+        for option in command.params:
+            if option.name == "precision":
+                defaults[f"{name} --precision"] = option.default
+    assert set(defaults.values()) == {"auto"}
+    assert len(defaults) == 7
+
+
+def test_options_before_a_subcommand_are_refused(run):
+    code, out, err = run("analyse", "x", model=None)
+    assert code == 2
+    assert "does not exist" in err
+    code, out, err = run("analyse", "x")
+    assert (code, out) == (2, "")
+    assert "--model has no effect before analyse" in err
+
+
 # Failures
-
-
-def failing(monkeypatch, fails, error: Exception | None = None):
-    """Let the measurements fail for which `fails(cell, attempt)` holds; returns all attempts."""
-    tried, real = [], targets.ModelTarget.measure
-
-    def measure(self, cell):
-        tried.append(cell)
-        if fails(cell, tried.count(cell)):
-            raise error or NumericalError("broken")
-        return real(self, cell)
-
-    monkeypatch.setattr(targets.ModelTarget, "measure", measure)
-    return tried
 
 
 def test_a_cell_that_fails_at_first_is_tried_again(settings, tmp_path, monkeypatch):
@@ -253,7 +266,7 @@ def test_the_limit_of_time_is_looked_at_after_each_token(settings, tmp_path, mon
 
 def test_waits_double_and_a_servers_wish_comes_first(monkeypatch):
     waits: list[float] = []
-    monkeypatch.setattr("gpt2core.bench.attempts.time.sleep", waits.append)
+    monkeypatch.setattr("gpt2core.bench.sweep.retries.time.sleep", waits.append)
     settings = ClassicSettings(retries=4, backoff_s=1.0)
     errors = [
         OSError(),
@@ -262,11 +275,11 @@ def test_waits_double_and_a_servers_wish_comes_first(monkeypatch):
         OSError(),
         OSError("x"),
     ]
-    result, tries = attempts(settings, lambda: (_ for _ in ()).throw(errors.pop(0)))
+    result, tries = measure_with_retries(settings, lambda: (_ for _ in ()).throw(errors.pop(0)))
     assert (str(result), tries) == ("x", 5)
     assert waits == [1.0, 9.0, 4.0, 8.0]
     errors = [ServerError("no", again=False)]
-    assert attempts(settings, lambda: (_ for _ in ()).throw(errors.pop(0)))[1] == 1
+    assert measure_with_retries(settings, lambda: (_ for _ in ()).throw(errors.pop(0)))[1] == 1
 
 
 # Bad input
@@ -284,7 +297,7 @@ def test_waits_double_and_a_servers_wish_comes_first(monkeypatch):
         ({"lengths": (50, 60, 50)}, "give each length once"),
         ({"runs": 0}, "runs is 0"),
         ({"seed": -1}, "seed is -1"),
-        ({"seed": 2**63 - 2}, "with 3 runs at most"),
+        ({"seed": 2**63 - 2}, "with 5 runs at most"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"timeout_s": float("inf")}, "timeout_s is inf"),
         ({"timeout_s": 0.0}, "timeout_s is 0.0"),
@@ -317,305 +330,11 @@ def test_a_length_that_does_not_fit_is_refused_before_anything_is_written(folder
 
 def test_a_missing_package_is_told_before_the_run(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "gpt2core.bench.extras.find_spec", lambda name: None if name == "matplotlib" else True
+        "gpt2core.bench.errors.find_spec", lambda name: None if name == "matplotlib" else True
     )
     with pytest.raises(BenchmarkError, match=r"matplotlib is not installed.*gpt2core\[bench\]"):
         run_classic(settings, output=tmp_path / "out")
     run_classic(settings, output=tmp_path / "out", report=False)
-
-
-# Resuming
-
-
-def cells_of(path: Path) -> list[tuple[int, ...]]:
-    return [tuple(record["cell"]) for record in read_log(path / "runs.jsonl")]
-
-
-def interrupt_at(monkeypatch, number: int) -> None:
-    """Interrupt the measurement of that number, as Ctrl-C would."""
-    tried, real = [], targets.ModelTarget.measure
-
-    def measure(self, cell):
-        tried.append(cell)
-        if len(tried) == number:
-            raise KeyboardInterrupt
-        return real(self, cell)
-
-    monkeypatch.setattr(targets.ModelTarget, "measure", measure)
-
-
-@pytest.mark.parametrize("number", [1, 4, 8, 18])
-def test_an_interrupted_run_is_resumed_without_repeating_a_cell(settings, tmp_path, monkeypatch, number):
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, number)
-        with pytest.raises(KeyboardInterrupt):
-            run_classic(settings, output=tmp_path, report=False)
-    before = read_log(tmp_path / "runs.jsonl")
-    assert len(before) == number - 1
-    tried = failing(monkeypatch, lambda cell, attempt: False)
-    result = run_classic(settings, output=tmp_path, report=False, resume=True)
-    assert read_log(tmp_path / "runs.jsonl")[: len(before)] == before
-    assert cells_of(tmp_path) == settings.cells()
-    measured = [cell for cell in tried if cell.run >= 0]
-    assert measured == [cell for cell in settings.cells()[number - 1 :] if cell.run >= 0]
-    assert result.resumed == max(0, number - 1 - 6)
-    warm = {cell[:2] for cell in tried if cell.run < 0}  # a new process has cold caches
-    assert {cell[:2] for cell in measured} <= warm
-
-
-def test_a_finished_run_is_resumed_by_doing_nothing(settings, finished, monkeypatch):
-    first = np.load(finished / "benchmark_results.npy")
-    tried = failing(monkeypatch, lambda cell, attempt: True)
-    again = run_classic(settings, output=finished, report=False, resume=True)
-    assert tried == []
-    assert again.resumed == 12
-    np.testing.assert_array_equal(again.times_s, first)
-
-
-def test_failed_cells_are_tried_again_on_resume(settings, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        failing(patch, lambda cell, attempt: cell[:2] == (1, 12) or cell.run == 1, RequestError("no"))
-        assert len(run_classic(settings, output=tmp_path, report=False).failures) == 7
-    tried = failing(monkeypatch, lambda cell, attempt: False)
-    result = run_classic(settings, output=tmp_path, report=False, resume=True)
-    assert sum(cell.run >= 0 for cell in tried) == 7
-    assert result.failures == []
-    assert sorted(cells_of(tmp_path)) == sorted(settings.cells())
-
-
-@pytest.fixture(scope="module")
-def finished_once(folder, tmp_path_factory):
-    path = tmp_path_factory.mktemp("finished") / "out"
-    settings = ClassicSettings(
-        model=folder, backend="numpy", prompts=PROMPTS, lengths=LENGTHS, runs=RUNS, seed=7
-    )
-    run_classic(settings, output=path, report=False)
-    return path
-
-
-@pytest.fixture
-def finished(finished_once, tmp_path):
-    """A copy of a folder that `settings` gave."""
-    return shutil.copytree(finished_once, tmp_path / "out")
-
-
-def test_resuming_with_other_settings_or_another_model_is_refused(settings, finished, tmp_path):
-    other = random_checkpoint(tmp_path / "other", seed=1)
-    for change, message in (
-        ({"runs": 3}, "runs: 2 there, 3 here"),
-        ({"seed": 8}, "seed: 7 there, 8 here"),
-        ({"prompts": ("x",)}, "prompts: "),
-        ({"model": str(other)}, "model_id: "),
-        ({"temperature": 0.5}, "temperature: 0.8 there, 0.5 here"),
-    ):
-        given = {name: getattr(settings, name) for name in settings.__slots__} | change
-        with pytest.raises(BenchmarkError, match="other settings.*" + message):
-            run_classic(ClassicSettings(**given), output=finished, report=False, resume=True)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"cell": [9, 12, 0]}, "is of another benchmark"),
-        ({"environment": "0"}, "is of another benchmark"),
-        ({"status": "perhaps"}, "is of another benchmark"),
-        ({"run": 5}, "is of another benchmark"),
-        ({"elapsed_s": None}, "is no line of this benchmark"),
-        ({}, "repeats a cell"),
-        ({"cell": [1]}, "is no line of this benchmark"),
-        ({"cell": None}, "is no line of this benchmark"),
-    ],
-)
-def test_lines_that_do_not_belong_are_refused_by_number(settings, finished, change, message):
-    log = finished / "runs.jsonl"
-    lines = log.read_bytes().splitlines(keepends=True)
-    log.write_bytes(b"".join([*lines, json.dumps(json.loads(lines[0]) | change).encode() + b"\n"]))
-    with pytest.raises(BenchmarkError, match=rf"runs\.jsonl, line 19 {message}"):
-        run_classic(settings, output=finished, report=False, resume=True)
-
-
-def test_runs_killed_at_20_random_points_twice_and_resumed_have_the_same_cells_none_twice(folder, tmp_path):
-    points = 20
-    command = [sys.executable, Path(__file__).with_name("bench_killer.py"), folder, tmp_path, str(points)]
-    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert (done.returncode, done.stderr) == (0, "")
-    killed = json.loads(done.stdout)
-    assert len(killed) == 2 * points
-    assert sum(killed) >= points, "too few were killed before they had ended"
-    want = sorted(ClassicSettings(prompts=("One", "Two!"), lengths=(8, 12), runs=2).cells())
-    for point in range(points):
-        assert sorted(cells_of(tmp_path / str(point))) == want
-        names = {path.name for path in (tmp_path / str(point)).iterdir()}
-        assert names == {
-            *("environment.json", "settings.json", "runs.jsonl"),
-            *("benchmark_results.npy", "benchmark_results.json"),
-        }
-        times_s = np.load(tmp_path / str(point) / "benchmark_results.npy", allow_pickle=False)
-        assert times_s.shape == (2, 2, 2)
-        assert not np.isnan(times_s).any()
-
-
-# The command
-
-
-def test_the_command_prints_a_table_and_where_the_report_is(run, tmp_path, reports):
-    code, out, err = run(*SMALL, "--output", str(tmp_path / "out"))
-    assert (code, err) == (0, "")
-    lines = out.splitlines()
-    assert lines[0].split() == [
-        "prompt",
-        "length",
-        "mean",
-        "95",
-        "%",
-        "interval",
-        "tokens/s",
-        "first",
-        "token",
-        "failed",
-    ]
-    assert [line.split("  ")[0] for line in lines[1:5]] == ["One", "One", "Two more", "Two more"]
-    mean = np.load(tmp_path / "out" / "benchmark_results.npy").mean(axis=2)
-    assert f"{mean[1, 0]:.3f} s" in lines[3]
-    assert lines[-1] == f"{tmp_path}/out/report.html"
-    assert reports == [tmp_path / "out"]
-
-
-def test_the_command_prints_one_json_document(run, tmp_path, reports):
-    args = (*SMALL, "--output", str(tmp_path / "out"), "--json")
-    code, out, err = run(*args)
-    assert (code, err) == (0, "")
-    document = json.loads(out)
-    assert out.count("\n") == 1
-    assert (document["cells"], document["failed"], document["resumed"]) == (8, 0, 0)
-    assert [one["length"] for one in document["summary"]] == [12, 20, 12, 20]
-    assert document["settings"]["lengths"] == [12, 20]
-    assert "runs.jsonl" in document["files"]
-    assert json.loads(run(*args, "--resume")[1])["resumed"] == 8
-
-
-def test_prompts_come_from_a_file_and_long_ones_are_shortened_in_the_table(run, tmp_path):
-    file = tmp_path / "prompts.txt"
-    file.write_bytes("\ufeffOne\r\n\r\n  \nTwo \x1b[31m or more words than a column of the table\n".encode())
-    args = ("--prompts", str(file), "--lengths", "60", "--runs", "1", "--no-report", "--output")
-    code, out, _ = run(*args, str(tmp_path / "out"))
-    assert code == 0
-    assert out.splitlines()[2].startswith("Two \\x1b[31m or more words th...  60 ")
-    assert out.splitlines()[-1].endswith("runs.jsonl")
-    settings = json.loads((tmp_path / "out" / "settings.json").read_text())
-    assert settings["prompts"][0] == "One"
-    assert len(settings["prompts"]) == 2
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "holds no prompt"),
-        (b" \n\n", "holds no prompt"),
-        (b"\xff", "is not UTF-8 at byte 0"),
-        (None, "cannot be read: No such file"),
-        (b"x" * (2**20 + 1), "has more than"),
-    ],
-)
-def test_a_prompt_file_without_prompts_is_one_line(run, tmp_path, content, message):
-    file = tmp_path / "prompts.txt"
-    if content is not None:
-        file.write_bytes(content)
-    code, out, err = run("--prompts", str(file), "--output", str(tmp_path / "out"))
-    assert (code, out, err.count("\n")) == (2, "", 1)
-    assert message in err
-
-
-@pytest.mark.parametrize(
-    ("args", "code", "message"),
-    [
-        (("--lengths", "50,x"), 2, "--lengths is '50,x'"),
-        (("--prompt", "a", "--prompts", "x"), 2, "both given"),
-        (("--resume", "--force"), 2, "contradict"),
-        (("--runs", "0"), 2, "--runs"),
-        (("--url", "http://127.0.0.1:1"), 2, "--backend has no effect on a server"),
-        (("--backend", "frobnicate", "--lengths", "90", "--prompt", "a"), 1, "no backend 'frobnicate'"),
-        (("frobnicate",), 2, "No such command 'frobnicate'"),
-    ],
-)
-def test_bad_options_are_one_line(run, tmp_path, args, code, message):
-    got, out, err = run(*("--output", str(tmp_path / "out")), *args)
-    assert (got, out) == (code, "")
-    assert err.count("\n") == 1
-    assert message in err
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_folder_with_results_is_refused_and_force_replaces_it(run, tmp_path):
-    args = (*SMALL, "--no-report", "--output", str(tmp_path))
-    assert run(*args)[0] == 0
-    first = (tmp_path / "runs.jsonl").read_bytes()
-    code, out, err = run(*args)
-    assert (code, out, err.count("\n")) == (1, "", 1)
-    assert "is not empty" in err
-    assert (tmp_path / "runs.jsonl").read_bytes() == first
-    assert run(*args, "--force")[0] == 0
-    assert (tmp_path / "runs.jsonl").read_bytes() != first
-    assert len(cells_of(tmp_path)) == 12
-
-
-def test_failures_are_told_and_only_when_all_fail_is_the_exit_code_1(run, tmp_path, monkeypatch, reports):
-    failing(monkeypatch, lambda cell, attempt: cell[:2] == (0, 12))
-    args = (*SMALL, "--retries", "0", "--output")
-    code, out, err = run(*args, str(tmp_path / "some"))
-    assert code == 0
-    assert err == "gpt2core: 2 of 8 generations failed: NumericalError: broken; --resume tries them again\n"
-    assert out.splitlines()[1].split() == ["One", "12", "-", "-", "-", "-", "2"]
-    failing(monkeypatch, lambda cell, attempt: True)
-    code, out, err = run(*args, str(tmp_path / "all"))
-    assert code == 1
-    assert "all 8 generations failed" in err
-    assert reports == [tmp_path / "some"]  # of nothing there is nothing to draw
-    assert np.isnan(np.load(tmp_path / "all" / "benchmark_results.npy")).all()
-
-
-def test_an_interrupt_exits_130_and_tells_how_to_go_on(run, tmp_path, monkeypatch):
-    interrupt_at(monkeypatch, 4)
-    code, out, err = run(*SMALL, "--no-report", "--output", str(tmp_path / "out"))
-    assert (code, out) == (130, "")
-    assert err.split("\n", 1)[0] == "gpt2core: interrupted; go on with the same command and --resume"
-    assert len(cells_of(tmp_path / "out")) == 3
-
-
-def test_a_bar_with_the_remaining_time_is_drawn_on_a_terminal_only(folder, tmp_path):
-    main_fd, terminal_fd = pty.openpty()
-    fcntl.ioctl(terminal_fd, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-    command = [sys.executable, "-m", "gpt2core", "bench", "--model", folder, "--backend", "numpy", *SMALL]
-    command += ["--no-report", "--output", str(tmp_path)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=terminal_fd, timeout=100)
-    shown = b""
-    while select.select([main_fd], [], [], 0)[0]:  # the terminal keeps what nobody has read yet
-        shown += os.read(main_fd, 100_000)
-    shown = shown.decode()
-    os.close(terminal_fd)
-    os.close(main_fd)
-    assert done.returncode == 0
-    assert "warm-up, 0 of 12" in shown
-    assert " left" in shown
-    assert shown.endswith("\r")  # gone at the end
-
-
-def test_analyse_prints_what_the_analysis_says(run, tmp_path, monkeypatch):
-    class Analysis:
-        def to_dict(self):
-            return {"folder": "x"}
-
-        def text(self):
-            return "linear\n"
-
-    asked = []
-    module = types.ModuleType("gpt2core.bench.analysis")
-    module.analyse = lambda folder: asked.append(folder) or Analysis()
-    monkeypatch.setitem(sys.modules, "gpt2core.bench.analysis", module)
-    assert run("analyse", str(tmp_path), model=None) == (0, "linear\n", "")
-    assert run("analyse", str(tmp_path), "--json", model=None) == (0, '{"folder": "x"}\n', "")
-    assert asked == [tmp_path, tmp_path]
 
 
 # The package
@@ -624,7 +343,7 @@ def test_analyse_prints_what_the_analysis_says(run, tmp_path, monkeypatch):
 def test_importing_the_package_loads_nothing_else_and_its_names_are_documented():
     code = "import sys; before = set(sys.modules); import gpt2core.bench; print(*(set(sys.modules) - before))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert {*done.stdout.split()} == {"gpt2core", "gpt2core.bench"}
+    assert {*done.stdout.split()} == {"gpt2core", "gpt2core._version", "gpt2core.bench"}
     assert sorted(bench._MODULE_OF) == sorted(bench.__all__)
     for name in bench.__all__:
         assert getattr(bench, name).__doc__
@@ -634,11 +353,10 @@ def test_importing_the_package_loads_nothing_else_and_its_names_are_documented()
 
 
 def test_summaries_of_no_lines_are_empty(settings):
-    found = summarise(settings.document(), [])
+    found = summarise(dict(enumerate(PROMPTS)), LENGTHS, [])
     assert {(one.runs, one.failed, one.mean_s, one.tokens_per_s) for one in found} == {(0, 0, None, None)}
 
 
 def test_resume_and_force_contradict_each_other(settings, tmp_path):
     with pytest.raises(RequestError, match="contradict"):
         run_classic(settings, output=tmp_path, resume=True, force=True)
-    assert classic.RUNS == "runs.jsonl"

@@ -6,9 +6,9 @@ import pytest
 from click.testing import CliRunner
 
 from gpt2core.bench import ClassicSettings, components, run_classic
-from gpt2core.bench.analysis import measure_folder
-from gpt2core.bench.breakdown import bars, breakdown_tables
 from gpt2core.bench.components import METHOD, measure_components
+from gpt2core.bench.report.analysis import measure_folder
+from gpt2core.bench.report.breakdown import breakdown_tables, read_bars
 from gpt2core.cli.bench import bench
 from gpt2core.errors import RequestError
 from gpt2core.testing import random_checkpoint
@@ -89,8 +89,8 @@ LINE = {
 
 def test_the_table_shows_decoding_first_and_the_bars_hold_seconds():
     document = {"lines": [LINE, {**LINE, "phase": "decode"}], "method": "by cutting"}
-    assert [bar.label for bar in bars(document)] == ["numpy, decode", "numpy, prefill"]
-    assert bars(document)[0].seconds == {"attention": 0.001, "MLP": 0.002}
+    assert [bar.label for bar in read_bars(document)] == ["numpy, decode", "numpy, prefill"]
+    assert read_bars(document)[0].seconds == {"attention": 0.001, "MLP": 0.002}
     (shown,) = breakdown_tables(document)
     assert shown.columns == ("backend, phase", "attention", "MLP", "all")
     assert shown.rows[0] == ("numpy, decode (ms)", "1.00", "2.00", "3.00")
@@ -99,7 +99,7 @@ def test_the_table_shows_decoding_first_and_the_bars_hold_seconds():
 
 def test_a_broken_components_file_is_refused():
     with pytest.raises(RequestError, match=r"components.json is not what it should be"):
-        bars({"lines": [{"phase": "decode"}]})
+        read_bars({"lines": [{"phase": "decode"}]})
 
 
 @pytest.mark.usefixtures("quick")

@@ -5,18 +5,18 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from gpt2core.bench import BenchmarkError, files, fingerprint
-from gpt2core.bench import environment as environment_module
-from gpt2core.bench.environment import differences
-from gpt2core.bench.extras import check_installed
-from gpt2core.bench.folder import ResultsFolder, check_folder
-from gpt2core.bench.results import mean_interval
-from gpt2core.bench.statistics import bootstrap_interval
+from gpt2core.bench import BenchmarkError, fingerprint
+from gpt2core.bench.errors import check_installed
+from gpt2core.bench.store import environment as environment_module
+from gpt2core.bench.store import files
+from gpt2core.bench.store.environment import differences
+from gpt2core.bench.store.folder import ResultsFolder, check_folder
 
 OLD, NEW = b"old " * 1000, b"new " * 5000
 ENVIRONMENT = fingerprint()
@@ -92,11 +92,11 @@ def test_a_write_that_makes_no_progress_is_an_error_and_not_a_loop(tmp_path, mon
 def test_a_limit_of_the_system_on_file_sizes_leaves_the_old_file(tmp_path):
     """The real thing: the kernel writes what fits, then refuses."""
     code = (
-        "import resource, signal, sys; from pathlib import Path; from gpt2core.bench import files\n"
+        "import resource, signal, sys; from pathlib import Path; from gpt2core.bench.store import files\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (6000, resource.RLIM_INFINITY))\n"
         "path = Path(sys.argv[1])\n"
-        "with files.Log(path / 'runs.jsonl') as log:\n"
+        "from contextlib import closing\nwith closing(files.Log(path / 'runs.jsonl')) as log:\n"
         "    log.append({'a': 1})\n"
         "    for action in (lambda: files.write_atomically(path / 'x', b'new' * 5000),\n"
         "                   lambda: log.append({'b': 'b' * 10_000})):\n"
@@ -167,7 +167,7 @@ def test_a_log_torn_at_any_byte_of_its_last_line_loses_that_line_only(tmp_path):
     for cut in range(len(whole) - len(lines[-1]), len(whole)):
         path.write_bytes(whole[:cut])
         assert [record["n"] for record in files.read_log(path)] == [0, 1]
-        with files.Log(path) as log:
+        with closing(files.Log(path)) as log:
             assert path.read_bytes() == b"".join(lines[:2])
             log.append({"n": 9})
         assert [record["n"] for record in files.read_log(path)] == [0, 1, 9]
@@ -184,7 +184,7 @@ def test_a_log_that_does_not_exist_is_empty_and_a_broken_line_is_named(tmp_path)
 @pytest.mark.parametrize("nbytes", [0, 1, 20])
 def test_a_line_that_the_disk_refuses_leaves_the_lines_before(tmp_path, monkeypatch, nbytes):
     path = tmp_path / "runs.jsonl"
-    with files.Log(path) as log:
+    with closing(files.Log(path)) as log:
         log.append({"n": 0})
         with monkeypatch.context() as patch:
             fail_writes_after(patch, nbytes)
@@ -203,7 +203,7 @@ def test_an_interrupt_in_the_middle_of_a_line_leaves_the_lines_before(tmp_path, 
     def interrupt(descriptor):
         raise KeyboardInterrupt
 
-    with files.Log(path) as log:
+    with closing(files.Log(path)) as log:
         log.append({"n": 0})
         monkeypatch.setattr(os, "fsync", interrupt)
         with pytest.raises(KeyboardInterrupt):
@@ -232,7 +232,7 @@ def test_the_fingerprint_names_the_machine_and_is_stable():
 
 @pytest.mark.parametrize(
     ("change", "value"),
-    [("_cpu", "another"), ("_usable_cores", 99), ("_version", "0"), ("_memory_nbytes", 1)],
+    [("_cpu", "another"), ("usable_cores", 99), ("_version", "0"), ("_memory_nbytes", 1)],
 )
 def test_another_machine_or_version_has_another_id(monkeypatch, change, value):
     monkeypatch.setattr(environment_module, change, lambda *arguments: value)
@@ -242,6 +242,28 @@ def test_another_machine_or_version_has_another_id(monkeypatch, change, value):
 def test_the_cpu_has_a_name_where_the_system_has_no_cpuinfo(monkeypatch, tmp_path):
     monkeypatch.setattr(environment_module, "CPU_INFO", tmp_path / "missing")
     assert fingerprint()["machine"]["cpu"]
+
+
+def test_other_work_is_what_is_busy_beside_this_process_and_its_children(monkeypatch, tmp_path):
+    tick = os.sysconf("SC_CLK_TCK")
+    stat, now_s, own_s = tmp_path / "stat", [100.0], [1.0]
+    monkeypatch.setattr(environment_module, "CPU_TIMES", stat)
+    monkeypatch.setattr(environment_module.time, "monotonic", lambda: now_s[0])
+    monkeypatch.setattr(environment_module.os, "times", lambda: (own_s[0], 0.0, 0.0, 0.0, 0.0))
+
+    def tell(user_s, idle_s, steal_s):
+        stat.write_text(f"cpu  {user_s * tick} 0 0 {idle_s * tick} 0 0 0 {steal_s * tick} 0 0\ncpu0 1\n")
+
+    tell(50, 50, 0)
+    watch = environment_module.OtherWorkWatch()
+    tell(65, 53, 2)  # of 20 s on two cores 15 busy, 2 stolen
+    now_s[0], own_s[0] = 110.0, 6.0  # 5 of them our own, within 10 s
+    other = watch.read()
+    assert other.others_cores == pytest.approx(1.0)
+    assert other.steal_share == pytest.approx(0.1)
+    stat.unlink()
+    assert watch.read() == environment_module.OtherWork(None, None)
+    assert environment_module.OtherWorkWatch().read() == environment_module.OtherWork(None, None)
 
 
 def test_differences_are_named_by_their_path():
@@ -263,15 +285,6 @@ def test_a_missing_package_is_named_with_its_extra():
         check_installed("numpy", "nosuchpackage")
     with pytest.raises(BenchmarkError, match="no1, no2 are not installed"):
         check_installed("no1", "no2")
-
-
-def test_the_interval_of_the_mean_is_the_one_of_the_report():
-    values = [1.0, 1.2, 1.1, 1.5]
-    want = bootstrap_interval(values, statistic="mean")
-    assert mean_interval(values) == (want.low, want.high)
-    assert 1.0 <= want.low < 1.2 < want.high <= 1.5
-    assert mean_interval([1.0]) is None
-    assert mean_interval([2.0, 2.0]) == (2.0, 2.0)
 
 
 # The folder
@@ -337,10 +350,21 @@ def test_results_of_another_machine_or_version_are_not_resumed(tmp_path, change,
 
 def test_other_settings_are_not_resumed_but_another_limit_of_time_is(tmp_path):
     begin(tmp_path).__exit__()
-    with pytest.raises(BenchmarkError, match=r"of other settings \(runs: 2 there, 5 here; model: none there"):
+    with pytest.raises(BenchmarkError, match=r"of other settings \(model: none there, \"demo\" here\)"):
         begin(tmp_path, settings=SETTINGS | {"runs": 5, "model": "demo"}, resume=True)
+    with pytest.raises(BenchmarkError, match=r"of other settings \(runs: 2 there, 1 here\)"):
+        begin(tmp_path, settings=SETTINGS | {"runs": 1}, resume=True)
     begin(tmp_path, settings=SETTINGS | {"timeout_s": 9.0}, resume=True).__exit__()
     assert json.loads((tmp_path / "settings.json").read_text())["timeout_s"] == 9.0
+
+
+@pytest.mark.parametrize("name", ["runs", "rounds"])
+def test_a_resumed_benchmark_may_have_more_runs_and_rounds_but_not_fewer(tmp_path, name):
+    begin(tmp_path, settings=SETTINGS | {name: 3}).__exit__()
+    begin(tmp_path, settings=SETTINGS | {name: 5}, resume=True).__exit__()
+    assert json.loads((tmp_path / "settings.json").read_text())[name] == 5
+    with pytest.raises(BenchmarkError, match=rf"{name}: 5 there, 4 here"):
+        begin(tmp_path, settings=SETTINGS | {name: 4}, resume=True)
 
 
 def test_many_differences_are_counted(tmp_path):

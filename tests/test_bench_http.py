@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt2core.bench import BenchmarkError, ClassicSettings, http_target, run_classic
-from gpt2core.bench.files import read_log
-from gpt2core.bench.http_apis import parse_url
+from gpt2core.bench import BenchmarkError, ClassicSettings, run_classic
+from gpt2core.bench.store.files import read_log
+from gpt2core.bench.sweep import server_target
+from gpt2core.bench.sweep.server_apis import parse_url
 from gpt2core.cli import main
 from gpt2core.errors import RequestError
 
@@ -365,11 +366,11 @@ def test_a_server_that_dies_in_the_middle_fails_its_cells_and_can_be_resumed(ser
     again = run_classic(settings_for(server.url, retries=0), output=tmp_path, report=False, resume=True)
     assert (again.failures, again.resumed) == ([], 5)
     cells = [tuple(record["cell"]) for record in read_log(tmp_path / "runs.jsonl")]
-    assert sorted(cells) == sorted(settings_for(server.url).cells())
+    assert sorted(cells) == sorted(settings_for(server.url).trials())
 
 
 def test_an_answer_without_end_is_cut_off(serve, tmp_path, monkeypatch):
-    monkeypatch.setattr(http_target, "MAX_ANSWER_NBYTES", 1000)
+    monkeypatch.setattr(server_target, "MAX_ANSWER_NBYTES", 1000)
     with pytest.raises(BenchmarkError, match="the answer has more than 1000 bytes"):
         measured(serve(lambda *asked: (200, JSON, [b"x" * 2000])).url, tmp_path / "out")
 
@@ -455,6 +456,6 @@ def test_the_endpoint_follows_from_the_url(url, want):
 
 
 def test_a_missing_client_is_told_with_its_extra(monkeypatch, tmp_path):
-    monkeypatch.setattr("gpt2core.bench.extras.find_spec", lambda name: name != "httpx2" or None)
+    monkeypatch.setattr("gpt2core.bench.errors.find_spec", lambda name: name != "httpx2" or None)
     with pytest.raises(BenchmarkError, match=r"httpx2 is not installed.*gpt2core\[bench\]"):
         measured("http://127.0.0.1:1", tmp_path)

@@ -1,4 +1,4 @@
-"""`gpt2core bench --recommend`: the fastest of planted timings is kept; `auto` takes it while it holds."""
+"""`gpt2core bench recommend`: the fastest of planted timings is kept; `auto` takes it while it holds."""
 
 import json
 import os
@@ -13,8 +13,8 @@ from gpt2core._files import cache_folder
 from gpt2core.backends import choose
 from gpt2core.backends import recommendation as recommended
 from gpt2core.backends.recommendation import Recommendation
-from gpt2core.bench import recommend as module
-from gpt2core.bench.recommend import TEXT_TOKENS, TEXTS, recommend
+from gpt2core.bench.compare import recommend as module
+from gpt2core.bench.compare.recommend import TEXT_TOKENS, TEXTS, recommend
 from gpt2core.cli import main
 from gpt2core.testing import random_checkpoint, random_config
 
@@ -258,7 +258,7 @@ def plant(monkeypatch, figures):
         figure = (
             rounds if isinstance(rounds, str) else rounds[sum(one[0] == engine.name for one in asked) - 1]
         )
-        for measure, *_ in cells:
+        for measure in (cell.measure for cell in cells):
             line = {"measure": measure, "status": "ok", "error": None}
             if isinstance(figure, str):
                 yield line | {"status": "failed", "error": figure, "value": None}
@@ -314,20 +314,29 @@ def test_nothing_is_kept_where_no_backend_ran(tmp_path, monkeypatch, cache):
 
 
 def test_an_unknown_precision_is_refused(tmp_path):
-    with pytest.raises(RequestError, match="offers no precision 'float7', only float32"):
+    with pytest.raises(RequestError, match="offers no precision 'float7', only auto, float32"):
         recommend(random_checkpoint(tmp_path / "model"), precisions=["float7"])
 
 
-def test_the_command_measures_keeps_and_says_what_it_found(tmp_path, capfd, monkeypatch):
+@pytest.mark.parametrize("spelling", [("recommend",), ("--recommend",)], ids=" ".join)
+def test_the_command_measures_keeps_and_says_what_it_found(tmp_path, capfd, monkeypatch, spelling):
     plant(monkeypatch, FIGURES)
     folder = str(random_checkpoint(tmp_path / "model"))
-    assert main(["bench", "--recommend", "--model", folder, "--threads", "2"]) == 0
+    assert main(["bench", *spelling, "--model", folder, "--threads", "2"]) == 0
     out = capfd.readouterr().out.splitlines()
     assert out[0].split() == ["backend", "precision", "first", "token", "tok/s", "10", "texts", "peak"]
     assert out[1].split() == ["onnx", "float32", "1.00", "s", "80", "17.00", "s", "1.0", "GB"]
     assert "failed: ValueError: it fell over" in out[5]
     assert out[-1] == "fastest: onnx in float32; `--backend auto` takes it with --threads 2 from now on"
     assert choose(CONFIG, threads=2)[0] == "onnx"
+
+
+def test_the_precision_is_that_of_the_checkpoint_unless_another_is_named(tmp_path, monkeypatch):
+    asked = plant(monkeypatch, FIGURES)
+    folder, rounded = random_checkpoint(tmp_path / "model"), tmp_path / "int8"
+    assert main(["quantize", str(folder), str(rounded), "--precision", "int8"]) == 0
+    assert recommend(rounded).fastest.precision == "int8"
+    assert {name[1] for name in asked} == {"int8"}
 
 
 def test_real_backends_are_measured_in_processes_of_their_own(tmp_path, monkeypatch):

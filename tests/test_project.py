@@ -83,9 +83,10 @@ def test_every_command_and_option_that_the_documents_show_exists():
             shown.append((relative(path), line))
             words = line.split("#")[0].split("|")[0].split()
             assert words[0] in program.commands, f"{relative(path)} shows `gpt2core {line}`"
-            known = {
-                option for p in program.commands[words[0]].params for option in (*p.opts, *p.secondary_opts)
-            }
+            command = program.commands[words[0]]
+            if len(words) > 1:
+                command = getattr(command, "commands", {}).get(words[1], command)
+            known = {option for p in command.params for option in (*p.opts, *p.secondary_opts)}
             unknown = {word for word in words if word.startswith("--")} - known
             assert not unknown, f"{relative(path)} shows {unknown} in `gpt2core {line}`"
     assert len(shown) >= 5

@@ -137,7 +137,7 @@ def choose(
     The first of these rules that applies:
 
     1. the environment variable GPT2CORE_BACKEND, unless it is empty or "auto";
-    2. what `gpt2core bench --recommend` measured for this shape of model, device, number of threads and
+    2. what `gpt2core bench recommend` measured for this shape of model, device, number of threads and
        precision, as long as the machine and the installed versions are those of that measurement;
     3. for "cuda" and "cuda:N" the first of PyTorch, JAX and ONNX Runtime that is installed; for any other
        device but the CPU ("gpu", "tpu") JAX, the only one that supports it; a missing one says how to

@@ -91,6 +91,15 @@ class RunsPrecisions(Protocol):
 
 
 @runtime_checkable
+class BuildsOnce(Protocol):
+    """A factory's capability: it compiles something on its first use here and keeps it."""
+
+    def build(self) -> None:
+        """Compile it now, unless it is kept already."""
+        ...
+
+
+@runtime_checkable
 class EstimatesCost(Protocol):
     """A capability: say what extra tokens cost; else `engine.speculation.guess_extra_tokens_cost` holds."""
 

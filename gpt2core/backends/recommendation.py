@@ -1,4 +1,4 @@
-"""What `gpt2core bench --recommend` measured: the fastest backend of this machine, for one shape of model.
+"""What `gpt2core bench recommend` measured: the fastest backend of this machine, for one shape of model.
 
 One small JSON file per shape, device and number of threads in the user's cache folder, read by `choose`.
 Reading it needs no framework and no extra: versions are the names of the folders beside the packages.

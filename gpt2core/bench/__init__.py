@@ -10,21 +10,27 @@ and servers need the extra `bench`.
 
 TYPE_CHECKING = False  # type checkers take it for true
 if TYPE_CHECKING:
-    from gpt2core.bench.classic import ClassicResult, Progress, run_classic
-    from gpt2core.bench.environment import fingerprint
+    from gpt2core.bench.components import measure_components
     from gpt2core.bench.errors import BenchmarkError, ServerError
-    from gpt2core.bench.results import Summary
-    from gpt2core.bench.workload import ClassicSettings
+    from gpt2core.bench.report.analysis import analyse
+    from gpt2core.bench.report.page import write_report
+    from gpt2core.bench.store.environment import fingerprint
+    from gpt2core.bench.sweep.run import ClassicResult, Progress, run_classic
+    from gpt2core.bench.sweep.summary import Summary
+    from gpt2core.bench.sweep.workload import ClassicSettings
 
 _MODULE_OF = {
     "BenchmarkError": "errors",
-    "ClassicResult": "classic",
-    "ClassicSettings": "workload",
-    "Progress": "classic",
+    "ClassicResult": "sweep.run",
+    "ClassicSettings": "sweep.workload",
+    "Progress": "sweep.run",
     "ServerError": "errors",
-    "Summary": "results",
-    "fingerprint": "environment",
-    "run_classic": "classic",
+    "Summary": "sweep.summary",
+    "analyse": "report.analysis",
+    "fingerprint": "store.environment",
+    "measure_components": "components",
+    "run_classic": "sweep.run",
+    "write_report": "report.page",
 }
 
 __all__ = [
@@ -34,8 +40,11 @@ __all__ = [
     "Progress",
     "ServerError",
     "Summary",
+    "analyse",
     "fingerprint",
+    "measure_components",
     "run_classic",
+    "write_report",
 ]
 
 

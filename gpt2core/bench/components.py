@@ -2,11 +2,10 @@
 
 Measured on every backend alike, from outside: the same weights are run whole and with parts cut away, and a
 part's time is the difference. That is what a part costs in its place, with whatever the backend fuses or
-overlaps; it is no profile from inside. It wants a quiet machine.
+overlaps; it is no profile from inside. It needs a quiet machine.
 """
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,13 +26,13 @@ from gpt2core import (
     Weights,
     open_checkpoint,
 )
-from gpt2core.bench.files import write_atomically
-from gpt2core.bench.records import COMPONENTS
-from gpt2core.bench.statistics import Interval, bootstrap_interval
+from gpt2core.bench.statistics import Interval, mean_interval
+from gpt2core.bench.store.files import encode_json, write_atomically
+from gpt2core.bench.store.records import COMPONENTS
 from gpt2core.errors import RequestError
 
 METHOD: Final = (
-    "Medians of differences, round by round. Head: a pass minus one with a vocabulary of 16. MLP: that "
+    "Means of differences, round by round. Head: a pass minus one with a vocabulary of 16. MLP: that "
     "minus one with an MLP of 8 units. Attention (projections, cache and layer norms included): that minus "
     "one with half the layers, per layer, times the layers. Embedding: the two look-ups and their sum, alone "
     "in NumPy. Rest of the pass: what remains. Engine: a decoding step beside its pass, with a vocabulary of "
@@ -91,7 +90,7 @@ class Components:
     def save(self, folder: str | Path) -> Path:
         """Write components.json into a folder, atomically; the report draws it."""
         path = Path(folder) / COMPONENTS
-        write_atomically(path, json.dumps(self.to_dict(), indent=1, allow_nan=False).encode())
+        write_atomically(path, encode_json(self.to_dict(), indent=1))
         return path
 
 
@@ -243,7 +242,7 @@ def _seconds(cuts: _Cuts, tokenizer: Tokenizer, tokens: int, start: int, rounds:
         "tokenizer": s["tokenizer"] if tokens > 1 else s["with text"] - s["greedy"],
         "engine": s["engine"],
     }
-    return {name: bootstrap_interval(values) for name, values in parts.items()}
+    return {name: mean_interval(values) for name, values in parts.items()}
 
 
 def _pass(backend: Backend, ids: list[int], start: int) -> Callable[[], object]:

@@ -1,6 +1,14 @@
 """What can go wrong with a benchmark beyond what goes wrong with a model."""
 
+from importlib.util import find_spec
+from typing import Final
+
 from gpt2core.errors import Gpt2CoreError
+
+ALWAYS: Final = ("scipy",)
+FOR_SERVERS: Final = ("httpx2",)
+FOR_REPORTS: Final = ("jinja2", "matplotlib", "seaborn")
+"""Packages of the extra `bench`: looked for before a run, not missed after it."""
 
 
 class BenchmarkError(Gpt2CoreError):
@@ -19,3 +27,17 @@ class ServerError(BenchmarkError):
         super().__init__(message)
         self.again = again
         self.retry_after_s = retry_after_s
+
+
+def check_installed(*packages: str) -> None:
+    """Refuse to begin without a package that will be needed.
+
+    Raises:
+        BenchmarkError: naming those that are missing and the extra that brings them.
+    """
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        verb = "is" if len(missing) == 1 else "are"
+        raise BenchmarkError(
+            f"{', '.join(missing)} {verb} not installed; install with: pip install 'gpt2core[bench]'"
+        )

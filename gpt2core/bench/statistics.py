@@ -1,28 +1,20 @@
-"""The statistics of the benchmarks: intervals and fits, as pure functions on arrays.
+"""The statistics of the benchmarks: Student's intervals and least squares, as pure functions on arrays."""
 
-Every function is deterministic: what is drawn at random comes from a generator with a given seed.
-"""
+# n values, G groups (prompts), P columns of a design matrix
 
-# n values, R resamples, G blocks (prompts), P columns of a design matrix
-
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 Floats = NDArray[np.float64]
-Statistic = Literal["median", "mean"]
-
-_STATISTICS: Final[dict[str, Callable[..., Any]]] = {"median": np.median, "mean": np.mean}
-_TINY: Final = 1e-12
 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """An estimate between the ends of its confidence interval."""
+    """An estimate between the ends of its 95 % confidence interval."""
 
     low: float
     mid: float
@@ -31,6 +23,10 @@ class Interval:
     def covers(self, value: float) -> bool:
         """Whether `value` lies in the interval, ends included."""
         return self.low <= value <= self.high
+
+    def overlaps(self, other: "Interval") -> bool:
+        """Whether the two have a value in common."""
+        return self.low <= other.high and other.low <= self.high
 
     def scaled(self, factor: float) -> "Interval":
         """The same in another unit; a negative factor swaps the ends."""
@@ -42,21 +38,10 @@ class Interval:
         return {"low": self.low, "mid": self.mid, "high": self.high}
 
 
-def bootstrap_interval(
-    values: ArrayLike,
-    *,
-    statistic: Statistic = "median",
-    level: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> Interval:
-    """The expanded percentile bootstrap.
+def mean_interval(values: ArrayLike, *, level: float = 0.95, least: float = -np.inf) -> Interval:
+    """The mean with Student's interval; a single value gives no width, which says nothing about its error.
 
-    After Hesterberg (2015), "What Teachers Should Know About the Bootstrap", section 5.3.
-    The plain percentile interval of few values is too narrow; this one takes quantiles so much further out
-    that the interval of a mean is as wide as Student's. No interval by resampling exceeds the values' range,
-    so that fewer than six values give at most that range: 94 % for the median of five, 75 % for that of
-    three. One value gives an interval without width, which says nothing about its error.
+    `least` is the smallest value that is possible, below which the interval does not reach.
 
     Raises:
         ValueError: no values, or one that is not finite.
@@ -64,50 +49,48 @@ def bootstrap_interval(
     x = np.asarray(values, np.float64).reshape(-1)
     if len(x) == 0 or not np.isfinite(x).all():
         raise ValueError(f"an interval needs at least one value and finite ones; got {x.tolist()!r:.80}")
-    function = _STATISTICS[statistic]
-    mid = float(function(x))
+    mid = float(x.mean())
     if len(x) == 1:
         return Interval(mid, mid, mid)
-    drawn = np.random.default_rng(seed).integers(0, len(x), (resamples, len(x)))  # (R, n)
-    resampled = function(x[drawn], axis=1)  # (R,)
-    quantile = stats.t.ppf((1 - level) / 2, len(x) - 1) * np.sqrt(len(x) / (len(x) - 1))
-    tail = float(stats.norm.cdf(quantile))
-    low, high = np.quantile(resampled, [tail, 1 - tail])
-    return Interval(min(float(low), mid), mid, max(float(high), mid))
+    half = float(stats.t.ppf((1 + level) / 2, len(x) - 1) * stats.sem(x))
+    return Interval(max(mid - half, least), mid, mid + half)
 
 
-def paired_ratio(
-    numerator: ArrayLike,
-    denominator: ArrayLike,
-    *,
-    statistic: Statistic = "median",
-    level: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> Interval:
+def ratio_interval(numerator: ArrayLike, denominator: ArrayLike, *, level: float = 0.95) -> Interval:
     """The ratio of values that were measured side by side, pair by pair, so that drift cancels.
 
+    The geometric mean of the pairs' ratios with Student's interval of their logarithms: exchanging numerator
+    and denominator gives exactly the reciprocal.
+
     Raises:
-        ValueError: not one denominator per numerator, or one that is not above 0.
+        ValueError: not one denominator per numerator, or a value that is not above 0.
     """
     a, b = (np.asarray(values, np.float64).reshape(-1) for values in (numerator, denominator))
-    if len(a) != len(b) or not (b > 0).all():
+    if len(a) != len(b) or not ((a > 0).all() and (b > 0).all()):
         raise ValueError(f"{len(a)} numerators need as many denominators above 0; got {b.tolist()!r:.80}")
-    return bootstrap_interval(a / b, statistic=statistic, level=level, resamples=resamples, seed=seed)
+    found = mean_interval(np.log(a / b), level=level)
+    low, mid, high = (float(value) for value in np.exp([found.low, found.mid, found.high]))
+    return Interval(low, mid, high)
 
 
-def mean_interval(values: ArrayLike, *, level: float = 0.95) -> Interval | None:
-    """Student's interval of a mean; None for fewer than two values."""
-    x = np.asarray(values, np.float64).reshape(-1)
-    if len(x) < 2:
-        return None
-    half = float(stats.t.ppf((1 + level) / 2, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x)))
-    mid = float(x.mean())
-    return Interval(mid - half, mid, mid + half)
+def drift(series: Iterable[Mapping[int, float]]) -> float | None:
+    """How far a machine's speed moved: each series has what was measured again, by its repetition.
+
+    The slowest repetition over the fastest one, each the median over the series relative to their own means.
+    None with fewer than two repetitions.
+    """
+    relative: dict[int, list[float]] = {}
+    for values in series:
+        mean = float(np.mean(list(values.values()))) if values else 0.0
+        if len(values) > 1 and mean > 0:
+            for repetition, value in values.items():
+                relative.setdefault(repetition, []).append(value / mean)
+    levels = [float(np.median(values)) for values in relative.values()]
+    return max(levels) / min(levels) if len(levels) > 1 and min(levels) > 0 else None
 
 
 # -------------------------------------------------------------------------------------------------
-# Fits
+# Fits; points belong to blocks (prompts), each of which has its own intercept
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,74 +114,63 @@ class LinearFit:
 
 
 @dataclass(frozen=True, slots=True)
-class Curvature:
-    """The coefficient of `x**2` beside an intercept and a slope for each block.
+class GroupEffect:
+    """An analysis of covariance: do groups differ once strata and covariates are controlled for?
 
     Attributes:
-        coefficient: with its confidence interval.
-        p_value: of the hypothesis that it is 0, two-sided.
-        freedom: degrees of freedom that the fit leaves.
-        bend: how far the parabola leaves its chord in the middle of the range of x, in the unit of y;
-            positive where y grows faster and faster.
+        p_value: of the F test.
+        share: of the variance that strata and covariates leave, what the groups explain, corrected for what
+            chance explains (omega squared; 0 where there is less than that).
+        deviations: each group's mean deviation once all is controlled for, in the unit of y.
     """
 
-    coefficient: Interval
     p_value: float
-    freedom: int
-    bend: Interval
+    share: float
+    deviations: dict[Hashable, float]
 
 
-def linear_fit(
-    x: ArrayLike, y: ArrayLike, blocks: Sequence[Hashable] | None = None, *, level: float = 0.95
-) -> LinearFit | None:
+def linear_fit(x: ArrayLike, y: ArrayLike, blocks: Sequence[Hashable]) -> LinearFit | None:
     """Least squares with one slope and an intercept for each block; None where no error can be estimated."""
-    x_, y_, indicator = _columns(x, y, blocks)
-    groups = indicator.shape[1]
+    x_, y_, indicator = np.asarray(x, np.float64), np.asarray(y, np.float64), _indicators(blocks)
     fit = _least_squares(np.column_stack([x_, indicator]), y_)
     if fit is None:
         return None
-    average = np.concatenate([[0.0], np.full(groups, 1 / groups)])
-    first = np.concatenate([[1.0], np.zeros(groups)])
+    groups = indicator.shape[1]
     within = y_ - indicator @ (indicator.T @ y_ / indicator.sum(0))
     total = float(within @ within)
-    left = float(fit.residuals @ fit.residuals)
     return LinearFit(
-        slope=fit.interval(first, level),
-        intercept=fit.interval(average, level),
-        residual_std=fit.residual_std,
-        r_squared=1 - left / total if total > 0 else 1.0,
+        slope=fit.interval(np.eye(1, groups + 1)[0]),
+        intercept=fit.interval(np.r_[0.0, np.full(groups, 1 / groups)]),
+        residual_std=float(np.sqrt(fit.variance)),
+        r_squared=1 - fit.left / total if total > 0 else 1.0,
         points=len(x_),
         blocks=groups,
     )
 
 
-def quadratic_term(
-    x: ArrayLike, y: ArrayLike, blocks: Sequence[Hashable] | None = None, *, level: float = 0.95
-) -> Curvature | None:
-    """Is y curved in x? One coefficient of `x**2`, while each block has its own intercept and slope.
+def group_effect(
+    y: ArrayLike,
+    groups: Sequence[Hashable],
+    strata: Sequence[Hashable],
+    covariates: Sequence[Sequence[float]] | None = None,
+) -> GroupEffect | None:
+    """Compare least squares with and without the groups beside strata and covariates (n, K).
 
-    With blocks of the same three x the interval is exactly Student's over the blocks' second differences, so
-    that neither slopes that differ between blocks nor noise that grows with x makes it wrong. None where
-    nothing is left to judge by: fewer than three different x, or no more points than coefficients.
+    None where groups cannot be told from the covariates (two prompts of different token counts differ in
+    both), or where nothing is left to judge by.
     """
-    x_, y_, indicator = _columns(x, y, blocks)
-    reach = float(np.ptp(x_))
-    if len(np.unique(x_)) < 3:
+    y_, of_group = np.asarray(y, np.float64), _indicators(groups)
+    given = np.asarray(covariates, np.float64) if covariates else np.empty((len(y_), 0))
+    nuisance = np.column_stack([_indicators(strata), given])
+    without, full = _least_squares(nuisance, y_), _least_squares(np.column_stack([nuisance, of_group]), y_)
+    if without is None or full is None or full.rank == without.rank:
         return None
-    u = (x_ - x_.mean()) / reach  # a well-conditioned problem whatever the unit of x
-    fit = _least_squares(np.column_stack([u * u, indicator, indicator * u[:, None]]), y_)
-    if fit is None or not fit.determined(0):
-        return None
-    scaled = fit.interval(np.eye(1, fit.columns)[0], level)
-    error = fit.standard_error(np.eye(1, fit.columns)[0])
-    p_value = 2 * float(
-        stats.t.sf(abs(scaled.mid) / max(error, _TINY * abs(scaled.mid) + 1e-300), fit.freedom)
-    )
-    return Curvature(
-        coefficient=scaled.scaled(1 / reach**2),
-        p_value=p_value,
-        freedom=fit.freedom,
-        bend=scaled.scaled(1 / 4),  # c * (reach / 2)**2 below the chord
+    extra, explained = full.rank - without.rank, without.left - full.left
+    deviations = of_group.T @ without.residuals / of_group.sum(0)
+    return GroupEffect(
+        p_value=float(stats.f.sf(explained / extra / max(full.variance, 1e-300), extra, full.freedom)),
+        share=max(0.0, (explained - extra * full.variance) / (without.left + full.variance + 1e-300)),
+        deviations=dict(zip(dict.fromkeys(groups), deviations.tolist(), strict=True)),
     )
 
 
@@ -206,60 +178,38 @@ def quadratic_term(
 class _Fit:
     coefficients: Floats  # (P,)
     covariance: Floats  # (P, P), of the coefficients, before the residual variance
-    null: Floats  # (P, K) directions that the data leave open
     residuals: Floats  # (n,)
+    rank: int
     freedom: int
 
     @property
-    def columns(self) -> int:
-        return len(self.coefficients)
+    def left(self) -> float:
+        return float(self.residuals @ self.residuals)
 
     @property
-    def residual_std(self) -> float:
-        return float(np.sqrt(self.residuals @ self.residuals / self.freedom))
-
-    def determined(self, column: int) -> bool:
-        """Whether the data say anything about one coefficient."""
-        return bool(np.abs(self.null[column]).max(initial=0) < 1e-6)
+    def variance(self) -> float:
+        return self.left / self.freedom
 
     def standard_error(self, weights: Floats) -> float:
-        return self.residual_std * float(np.sqrt(weights @ self.covariance @ weights))
+        return float(np.sqrt(self.variance * (weights @ self.covariance @ weights)))
 
-    def interval(self, weights: Floats, level: float) -> Interval:
-        half = float(stats.t.ppf((1 + level) / 2, self.freedom)) * self.standard_error(weights)
+    def interval(self, weights: Floats) -> Interval:
+        half = float(stats.t.ppf(0.975, self.freedom)) * self.standard_error(weights)
         mid = float(weights @ self.coefficients)
         return Interval(mid - half, mid, mid + half)
 
 
-def _columns(x: ArrayLike, y: ArrayLike, blocks: Sequence[Hashable] | None) -> tuple[Floats, Floats, Floats]:
-    """x, y, and one column of zeros and ones for each block."""
-    x_, y_ = (np.asarray(values, np.float64).reshape(-1) for values in (x, y))
-    given = [0] * len(x_) if blocks is None else list(blocks)
-    if not len(x_) == len(y_) == len(given):
-        raise ValueError(f"{len(x_)} x, {len(y_)} y and {len(given)} blocks; each point needs one of each")
-    return x_, y_, indicators(given)
+def _least_squares(design: Floats, y: Floats) -> _Fit | None:
+    """None where no point is left to estimate the error by."""
+    rank = int(np.linalg.matrix_rank(design)) if len(y) else 0
+    if len(y) <= rank:
+        return None
+    inverse = np.linalg.pinv(design)  # (P, n)
+    coefficients = inverse @ y
+    return _Fit(coefficients, inverse @ inverse.T, y - design @ coefficients, rank, len(y) - rank)
 
 
-def indicators(labels: Sequence[Hashable]) -> Floats:
+def _indicators(labels: Sequence[Hashable]) -> Floats:
     """(n, G): a column of zeros and ones for each label, in the order of their first appearance."""
     index = {label: i for i, label in enumerate(dict.fromkeys(labels))}
-    return np.eye(len(index))[[index[label] for label in labels]]
-
-
-def _least_squares(design: Floats, y: Floats) -> _Fit | None:
-    if len(y) == 0:
-        return None
-    left, singular, right = np.linalg.svd(design, full_matrices=True)
-    rank = int((singular > singular[0] * 1e-10).sum())
-    freedom = len(y) - rank
-    if freedom < 1:
-        return None
-    inverse = right[:rank].T / singular[:rank]  # (P, rank)
-    coefficients = inverse @ (left[:, :rank].T @ y)
-    return _Fit(
-        coefficients=coefficients,
-        covariance=inverse @ inverse.T,
-        null=right[rank:].T,
-        residuals=y - design @ coefficients,
-        freedom=freedom,
-    )
+    return np.eye(len(index))[[index[label] for label in labels]].reshape(len(labels), len(index))

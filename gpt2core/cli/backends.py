@@ -13,7 +13,7 @@ from gpt2core.cli.console import json_option, one_line, write, write_json, write
 def backends(threads: int | None, as_json: bool) -> None:
     """List the engines, how to install those that are missing, and which one `auto` would choose.
 
-    `gpt2core bench --recommend` measures which one is the fastest here, and `auto` takes that. Where
+    `gpt2core bench recommend` measures which one is the fastest here, and `auto` takes that. Where
     GPT2CORE_BACKEND names no engine there is no choice to show; a line says so.
     """
     from gpt2core.backends import available, choose

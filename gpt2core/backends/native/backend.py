@@ -94,6 +94,11 @@ class NativeBackend:
     name = "native"
     precisions = ("float32", *PRECISIONS)
 
+    @staticmethod
+    def build() -> None:
+        """Compile the kernels, unless they are kept already; see `load_library`."""
+        load_library()
+
     def __init__(self, weights: Weights, *, device: str = "cpu", threads: int | None = None) -> None:
         check_threads(threads)
         if device != "cpu":

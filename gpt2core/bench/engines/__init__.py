@@ -6,7 +6,8 @@ nothing but the standard library, NumPy and its engine, and this module only say
 
 An adapter has a function `load(job) -> engine`, where the job is a dict that `worker` writes, and, where the
 engine reads a format of its own, `prepare(job)`, which converts the checkpoint into the folder `job["work"]`.
-Either raises NotImplementedError, with a reason, for what its engine cannot do: that is a skip.
+It may have `build(job)`, which compiles what the engine keeps for later processes.
+Each raises NotImplementedError, with a reason, for what its engine cannot do: that is a skip.
 The engine has:
 
 - `settings`: what was chosen for it, as JSON;
@@ -64,7 +65,7 @@ PEERS: Final = {
 """The peers by name."""
 
 
-def peer(name: str) -> Peer:
+def find_peer(name: str) -> Peer:
     """The peer of that name.
 
     Raises:

@@ -22,14 +22,14 @@ def prepare(job: dict[str, Any]) -> None:
     (work / _NAMES).write_text(json.dumps(_names_of_tokens(Path(job["checkpoint"]))))
 
 
-def load(job: dict[str, Any]) -> "Engine":
+def load(job: dict[str, Any]) -> "CTranslate2Engine":
     """Load the converted model in the job's precision."""
     compute_type = _compute_type(job)
     model = ctranslate2.Generator(
         job["work"], compute_type=compute_type, intra_threads=job["threads"], inter_threads=1
     )
     names = json.loads((Path(job["work"]) / _NAMES).read_text())
-    return Engine(
+    return CTranslate2Engine(
         model, names, {"threads": job["threads"], "compute_type": model.compute_type, "inter_threads": 1}
     )
 
@@ -51,7 +51,7 @@ def _names_of_tokens(checkpoint: Path) -> list[str]:
     return sorted(ids, key=lambda name: int(ids[name]))
 
 
-class Engine:
+class CTranslate2Engine:
     """`ctranslate2.Generator` as an engine."""
 
     def __init__(self, model: Any, names: list[str], settings: dict[str, Any]) -> None:

@@ -39,7 +39,7 @@ def main(folder: str, started_s: str) -> None:
 
         try:
             adapter = load_adapter(job)
-            {"prepare": prepare, "measure": measure, "check": check}[job["task"]](
+            {"build": build, "prepare": prepare, "measure": measure, "check": check}[job["task"]](
                 adapter, job, write, float(started_s), folder
             )
         except Exception as error:
@@ -79,12 +79,17 @@ def prepare(adapter: Any, job: Job, write: Write, started_s: float, folder: str)
     write(prepared=True)
 
 
+def build(adapter: Any, job: Job, write: Write, started_s: float, folder: str) -> None:
+    """Compile what the engine keeps for later processes; timed."""
+    write(value=timed(lambda: adapter.build(job)), unit="s", status="ok", error=None)
+
+
 def measure(adapter: Any, job: Job, write: Write, started_s: float, folder: str) -> None:
     """Measure the job's cells in the order that keeps the cold ones cold."""
-    cells = {(c["measure"], c["batch"], c["length"], c["position"]) for c in job["cells"]}
+    wanted = {cell["measure"] for cell in job["cells"]}
 
     def put(measure: str, value: float, unit: str, **more: Any) -> None:
-        if (measure, None, None, None) in cells:
+        if measure in wanted:
             cell = {"measure": measure, "batch": None, "length": None, "position": None}
             write(**cell, value=value, unit=unit, status="ok", error=None, **more)
 
@@ -99,7 +104,7 @@ def measure(adapter: Any, job: Job, write: Write, started_s: float, folder: str)
     warm = [timed(lambda: engine.prefill(prompt)) for _ in range(WARM_REPEATS + 1)]
     put("compile_s", max(0.0, first_s - min(warm)), "s")
     put("ttft_s", min(warm), "s", samples_s=warm, tokens=1)
-    if any(cell[0] == "decode_tok_s" for cell in cells):
+    if "decode_tok_s" in wanted:
         engine.generate([prompt], min(16, job["new_tokens"]))  # warms what decoding needs
     measurements = {"decode_tok_s": decode, "prefill_s": prefill, "step_s": step}
     for cell in job["cells"]:
@@ -120,7 +125,7 @@ def decode(engine: Any, job: Job, cell: Line, prompt: list[int], long: list[int]
         began_s = time.perf_counter()
         out = engine.generate([list(prompt) for _ in range(batch)], new_tokens)
         samples_s.append(time.perf_counter() - began_s)
-    lengths = sorted({len(one) for one in out})
+    lengths = sorted({len(text) for text in out})
     if len(out) != batch or lengths != [new_tokens]:
         raise RuntimeError(
             f"it generated {len(out)} texts of {lengths} tokens, asked for {batch} of {new_tokens}"
@@ -162,10 +167,10 @@ def check(adapter: Any, job: Job, write: Write, started_s: float, folder: str) -
     for number, model in enumerate(job["models"]):
         write(begins=model["variant"])
         try:
-            one = {**job, "checkpoint": model["checkpoint"], "work": model["work"]}
+            own = {**job, "checkpoint": model["checkpoint"], "work": model["work"]}
             if hasattr(adapter, "prepare"):
-                adapter.prepare(one)
-            engine = adapter.load(one)
+                adapter.prepare(own)
+            engine = adapter.load(own)
             path = os.path.join(folder, f"logits-{number}.npy")
             np.save(path, np.asarray(engine.logits(list(job["ids"])), np.float32))
             tokens = [int(i) for i in engine.generate([list(job["prompt"])], job["new_tokens"])[0]]
@@ -187,7 +192,7 @@ def versions(packages: list[str]) -> dict[str, str]:
     from importlib.metadata import packages_distributions, version
 
     known = packages_distributions()
-    return {one: version(one) for name in packages for one in sorted(set(known.get(name, [])))}
+    return {found: version(found) for name in packages for found in sorted(set(known.get(name, [])))}
 
 
 def peak_memory_nbytes() -> int:

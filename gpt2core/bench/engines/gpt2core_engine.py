@@ -10,6 +10,7 @@ import numpy as np
 
 from gpt2core import GPT2, Batch, open_checkpoint
 from gpt2core.backends import load_factory
+from gpt2core.backends.base import BuildsOnce
 
 
 def start(job: dict[str, Any]) -> None:
@@ -17,6 +18,14 @@ def start(job: dict[str, Any]) -> None:
     runs = getattr(load_factory(job["engine"]), "precisions", ("float32",))
     if job["precision"] not in runs:
         raise NotImplementedError(f"{job['engine']} runs {', '.join(runs)}, not {job['precision']}")
+
+
+def build(job: dict[str, Any]) -> None:
+    """Compile what the backend keeps in the user's cache, where it does so."""
+    factory = load_factory(job["engine"])
+    if not isinstance(factory, BuildsOnce):
+        raise NotImplementedError("it keeps nothing compiled")
+    factory.build()
 
 
 def prepare(job: dict[str, Any]) -> None:
@@ -27,7 +36,7 @@ def prepare(job: dict[str, Any]) -> None:
         subprocess.run([sys.executable, "-m", "gpt2core", *command], check=True)
 
 
-def load(job: dict[str, Any]) -> "Engine":
+def load(job: dict[str, Any]) -> "Gpt2coreEngine":
     """Load the checkpoint, or what it was rounded to, on the backend that the job names."""
     rounded = Path(job["work"], "config.json").exists()
     model = GPT2.from_pretrained(
@@ -39,10 +48,12 @@ def load(job: dict[str, Any]) -> "Engine":
         local_files_only=True,
         max_batch=max(job["batches"], default=1),
     )
-    return Engine(model, {"threads": job["threads"], "device": job["device"], "precision": job["precision"]})
+    return Gpt2coreEngine(
+        model, {"threads": job["threads"], "device": job["device"], "precision": job["precision"]}
+    )
 
 
-class Engine:
+class Gpt2coreEngine:
     """`GPT2` as an engine."""
 
     def __init__(self, model: GPT2, settings: dict[str, Any]) -> None:
@@ -52,7 +63,7 @@ class Engine:
     def generate(self, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
         """Greedy."""
         out = self._model.generate(prompts, max_new_tokens=new_tokens, min_new_tokens=new_tokens)
-        return [one.token_ids for one in out]
+        return [generation.token_ids for generation in out]
 
     def prefill(self, ids: list[int]) -> None:
         """The first token."""
@@ -68,5 +79,5 @@ class Engine:
         cache = backend.new_cache(1, self._model.config.n_positions)
         before = [i * 7919 % vocab_size for i in range(position)]
         backend.forward(Batch.of([(before, 0, 0)]), cache)
-        one = Batch.of([([5], position, 0)])
-        return lambda: backend.forward(one, cache)
+        step = Batch.of([([5], position, 0)])
+        return lambda: backend.forward(step, cache)

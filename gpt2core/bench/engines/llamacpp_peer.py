@@ -40,7 +40,7 @@ def prepare(job: dict[str, Any]) -> None:
             raise RuntimeError(f"llama_model_quantize ended with {code}")
 
 
-def load(job: dict[str, Any]) -> "Engine":
+def load(job: dict[str, Any]) -> "LlamaCppEngine":
     """Load the GGUF file."""
     _kind(job)
     model = llama_cpp.llama_model_load_from_file(
@@ -48,7 +48,7 @@ def load(job: dict[str, Any]) -> "Engine":
     )
     if not model:
         raise RuntimeError(f"llama.cpp cannot load {_path(job).name}")
-    return Engine(model, job)
+    return LlamaCppEngine(model, job)
 
 
 def _kind(job: dict[str, Any]) -> int | None:
@@ -111,7 +111,7 @@ def _write(checkpoint: Path, config: dict[str, Any], path: Path) -> None:
     out.close()
 
 
-class Engine:
+class LlamaCppEngine:
     """A context per number of sequences, and greedy choices made by NumPy."""
 
     def __init__(self, model: Any, job: dict[str, Any]) -> None:

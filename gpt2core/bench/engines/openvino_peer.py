@@ -52,7 +52,7 @@ def _quantize(work: Path, bits: int) -> None:
             path.replace(work / path.name)
 
 
-def load(job: dict[str, Any]) -> "Engine":
+def load(job: dict[str, Any]) -> "OpenVinoEngine":
     """Compile the exported model with the job's threads."""
     bits = _weight_bits(job)
     properties: dict[str, Any] = {"INFERENCE_NUM_THREADS": job["threads"]}
@@ -60,7 +60,7 @@ def load(job: dict[str, Any]) -> "Engine":
         properties["INFERENCE_PRECISION_HINT"] = "f32"
     pipeline = openvino_genai.LLMPipeline(job["work"], "CPU", ATTENTION_BACKEND="SDPA", **properties)
     settings = {**properties, "ATTENTION_BACKEND": "SDPA", "weight_bits": bits or 32}
-    return Engine(pipeline, job["work"], properties, settings)
+    return OpenVinoEngine(pipeline, job["work"], properties, settings)
 
 
 def _weight_bits(job: dict[str, Any]) -> int | None:
@@ -69,7 +69,7 @@ def _weight_bits(job: dict[str, Any]) -> int | None:
     return WEIGHT_BITS[job["precision"]]
 
 
-class Engine:
+class OpenVinoEngine:
     """`LLMPipeline` as an engine; logits come from the same model under the same properties."""
 
     def __init__(

@@ -16,14 +16,14 @@ def prepare(job: dict[str, Any]) -> None:
         ORTModelForCausalLM.from_pretrained(job["checkpoint"], export=True).save_pretrained(job["work"])
 
 
-def load(job: dict[str, Any]) -> "Engine":
+def load(job: dict[str, Any]) -> "OptimumEngine":
     """Open the export with the job's threads."""
     _refuse_other_precisions(job)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = job["threads"]
     torch.set_num_threads(job["threads"])
     model = ORTModelForCausalLM.from_pretrained(job["work"], session_options=options, local_files_only=True)
-    return Engine(
+    return OptimumEngine(
         model, {"threads": job["threads"], "precision": "float32", "provider": "CPUExecutionProvider"}
     )
 
@@ -33,7 +33,7 @@ def _refuse_other_precisions(job: dict[str, Any]) -> None:
         raise NotImplementedError(f"its export is measured in float32 only, not in {job['precision']}")
 
 
-class Engine:
+class OptimumEngine:
     """`ORTModelForCausalLM` as an engine."""
 
     def __init__(self, model: Any, settings: dict[str, Any]) -> None:

@@ -10,16 +10,16 @@ from transformers import GPT2LMHeadModel
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def load(job: dict[str, Any]) -> "Engine":
+def load(job: dict[str, Any]) -> "TransformersEngine":
     """Load the checkpoint in the job's precision."""
     if job["precision"] not in DTYPES:
         raise NotImplementedError(f"transformers has no {job['precision']} weights by itself")
     torch.set_num_threads(job["threads"])
     model: Any = GPT2LMHeadModel.from_pretrained(job["checkpoint"], local_files_only=True)
-    return Engine(model.eval().to(DTYPES[job["precision"]]), job)
+    return TransformersEngine(model.eval().to(DTYPES[job["precision"]]), job)
 
 
-class Engine:
+class TransformersEngine:
     """A model of transformers, or one with its interface, as an engine."""
 
     def __init__(self, model: Any, job: dict[str, Any]) -> None:

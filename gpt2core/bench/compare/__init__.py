@@ -1,0 +1,1 @@
+"""The comparison: engines side by side, each in a process of its own, round by round."""

@@ -1,0 +1,245 @@
+"""What a folder of measurements holds, read strictly, as types."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Literal, TypeVar
+
+from gpt2core.bench.errors import BenchmarkError
+from gpt2core.bench.store.files import read_json, read_numbered_log
+from gpt2core.bench.store.folder import ENVIRONMENT, RUNS, SETTINGS
+from gpt2core.errors import RequestError
+
+Kind = Literal["classic", "comparison"]
+COMPONENTS: Final = "components.json"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One generation of the classic benchmark; what was measured is None where it failed."""
+
+    prompt_index: int
+    length: int  # prompt and new tokens that were asked for
+    run: int  # -1: warm-up
+    prompt: str
+    error: str | None
+    elapsed_s: float | None
+    ttft_s: float | None
+    token_times_s: tuple[float, ...]
+    prompt_tokens: int | None
+    completion_tokens: int | None
+    finish_reason: str | None
+    others_cores: float | None
+    steal_share: float | None
+
+    @property
+    def ok(self) -> bool:
+        """Whether it has a time."""
+        return self.error is None
+
+    @property
+    def warm_up(self) -> bool:
+        """Whether it is kept apart from what is measured."""
+        return self.run < 0
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """What the comparison measures of an engine, once a round; what does not apply is None."""
+
+    measure: str
+    batch: int | None = None
+    length: int | None = None
+    position: int | None = None
+
+    @property
+    def x(self) -> int | None:
+        """The number that it depends on, if it depends on one."""
+        return next((n for n in (self.batch, self.length, self.position) if n is not None), None)
+
+    @property
+    def at(self) -> str:
+        """The same with its name, such as "batch 8"; empty for what depends on nothing."""
+        names = {"batch": self.batch, "length": self.length, "position": self.position}
+        return ", ".join(f"{name} {n}" for name, n in names.items() if n is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One line of the comparison."""
+
+    engine: str
+    peer: bool
+    precision: str
+    round: int
+    cell: Cell
+    variant: str | None
+    value: float | None
+    unit: str
+    status: str  # "ok", "failed" or "skipped"
+    error: str | None
+    difference: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Records:
+    """A folder of measurements."""
+
+    folder: Path
+    kind: Kind
+    settings: dict[str, Any]
+    environment: dict[str, Any]
+    runs: tuple[Run, ...] = ()  # of the classic benchmark, warm-up included
+    measurements: tuple[Measurement, ...] = ()  # of the comparison
+    components: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def measured(self) -> tuple[Run, ...]:
+        """The runs that are neither warm-up nor failed."""
+        return tuple(run for run in self.runs if run.ok and not run.warm_up)
+
+    @property
+    def prompts(self) -> dict[int, str]:
+        """Prompt by index, in order."""
+        return dict(sorted({run.prompt_index: run.prompt for run in self.runs}.items()))
+
+    @property
+    def lengths(self) -> list[int]:
+        """Total lengths, ascending."""
+        return sorted({run.length for run in self.runs})
+
+
+def read_records(folder: str | Path) -> Records:
+    """Read a folder that `gpt2core bench` wrote.
+
+    A torn last line, which a kill leaves, is passed over. Where a cell stands twice the later line counts.
+
+    Raises:
+        RequestError: there is no such folder, it has no runs, or a file in it is not what it should be.
+    """
+    folder = Path(folder)
+    remedy = "name the output folder of a `gpt2core bench` run"
+    if not folder.is_dir():
+        raise RequestError(f"{folder} {'is not a folder' if folder.exists() else 'does not exist'}; {remedy}")
+    if not (folder / RUNS).is_file():
+        raise RequestError(f"{folder} has no {RUNS}; {remedy}")
+    with _as_request_errors():
+        lines = read_numbered_log(folder / RUNS)
+    kinds = {str(line.get("kind")) for _, line in lines}
+    if not lines:
+        raise RequestError(f"{folder / RUNS} holds no runs; run `gpt2core bench` with this folder first")
+    if len(kinds) != 1 or not kinds <= {"classic", "comparison"}:
+        raise RequestError(
+            f"{folder / RUNS} holds lines of kind {', '.join(sorted(kinds))}; expected are all 'classic' or "
+            "all 'comparison'"
+        )
+    with _as_request_errors():
+        settings, environment, components = (
+            read_json(folder / name) if (folder / name).is_file() else {}
+            for name in (SETTINGS, ENVIRONMENT, COMPONENTS)
+        )
+    runs: dict[tuple[int, int, int], Run] = {}
+    measurements: list[Measurement] = []
+    if kinds == {"classic"}:
+        runs = {(run.prompt_index, run.length, run.run): run for run in _parse(folder, lines, parse_run)}
+    else:
+        measurements = _parse(folder, lines, _parse_measurement)
+    return Records(
+        folder=folder,
+        kind="classic" if runs else "comparison",
+        settings=settings,
+        environment=environment,
+        runs=tuple(runs.values()),
+        measurements=tuple(measurements),
+        components=components,
+    )
+
+
+@contextmanager
+def _as_request_errors() -> Iterator[None]:
+    """The folder is the caller's choice, so what is wrong with its files is wrong with the request."""
+    try:
+        yield
+    except BenchmarkError as error:
+        raise RequestError(f"{error}; remove it or restore the file") from error
+
+
+def _parse(
+    folder: Path, lines: list[tuple[int, dict[str, Any]]], parse: Callable[[Mapping[str, Any]], T]
+) -> list[T]:
+    parsed = []
+    for number, line in lines:
+        try:
+            parsed.append(parse(line))
+        except (KeyError, TypeError, ValueError) as error:
+            wrong = f"has no {error}" if isinstance(error, KeyError) else f"holds a wrong value: {error}"
+            raise RequestError(f"{folder / RUNS}, line {number}, {wrong}") from error
+    return parsed
+
+
+def parse_run(line: Mapping[str, Any]) -> Run:
+    """One line of the classic benchmark.
+
+    Raises:
+        KeyError, TypeError, ValueError: something is missing or wrong.
+    """
+    prompt_index, length, run = (_whole(value) for value in line["cell"])
+    ok = line["status"] == "ok"
+    elapsed_s = _number(line["elapsed_s"]) if ok else None
+    if ok and elapsed_s is None:
+        raise ValueError("elapsed_s of a run that did not fail is null")
+    tokens = [line.get(name) if ok else None for name in ("prompt_tokens", "completion_tokens")]
+    return Run(
+        prompt_index=prompt_index,
+        length=length,
+        run=run,
+        prompt=str(line["prompt"]),
+        error=None if ok else str(line.get("error") or "failed"),
+        elapsed_s=elapsed_s,
+        ttft_s=_number(line.get("ttft_s")) if ok else None,
+        token_times_s=tuple(float(t) for t in line.get("token_times_s") or ()) if ok else (),
+        prompt_tokens=None if tokens[0] is None else _whole(tokens[0]),
+        completion_tokens=None if tokens[1] is None else _whole(tokens[1]),
+        finish_reason=line.get("finish_reason"),
+        others_cores=_number(line.get("others_cores")),
+        steal_share=_number(line.get("steal_share")),
+    )
+
+
+def _parse_measurement(line: Mapping[str, Any]) -> Measurement:
+    batch, length, position = (
+        None if line.get(name) is None else _whole(line[name]) for name in ("batch", "length", "position")
+    )
+    value, status = _number(line["value"]), str(line["status"])
+    if status == "ok" and value is None:
+        raise ValueError("value of a measurement that did not fail is null")
+    return Measurement(
+        engine=str(line["engine"]),
+        peer=line.get("family") == "peer",
+        precision=str(line.get("precision") or "float32"),
+        round=_whole(line.get("round") or 0),
+        cell=Cell(str(line["measure"]), batch, length, position),
+        variant=line.get("variant"),
+        value=value,
+        unit=str(line.get("unit") or ""),
+        status=status,
+        error=line.get("error"),
+        difference=_number(line.get("difference")),
+    )
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{value!r:.40} is not a whole number")
+    return value
+
+
+def _number(value: Any) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise TypeError(f"{value!r:.40} is not a finite number")
+    return float(value)

@@ -1,0 +1,181 @@
+"""What is measured: a model in this process. `server_target` measures a server instead."""
+
+import hashlib
+import time
+from collections.abc import Generator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Protocol, cast
+
+from gpt2core import GPT2, Piece, SamplingParams, open_checkpoint
+from gpt2core.backends import resolve_precision
+from gpt2core.bench.sweep.workload import ClassicSettings, Trial
+from gpt2core.errors import ContextLengthError, RequestError
+
+SAMPLE_NBYTES: Final = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class TimedGeneration:
+    """One generation that succeeded. Times are seconds from its start.
+
+    Attributes:
+        elapsed_s: until its end.
+        ttft_s: until its first token; None where only the whole answer was seen.
+        token_times_s: when each generated token came; empty where that was not seen.
+        prompt_tokens, completion_tokens: None where a server does not tell.
+        finish_reason: "length", or "stop" where an end-of-text token ended it early.
+        text: what was generated, without the prompt.
+    """
+
+    elapsed_s: float
+    ttft_s: float | None
+    token_times_s: tuple[float, ...]
+    prompt_tokens: int | None
+    completion_tokens: int | None
+    finish_reason: str | None
+    text: str
+
+
+class Target(Protocol):
+    """Something that continues prompts."""
+
+    def describe(self) -> dict[str, Any]:
+        """What it is: model, model_id, backend, precision, url, exact_length."""
+
+    def measure(self, trial: Trial) -> TimedGeneration:
+        """Generate once.
+
+        Raises:
+            TimeoutError: the limit of time was exceeded.
+            Exception: whatever else went wrong.
+        """
+
+    def close(self) -> None:
+        """Free what it holds."""
+
+
+class ModelTarget:
+    """A model in this process.
+
+    Each generation has exactly the length that was asked for: the end-of-text token is not drawn before.
+
+    Raises:
+        CheckpointError, BackendUnavailableError: as of `GPT2.from_pretrained`.
+        RequestError: a prompt and a length do not fit together, or not into the model.
+    """
+
+    def __init__(self, settings: ClassicSettings) -> None:
+        self._settings = settings
+        self._name = settings.model or "demo"
+        checkpoint = open_checkpoint(
+            self._name, revision=settings.revision, local_files_only=settings.local_files_only, progress=False
+        )
+        folder = checkpoint.folder
+        self._precision = resolve_precision(checkpoint.stored, settings.precision)
+        del checkpoint  # what it maps would count twice
+        self._model_id = model_id(folder)
+        self._model = GPT2.from_pretrained(
+            folder,
+            backend=settings.backend,
+            precision=self._precision,
+            device=settings.device,
+            threads=settings.threads,
+        )
+        try:
+            self._prompt_tokens = self._checked()
+        except BaseException:
+            self._model.close()
+            raise
+
+    def describe(self) -> dict[str, Any]:
+        """What is measured."""
+        return {
+            "model": self._name,
+            "model_id": self._model_id,
+            "backend": self._model.backend.name,
+            "precision": self._precision,
+            "url": None,
+            "exact_length": True,
+        }
+
+    def measure(self, trial: Trial) -> TimedGeneration:
+        """Generate once, token by token; the limit of time is looked at after each."""
+        settings, prompt_tokens = self._settings, self._prompt_tokens[trial.prompt_index]
+        params = SamplingParams(
+            max_length=trial.length,
+            min_new_tokens=trial.length - prompt_tokens,
+            temperature=settings.temperature,
+            seed=settings.seed_of(trial.run),
+        )
+        times_s: list[float] = []
+        texts: list[str] = []
+        finish_reason: str | None = None
+        start_s = time.perf_counter()
+        pieces = self._model.stream(settings.prompts[trial.prompt_index], params)
+        with closing(cast("Generator[Piece]", pieces)):
+            for piece in pieces:
+                now_s = time.perf_counter() - start_s
+                if piece.token_id is not None:
+                    times_s.append(now_s)
+                texts.append(piece.text)
+                finish_reason = piece.finish_reason or finish_reason
+                if now_s > settings.timeout_s:
+                    raise TimeoutError(f"not done after {settings.timeout_s:g} s, {len(times_s)} tokens")
+        return TimedGeneration(
+            elapsed_s=time.perf_counter() - start_s,
+            ttft_s=times_s[0] if times_s else None,
+            token_times_s=tuple(times_s),
+            prompt_tokens=prompt_tokens,
+            completion_tokens=len(times_s),
+            finish_reason=finish_reason,
+            text="".join(texts),
+        )
+
+    def close(self) -> None:
+        """Free the model."""
+        self._model.close()
+
+    def _checked(self) -> list[int]:
+        """How many tokens each prompt has, once it is known that every length can be run."""
+        context, lengths = self._model.config.n_positions, self._settings.lengths
+        if max(lengths) > context:
+            raise ContextLengthError(
+                f"length {max(lengths)} exceeds this model's context of {context}; "
+                f"give --lengths of at most {context}"
+            )
+        counts = [len(self._model.tokenizer.encode(prompt)) for prompt in self._settings.prompts]
+        check_room(counts, lengths)
+        return counts
+
+
+def check_room(prompt_tokens: list[int], lengths: tuple[int, ...]) -> None:
+    """Refuse a length that leaves a prompt no new token.
+
+    Raises:
+        RequestError: naming the longest prompt and the shortest length.
+    """
+    longest = max(prompt_tokens)
+    if longest >= min(lengths):
+        raise RequestError(
+            f"prompt {prompt_tokens.index(longest)} has {longest} tokens; total length {min(lengths)} leaves "
+            f"it no new token; shorten it or give --lengths of {longest + 1} or more"
+        )
+
+
+def model_id(folder: Path) -> str:
+    """A hash that tells checkpoints apart: configuration, tokenizer, and a sample of each weight file.
+
+    The sample is the file's size and a MiB each of its head (with all names and shapes), middle and end; to
+    read everything would take longer than many a benchmark.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.json")) + sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            for start in (0, size // 2, max(0, size - SAMPLE_NBYTES)):
+                file.seek(start)
+                digest.update(file.read(SAMPLE_NBYTES))
+    return digest.hexdigest()[:16]

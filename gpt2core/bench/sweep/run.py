@@ -1,0 +1,234 @@
+"""The classic benchmark: prompts x total lengths x runs, on one model or server; resumable at any moment."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from gpt2core.bench.errors import ALWAYS, FOR_REPORTS, FOR_SERVERS, BenchmarkError, check_installed
+from gpt2core.bench.store.environment import OtherWorkWatch, fingerprint
+from gpt2core.bench.store.folder import RUNS, ResultsFolder, check_folder
+from gpt2core.bench.store.records import parse_run
+from gpt2core.bench.sweep.model_target import ModelTarget, Target, TimedGeneration
+from gpt2core.bench.sweep.retries import measure_with_retries
+from gpt2core.bench.sweep.summary import Summary, summarise, write_results
+from gpt2core.bench.sweep.workload import ClassicSettings, Trial
+from gpt2core.errors import RequestError
+
+MAX_ERROR_CHARACTERS: Final = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a run is. Tokens, since a cell's time goes with its length.
+
+    Attributes:
+        cell: what comes next; None at the end.
+        cells, tokens: done in this process.
+        all_cells, all_tokens: to be done in this process, warm-up included.
+        elapsed_s: so far.
+    """
+
+    cell: Trial | None
+    cells: int
+    all_cells: int
+    tokens: int
+    all_tokens: int
+    elapsed_s: float = 0.0
+
+    @property
+    def left_s(self) -> float | None:
+        """About how long it will take, from what the tokens took so far; None before the first."""
+        return self.elapsed_s / self.tokens * (self.all_tokens - self.tokens) if self.tokens else None
+
+
+@dataclass(frozen=True, slots=True)
+class ClassicResult:
+    """A benchmark that has ended.
+
+    Attributes:
+        output: the folder with its files.
+        settings, environment: what settings.json and environment.json say.
+        records: the lines of runs.jsonl.
+        times_s: (prompts, lengths, runs) float64, NaN where a run failed.
+        summaries: one for each prompt and length.
+        resumed: how many measured cells were there before.
+        report: whether report.html and the plots were written.
+    """
+
+    output: Path
+    settings: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    records: Sequence[Mapping[str, Any]]
+    times_s: np.ndarray[Any, Any]
+    summaries: Sequence[Summary]
+    resumed: int
+    report: bool
+
+    @property
+    def failures(self) -> list[Mapping[str, Any]]:
+        """The lines of measured cells that failed."""
+        return [record for record in self.records if record["status"] == "failed" and record["run"] >= 0]
+
+    @property
+    def failed(self) -> bool:
+        """Whether no measured cell succeeded."""
+        return len(self.failures) == self.times_s.size
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it; the runs themselves are in runs.jsonl."""
+        return {
+            "output": str(self.output),
+            "settings": dict(self.settings),
+            "environment": dict(self.environment),
+            "cells": self.times_s.size,
+            "resumed": self.resumed,
+            "failed": len(self.failures),
+            "errors": sorted({record["error"] for record in self.failures}),
+            "summary": [summary.to_dict() for summary in self.summaries],
+            "files": sorted(path.name for path in self.output.iterdir() if path.is_file()),
+        }
+
+
+def run_classic(
+    settings: ClassicSettings | None = None,
+    *,
+    output: str | PathLike[str],
+    resume: bool = False,
+    force: bool = False,
+    report: bool = True,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> ClassicResult:
+    """Measure every cell, and write what was measured, its summary and the report into a folder.
+
+    A cell that fails is recorded and does not end the run. Each line of runs.jsonl is on the disk before the
+    next cell begins, so that a run that was killed can be resumed: finished cells stay, failed ones and those
+    that are missing are run. A resumed process warms up again what it has to measure, without recording that
+    twice.
+
+    Args:
+        settings: what to measure; by default the demo model with the default prompts and lengths.
+        output: the folder; is made.
+        resume: go on with what is there; it must be of this machine, these versions and these settings, or of
+            fewer runs.
+        force: replace an earlier benchmark that is there.
+        report: also draw the plots and write report.html.
+        on_progress: is called before each cell and at the end.
+
+    Raises:
+        BenchmarkError: the folder is refused, the server does not answer, a file cannot be written, or a
+            package of the extra `bench` is missing.
+        RequestError, CheckpointError, BackendUnavailableError: the model cannot be loaded, or does not fit
+            the prompts and lengths.
+    """
+    settings = settings or ClassicSettings()
+    if resume and force:
+        raise RequestError("resume and force contradict each other; give one of them")
+    check_installed(*ALWAYS, *(FOR_REPORTS if report else ()), *(FOR_SERVERS if settings.url else ()))
+    path, environment = Path(output), fingerprint()
+    check_folder(path, environment, resume=resume, force=force)
+    with closing(open_target(settings)) as target:
+        document = settings.document() | target.describe()
+        with ResultsFolder(path, document, environment, resume=resume, force=force) as folder:
+            resumed = _keep_finished(folder, settings, environment)
+            _run(settings, target, folder, environment, on_progress or (lambda progress: None))
+            records = folder.records
+            runs = [parse_run(record) for record in records]
+            times_s = write_results(path, document, runs)
+    drawn = report and not np.isnan(times_s).all()  # there is nothing to draw of a run without a success
+    if drawn:
+        from gpt2core.bench.report.page import write_report  # loads matplotlib, so only now
+
+        write_report(path)
+    summaries = summarise(dict(enumerate(settings.prompts)), settings.lengths, runs)
+    return ClassicResult(path, document, environment, records, times_s, summaries, resumed, drawn)
+
+
+def open_target(settings: ClassicSettings) -> Target:
+    """The model, loaded, or the server, asked once; errors as of `run_classic`."""
+    if settings.url is None:
+        return ModelTarget(settings)
+    from gpt2core.bench.sweep.server_target import ServerTarget
+
+    return ServerTarget(settings)
+
+
+def _keep_finished(folder: ResultsFolder, settings: ClassicSettings, environment: Mapping[str, Any]) -> int:
+    """Drop the lines of failed cells, which are tried again; returns how many measured cells stay."""
+    possible, seen = set(settings.trials()), set()
+    for line, record in enumerate(folder.records, 1):
+        where = f"{folder.path / RUNS}, line {line}"
+        try:
+            trial = Trial(*record["cell"])
+            known = trial in possible and record["environment"] == environment["id"]
+            known = known and record["run"] == trial.run and record["status"] in ("ok", "failed")
+            known = known and (record["status"] == "failed" or record["elapsed_s"] > 0)
+        except (KeyError, TypeError) as error:
+            raise BenchmarkError(f"{where} is no line of this benchmark; give another --output") from error
+        if not known or trial in seen:
+            what = "repeats a cell" if known else "is of another benchmark"
+            raise BenchmarkError(f"{where} {what} ({list(trial)}); give another --output, or --force")
+        seen.add(trial)
+    finished = [record for record in folder.records if record["status"] == "ok"]
+    if len(finished) < len(folder.records):
+        folder.keep(finished)
+    return sum(record["run"] >= 0 for record in finished)
+
+
+def _run(
+    settings: ClassicSettings,
+    target: Target,
+    folder: ResultsFolder,
+    environment: Mapping[str, Any],
+    on_progress: Callable[[Progress], None],
+) -> None:
+    recorded = {Trial(*record["cell"]) for record in folder.records}
+    trials = settings.trials()
+    missing = {(t.prompt_index, t.length) for t in trials if not t.is_warm_up and t not in recorded}
+    waiting = [
+        t for t in trials if t not in recorded or (t.is_warm_up and (t.prompt_index, t.length) in missing)
+    ]
+    all_tokens, tokens, began_s = sum(trial.length for trial in waiting), 0, time.monotonic()
+    described = target.describe()
+    common = {key: described[key] for key in ("backend", "precision", "model", "url")}
+    for done, trial in enumerate(waiting):
+        on_progress(Progress(trial, done, len(waiting), tokens, all_tokens, time.monotonic() - began_s))
+        started_at, watch = datetime.now(UTC).isoformat(timespec="milliseconds"), OtherWorkWatch()
+        result, tries = measure_with_retries(settings, partial(target.measure, trial))
+        beside = watch.read()
+        if trial not in recorded:
+            folder.append(
+                {
+                    "kind": "classic",
+                    "cell": list(trial),
+                    "prompt": settings.prompts[trial.prompt_index],
+                    "length": trial.length,
+                    "run": trial.run,
+                    **_outcome(result),
+                    "attempts": tries,
+                    "seed": settings.seed_of(trial.run),
+                    **common,
+                    "environment": environment["id"],
+                    "started_at": started_at,
+                    # a server on this machine is no other work, but cannot be told from it
+                    "others_cores": None if settings.url else beside.others_cores,
+                    "steal_share": beside.steal_share,
+                }
+            )
+        tokens += trial.length
+    on_progress(Progress(None, len(waiting), len(waiting), tokens, all_tokens, time.monotonic() - began_s))
+
+
+def _outcome(result: TimedGeneration | Exception) -> dict[str, Any]:
+    if isinstance(result, TimedGeneration):
+        fields = asdict(result) | {"token_times_s": list(result.token_times_s)}  # as JSON has it
+        return {"status": "ok", "error": None, **fields}
+    message = " ".join(f"{type(result).__name__}: {result}".split())[:MAX_ERROR_CHARACTERS]
+    return {"status": "failed", "error": message, **dict.fromkeys(TimedGeneration.__slots__)}
