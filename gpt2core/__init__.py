@@ -8,10 +8,9 @@
 Importing the package imports nothing else: each name below is loaded when it is first used.
 """
 
-from gpt2core._version import __version__ as __version__
-
 TYPE_CHECKING = False  # type checkers take it for true; `typing` itself would cost more than all of the rest
 if TYPE_CHECKING:
+    from gpt2core._version import __version__ as __version__
     from gpt2core.backends.base import Backend, BackendFactory, Cache, Traces
     from gpt2core.backends.export import export_onnx
     from gpt2core.batch import Batch
@@ -71,6 +70,7 @@ _MODULE_OF = {
     "Update": "engine.request",
     "Weights": "weights",
     "export_onnx": "backends.export",
+    "__version__": "_version",
     "open_checkpoint": "checkpoint.open",
 }
 
@@ -124,4 +124,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, "__version__"})

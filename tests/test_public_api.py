@@ -87,7 +87,7 @@ def test_the_public_names_are_these():
 
 def test_type_checkers_see_the_names_that_are_loaded_at_run_time():
     assert imported_for_type_checkers() == gpt2core._MODULE_OF
-    assert sorted({*gpt2core._MODULE_OF, *gpt2core._RENAMED}) == sorted(PUBLIC)
+    assert sorted({*gpt2core._MODULE_OF, *gpt2core._RENAMED} - {"__version__"}) == sorted(PUBLIC)
 
 
 @pytest.mark.parametrize("name", PUBLIC)

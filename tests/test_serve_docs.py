@@ -12,7 +12,10 @@ from gpt2core.serve import Settings
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs/serving.md").read_text()
 MODULES = sorted((ROOT / "gpt2core/serve").rglob("*.py"))
-PUBLIC_MODULES = ("gpt2core.serve", "gpt2core.backends", "gpt2core.errors", "gpt2core.testing")
+PUBLIC_MODULES = (  # and the private helpers that every room shares
+    *("gpt2core.serve", "gpt2core.backends", "gpt2core.errors", "gpt2core.testing"),
+    *("gpt2core._json", "gpt2core._files", "gpt2core._machine"),
+)
 
 
 def shown(default: object) -> str:

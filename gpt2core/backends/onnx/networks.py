@@ -6,6 +6,7 @@ Runtime has two operators for quantized weights, each with a layout of its own: 
 
 # R rows of a run, S new tokens per row, N = R S, M wanted logits, D width, V vocabulary
 
+import threading
 from contextlib import AbstractContextManager
 from typing import Any, Final, final
 
@@ -53,6 +54,7 @@ class Quantized:
         self._products: dict[bool, QuantizedProducts] = {True: ByToken(weights), False: ByPass(weights)}
         self._bodies: dict[bool, Passes] = {}
         self._heads: dict[bool, Heads] = {}
+        self._starting = threading.Lock()  # two callers must not start the same session at once
         self._body(few=True)  # what is wrong with the weights or the settings shows now
 
     def run(
@@ -75,18 +77,20 @@ class Quantized:
                 logits[sick] = np.nan  # rounding to whole numbers has hidden it
 
     def _body(self, *, few: bool) -> Passes:
-        if few not in self._bodies:
-            with _mapped_pages_given_back(self._weights):
-                model = _model(self._weights, self._products[few], "body")
-                self._bodies[few] = Passes(*model, self._settings)
-        return self._bodies[few]
+        with self._starting:
+            if few not in self._bodies:
+                with _mapped_pages_given_back(self._weights):
+                    model = _model(self._weights, self._products[few], "body")
+                    self._bodies[few] = Passes(*model, self._settings)
+            return self._bodies[few]
 
     def _head(self, *, few: bool) -> Heads:
-        if few not in self._heads:
-            with _mapped_pages_given_back(self._weights):
-                model = _model(self._weights, self._products[few], "head")
-                self._heads[few] = Heads(*model, self._settings)
-        return self._heads[few]
+        with self._starting:
+            if few not in self._heads:
+                with _mapped_pages_given_back(self._weights):
+                    model = _model(self._weights, self._products[few], "head")
+                    self._heads[few] = Heads(*model, self._settings)
+            return self._heads[few]
 
 
 def start_tracer(weights: Weights, settings: Settings) -> tuple[Any, Any]:

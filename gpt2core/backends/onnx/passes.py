@@ -125,13 +125,13 @@ class Heads:
 
     def __init__(self, model: onnx.ModelProto, arrays: Mapping[str, np.ndarray], settings: Settings) -> None:
         self._session, self._kept = start(model, arrays, settings)
-        self._binding = self._session.io_binding()
 
     def run(self, hidden: Float32[np.ndarray, "M D"], logits: Float32[np.ndarray, "M V"]) -> None:
         """The logits of final hidden states."""
-        self._binding.bind_input("hidden", *_there(hidden))
-        self._binding.bind_output("logits", *_there(logits))
-        self._session.run_with_iobinding(self._binding)
+        binding = self._session.io_binding()  # one a call: two threads must not bind to the same
+        binding.bind_input("hidden", *_there(hidden))
+        binding.bind_output("logits", *_there(logits))
+        self._session.run_with_iobinding(binding)
 
 
 def start(
