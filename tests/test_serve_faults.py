@@ -88,6 +88,17 @@ def test_a_client_that_left_before_its_answer_is_counted_and_is_no_error(caplog)
     assert "request_failed" not in [record.msg for record in caplog.records]
 
 
+def test_a_client_that_leaves_during_its_upload_is_499_and_no_error(caplog):
+    with serving(Fake().load) as server:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=HANG_S) as connection:
+            connection.sendall(post_bytes(b'{"prompt": "a', length=1000))
+            until(lambda: server.uvicorn.server_state.tasks)
+        name = 'gpt2core_requests_total{method="POST",route="/generate",status="499"}'
+        until(lambda: name in server.client.get("/metrics").text)
+        assert 'status="500"' not in server.client.get("/metrics").text
+    assert "request_failed" not in [record.msg for record in caplog.records]
+
+
 def test_a_client_that_closes_only_its_sending_side_still_gets_its_answer_or_is_let_go():
     with serving(Fake().load) as server:
         connection = connect(server, stream=False, tokens=5)
@@ -343,6 +354,25 @@ def test_a_second_signal_stops_at_once(folder, second):
             running.send_signal(second)
             running.wait(HANG_S)
             assert time.perf_counter() - begun_s < 4
+
+
+def test_as_a_lame_duck_it_says_that_it_is_not_ready_and_answers(folder):
+    with process("--model", folder, GPT2CORE_LAME_DUCK_S="1.5") as (running, url):
+        assert httpx2.get(f"{url}/readyz").status_code == 200
+        running.send_signal(signal.SIGTERM)
+        until(lambda: httpx2.get(f"{url}/readyz").status_code == 503)
+        assert httpx2.get(f"{url}/livez").status_code == 200
+        body = {"prompt": "ab", "max_new_tokens": 3}
+        assert httpx2.post(f"{url}/generate", json=body, timeout=HANG_S).status_code == 200
+        assert running.wait(HANG_S) == 0
+
+
+def test_a_second_signal_ends_a_lame_duck_at_once(folder):
+    with process("--model", folder, GPT2CORE_LAME_DUCK_S="3600") as (running, url):
+        running.send_signal(signal.SIGTERM)
+        until(lambda: httpx2.get(f"{url}/readyz").status_code == 503)
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(HANG_S) == 0
 
 
 def test_what_is_not_done_when_the_drain_time_is_over_gets_an_error(folder):

@@ -9,6 +9,7 @@ from fastapi import Request
 
 from gpt2core.serve.errors import Refusal
 from gpt2core.serve.settings import Settings
+from gpt2core.serve.state import find_state
 
 
 def require_key(settings: Settings) -> Callable[[Request], Coroutine[Any, Any, None]]:
@@ -21,6 +22,7 @@ def require_key(settings: Settings) -> Callable[[Request], Coroutine[Any, Any, N
         given = _read_key(request.headers.get("authorization", ""))
         matches = [hmac.compare_digest(given, key) for key in keys]  # all of them: the time tells nothing
         if any(matches):
+            find_state(request.scope).key = 1 + matches.index(True)
             return
         schemes = 'Bearer realm="gpt2core"'
         if request.method == "GET":  # a page: a browser asks for the key, by the first scheme only

@@ -40,6 +40,7 @@ class Driver:
         self._loop: asyncio.AbstractEventLoop
         self._thread: threading.Thread
         self.state: State = "loading"
+        self.leaving = False  # it still works, and nobody should send it anything new
         self.failure: BaseException | None = None
         self.model: GPT2 | None = None
         self.engine: Engine | None = None
@@ -96,6 +97,21 @@ class Driver:
             raise engine_failed()
         if self.state != "ready":
             raise unavailable("draining", "the server is stopping; ask another one")
+
+    def check_staying(self) -> None:
+        """Refuse to be called ready: it cannot work now, or soon no more.
+
+        Raises:
+            Refusal: 503, saying why.
+        """
+        self.check_ready()
+        if self.leaving:
+            raise unavailable("draining", "the server will stop; ask another one")
+
+    def leave(self, lame_duck_s: float) -> None:
+        """Accept what comes, but say that it is not ready."""
+        self.leaving = True
+        logs.event("info", "leaving", lame_duck_s=lame_duck_s)
 
     def drain(self) -> None:
         """Accept nothing more; what runs has `drain_s` to end."""

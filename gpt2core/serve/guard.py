@@ -15,9 +15,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gpt2core.serve import logs
-from gpt2core.serve.errors import CLIENT_GONE, Refusal, to_refusal
+from gpt2core.serve.errors import CLIENT_GONE, Disconnected, Refusal, headers_too_large, to_refusal
 from gpt2core.serve.metrics import Metrics
-from gpt2core.serve.settings import Settings
+from gpt2core.serve.settings import LOOPBACK_HOSTS, Settings
 from gpt2core.serve.state import RequestState
 
 SECURITY_HEADERS: Final = {
@@ -32,6 +32,9 @@ SECURITY_HEADERS: Final = {
 }
 DISCARD_NBYTES: Final = 8 * 2**20
 DISCARD_S: Final = 1.0
+PROBES: Final = ("/livez", "/readyz")
+PROBE_HOSTS: Final = frozenset(LOOPBACK_HOSTS)
+"""A container's own health check asks by these, whatever names its clients use."""
 METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _HOST: Final = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(?::\d{1,5})?")
@@ -57,14 +60,20 @@ class Guard:
             await send({"type": "websocket.close", "code": 1000})
             return
         exchange = Exchange(scope, receive, send, self._settings, self._metrics)
-        refusal = self.refuse(exchange.headers)
+        refusal = self.refuse(scope["path"], exchange.headers)
         await exchange.run(self._app if refusal is None else refusal.response())
 
-    def refuse(self, headers: Headers) -> Refusal | None:
-        """Why a request of these headers is not let in."""
+    def refuse(self, path: str, headers: Headers) -> Refusal | None:
+        """Why a request is not let in."""
+        lines = headers.raw
+        header_nbytes = sum(len(name) + len(value) + 4 for name, value in lines)  # 4: ": " and the end
+        settings = self._settings
+        if len(lines) > settings.max_headers or header_nbytes > settings.max_header_nbytes:
+            return headers_too_large(settings.max_header_nbytes, settings.max_headers)
         host = headers.getlist("host")
         name = _HOST.fullmatch(host[0]) if len(host) == 1 else None
-        if name is None or not self._host_names & {name[1].lower(), "*"}:
+        names = self._host_names | PROBE_HOSTS if path in PROBES else self._host_names
+        if name is None or not names & {name[1].lower(), "*"}:
             return Refusal(
                 400,
                 "invalid_request_error",
@@ -101,7 +110,10 @@ class Exchange:
         self._status: int | None = None
         given = self.headers.get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        self._state = RequestState(request_id, begun_s=time.perf_counter())
+        client = scope.get("client")
+        self._state = RequestState(
+            request_id, begun_s=time.perf_counter(), client=client[0] if client else None
+        )
         self._state.attach(scope)
 
     async def run(self, app: ASGIApp) -> None:
@@ -135,6 +147,8 @@ class Exchange:
             raise Refusal(
                 408, "timeout_error", "slow_body", message_text, headers={"Connection": "close"}
             ) from None
+        if message["type"] == "http.disconnect":  # before its body was here
+            raise Disconnected
         self._received_nbytes += len(message.get("body", b""))
         if self._received_nbytes > settings.max_body_nbytes:
             raise _too_large(settings.max_body_nbytes)
@@ -179,9 +193,11 @@ class Exchange:
         status = self._status or CLIENT_GONE
         self._metrics.count_request(method, route, status, elapsed_s)
         logs.event(
-            "info" if route not in ("/livez", "/readyz", "/metrics") else "debug",
+            "info" if route not in (*PROBES, "/metrics") else "debug",
             "request",
             request_id=self._state.request_id,
+            client=self._state.client,
+            key=self._state.key,
             method=method,
             route=route,
             status=status,

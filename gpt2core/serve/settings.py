@@ -57,6 +57,13 @@ class Settings(BaseSettings):
         default=(), description="Foreign origins whose pages may call (CORS), with commas between."
     )
 
+    max_connections: int = Field(
+        default=4096, ge=1, description="Most connections; fewer where the system allows fewer open files."
+    )
+    max_header_nbytes: int = Field(
+        default=32 * 1024, ge=1024, le=2**20, description="Longest headers of a request."
+    )
+    max_headers: int = Field(default=100, ge=8, le=10_000, description="Most header lines of a request.")
     max_body_nbytes: int = Field(default=256 * 1024, ge=1, description="Largest request body.")
     max_json_depth: int = Field(default=32, ge=1, le=200, description="Deepest nesting of a request's JSON.")
     max_prompts: int = Field(default=8, ge=1, description="Most prompts of one request.")
@@ -75,6 +82,18 @@ class Settings(BaseSettings):
     deadline_s: float = Field(default=120, gt=0, le=86400, description="Longest time for one request.")
     receipt_s: float = Field(
         default=15, gt=0, le=3600, description="Longest time in which a request must arrive."
+    )
+    stall_s: float = Field(
+        default=15, gt=0, le=3600, description="Longest time in which a client may leave its answer unread."
+    )
+    keep_alive_s: float = Field(
+        default=5, gt=0, le=3600, description="How long a connection is kept without a request."
+    )
+    lame_duck_s: float = Field(
+        default=0,
+        ge=0,
+        le=3600,
+        description="After SIGTERM, how long requests are still taken while `/readyz` says 503.",
     )
     drain_s: float = Field(default=30, ge=0, le=3600, description="Time for running requests after SIGTERM.")
     playground: bool = Field(default=True, description="Serve the playground page at `/`.")

@@ -14,6 +14,8 @@ class RequestState:
 
     request_id: str
     begun_s: float  # of `time.perf_counter()`
+    client: str | None = None  # its address, as far as the connection tells
+    key: int | None = None  # which of the keys it brought, from 1
     log_fields: dict[str, Any] = field(default_factory=dict)  # that routes add to the request's log line
 
     def attach(self, scope: Scope) -> None:
