@@ -24,15 +24,15 @@ def connect(server):
 
 
 def receive_answer(connection):
-    """One answer of a kept connection."""
+    """The next answer of a kept connection."""
     data = b""
     while b"\r\n\r\n" not in data:
-        data += connection.recv(65536)
-    head, _, body = data.partition(b"\r\n\r\n")
-    [length] = [int(line[15:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length")]
+        data += connection.recv(1)
+    [length] = [int(line[15:]) for line in data.lower().split(b"\r\n") if line.startswith(b"content-length")]
+    body = b""
     while len(body) < length:
-        body += connection.recv(65536)
-    return head, body
+        body += connection.recv(length - len(body))
+    return data, body
 
 
 def is_closed(connection, timeout_s):

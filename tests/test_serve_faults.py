@@ -126,7 +126,7 @@ def test_a_stream_that_nobody_reads_is_given_up_after_the_deadline(folder):
 
 def test_a_full_queue_is_429_at_once_and_the_others_are_served():
     fake = Fake()
-    with serving(fake.load, max_batch=4, max_queue=4, max_prompts=2, max_n=2) as server:
+    with serving(fake.load, max_batch=4, max_queue=4, max_prompts=2, max_n=2, client_share=1) as server:
         fake.gate.clear()
         asked = in_threads(8, lambda i: server.generate("ab", max_new_tokens=3))
         until(lambda: server.driver.requests == 8)
@@ -141,7 +141,7 @@ def test_a_full_queue_is_429_at_once_and_the_others_are_served():
 
 @pytest.mark.parametrize("clients", [1, 8, 32, 128])
 def test_any_number_of_clients_gets_answers_or_429_and_nothing_hangs(folder, clients):
-    with serving(model=folder) as server:
+    with serving(model=folder, client_share=1) as server:
         asked = in_threads(clients, lambda i: server.generate(f"ab {i}", max_new_tokens=4))
         statuses = [one.result(60).status_code for one in asked]
         assert set(statuses) <= {200, 429}

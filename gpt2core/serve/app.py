@@ -92,7 +92,7 @@ def create_app(settings: Settings | None = None, *, load: Callable[[Settings], G
             allow_methods=["GET", "POST"],
             allow_headers=["Authorization", "Content-Type", "X-Request-ID"],
         )
-    app.add_middleware(Guard, settings=settings, metrics=metrics)
+    app.add_middleware(Guard, settings=settings, metrics=metrics, driver=driver)
     metrics.gauge("gpt2core_requests_running", "Requests that hold a place.", lambda: driver.requests)
     metrics.gauge("gpt2core_queue_depth", "Texts that wait for a slot.", lambda: driver.waiting)
     metrics.gauge("gpt2core_cache_use", "Part of the KV cache that holds tokens.", lambda: driver.cache_use)

@@ -13,14 +13,18 @@ from typing import Final, Literal
 
 from gpt2core import GPT2, BackendError, Engine, NumericalError, Request, SamplingParams, Update
 from gpt2core.serve import logs
-from gpt2core.serve.errors import Refusal, engine_failed, unavailable
+from gpt2core.serve.errors import engine_failed, unavailable
 from gpt2core.serve.metrics import Metrics
+from gpt2core.serve.places import Places
 from gpt2core.serve.settings import Settings
+from gpt2core.serve.state import Client
 from gpt2core.serve.ticket import Ticket
 
 State = Literal["loading", "ready", "draining", "failed", "closed"]
 JOIN_S: Final = 5.0
 LOOK_S: Final = 0.1
+REFUSALS_S: Final = 1.0
+"""Between two lines about refused requests."""
 
 
 class Driver:
@@ -35,7 +39,7 @@ class Driver:
         self._inbox: deque[tuple[Ticket, list[list[int]], SamplingParams]] = deque()
         self._bell = threading.Event()
         self._stopping = False
-        self._places = 0  # requests of all tickets
+        self.places: Places | None = None  # once the model is loaded
         self._watch: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop
         self._thread: threading.Thread
@@ -54,26 +58,22 @@ class Driver:
         self._thread.start()
         self._watch = asyncio.create_task(self._look())
 
-    def reserve(self, count: int, begun_s: float) -> Ticket:
+    def reserve(self, client: Client, count: int, begun_s: float) -> Ticket:
         """A place for `count` requests.
 
         Raises:
-            Refusal: 503 while nothing can run, 429 when the queue is full.
+            Refusal: 503 while nothing can run, 429 when the queue is full, or the client's part of it.
         """
         self.check_ready()
-        assert self.engine is not None
-        if self._places and self._places + count > self.engine.slots + self._settings.max_queue:
-            raise Refusal(
-                429,
-                "rate_limit_error",
-                "queue_full",
-                f"the queue of {self._settings.max_queue} texts is full; try again a little later",
-                headers={"Retry-After": "1"},
-            )
+        assert self.places is not None
+        refusal = self.places.refuse(client, count)
+        if refusal is not None:
+            raise refusal
         deadline_s = self._settings.deadline_s
         ticket = Ticket(count, begun_s=begun_s, deadline_s=deadline_s, release=self._release)
+        ticket.client = client
         self._tickets.add(ticket)
-        self._places += count
+        self.places.take(client, count)
         return ticket
 
     def submit(
@@ -131,6 +131,7 @@ class Driver:
         self._bell.set()
         if self._watch is not None:
             self._watch.cancel()
+        self._tell_refusals()
         end = self._loop.time() + JOIN_S  # a step, or loading, cannot be interrupted
         while self._thread.is_alive() and self._loop.time() < end:
             await asyncio.sleep(0.005)
@@ -143,8 +144,9 @@ class Driver:
     @property
     def waiting(self) -> int:
         """How many texts wait for a slot."""
-        running = 0 if self.engine is None else self.engine.running
-        return max(0, self._places - running)
+        if self.engine is None or self.places is None:
+            return 0
+        return max(0, self.places.used - self.engine.running)
 
     @property
     def cache_use(self) -> float:
@@ -163,7 +165,9 @@ class Driver:
             self._ticket_of.pop(request, None)
         if ticket in self._tickets:
             self._tickets.remove(ticket)
-            self._places -= ticket.count
+            assert self.places is not None
+            assert ticket.client is not None
+            self.places.take(ticket.client, -ticket.count)
 
     def _end_all(self, why: str) -> None:
         for ticket in list(self._tickets):
@@ -187,6 +191,11 @@ class Driver:
         if self.state == "loading":
             self.state = "ready"
             assert self.engine is not None
+            self.places = Places(
+                self.engine.slots + self._settings.max_queue,
+                running=self.engine.slots,
+                share=self._settings.client_share,
+            )
             logs.event("info", "ready", model=self._settings.name, backend=self.engine.backend.name)
 
     def _fail(self, error: BaseException) -> None:
@@ -200,12 +209,21 @@ class Driver:
 
     async def _look(self) -> None:
         """Measure how late the event loop wakes up, and see whether the engine thread still lives."""
+        told_s = 0.0
         while True:
             due_s = time.perf_counter() + LOOK_S
             await asyncio.sleep(LOOK_S)
             self._metrics.observe_lag(max(0.0, time.perf_counter() - due_s))
+            if due_s - told_s >= REFUSALS_S:
+                told_s = due_s
+                self._tell_refusals()
             if not self._thread.is_alive():
                 self._fail(BackendError("the engine thread has ended"))
+
+    def _tell_refusals(self) -> None:
+        requests, clients = (0, 0) if self.places is None else self.places.pop_refusals()
+        if requests:
+            logs.event("warning", "refused", status=429, requests=requests, clients=clients)
 
     # On the engine thread
 

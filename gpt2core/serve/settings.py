@@ -76,6 +76,12 @@ class Settings(BaseSettings):
     max_logit_bias: int = Field(default=300, ge=0, le=1024, description="Most entries of `logit_bias`.")
     max_batch: int = Field(default=32, ge=1, description="Most texts that are generated at once.")
     max_queue: int = Field(default=64, ge=0, description="Most texts that wait for their turn.")
+    client_share: float = Field(
+        default=0.5,
+        gt=0,
+        le=1,
+        description="Part of all places that one client (address and key) may hold, running and waiting.",
+    )
     cache_nbytes: int = Field(
         default=4 * 2**30, ge=1, description="Limit on the KV cache; may lower `max_batch`."
     )

@@ -11,6 +11,7 @@ from typing import Self
 
 from gpt2core import Request, Update
 from gpt2core.serve.errors import deadline_exceeded
+from gpt2core.serve.state import Client
 
 
 class Ticket:
@@ -19,6 +20,7 @@ class Ticket:
     def __init__(self, count: int, *, begun_s: float, deadline_s: float, release: Callable[["Ticket"], None]):
         loop = asyncio.get_running_loop()
         self.count = count
+        self.client: Client | None = None  # who holds the places
         self.begun_s = begun_s
         self.requests: list[Request] = []
         self.cancelled = False
