@@ -233,6 +233,7 @@ class Driver:
             self.model = self._load()
             engine = self.model.engine
             _warm_up(engine)
+            engine.pace_prompts(self._settings.max_stretch)
             self.engine = engine
             self._call(self._become_ready)
             self._drive(engine)

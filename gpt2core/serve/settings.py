@@ -82,6 +82,12 @@ class Settings(BaseSettings):
         le=1,
         description="Part of all places that one client (address and key) may hold, running and waiting.",
     )
+    max_stretch: float = Field(
+        default=2,
+        gt=1,
+        le=1000,
+        description="How many times longer prompts may make a step for the texts that are written.",
+    )
     cache_nbytes: int = Field(
         default=4 * 2**30, ge=1, description="Limit on the KV cache; may lower `max_batch`."
     )
