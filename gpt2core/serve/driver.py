@@ -11,7 +11,16 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final, Literal
 
-from gpt2core import GPT2, BackendError, Engine, NumericalError, Request, SamplingParams, Update
+from gpt2core import (
+    GPT2,
+    BackendError,
+    Engine,
+    NumericalError,
+    Request,
+    SamplingParams,
+    Update,
+    __version__,
+)
 from gpt2core.serve import logs
 from gpt2core.serve.errors import engine_failed, unavailable
 from gpt2core.serve.metrics import Metrics
@@ -58,8 +67,8 @@ class Driver:
         self._thread.start()
         self._watch = asyncio.create_task(self._look())
 
-    def reserve(self, client: Client, count: int, begun_s: float) -> Ticket:
-        """A place for `count` requests.
+    def reserve(self, client: Client, count: int, begun_s: float, route: str = "none") -> Ticket:
+        """A place for `count` requests of `route`.
 
         Raises:
             Refusal: 503 while nothing can run, 429 when the queue is full, or the client's part of it.
@@ -71,7 +80,7 @@ class Driver:
             raise refusal
         deadline_s = self._settings.deadline_s
         ticket = Ticket(count, begun_s=begun_s, deadline_s=deadline_s, release=self._release)
-        ticket.client = client
+        ticket.client, ticket.route = client, route
         self._tickets.add(ticket)
         self.places.take(client, count)
         return ticket
@@ -173,19 +182,31 @@ class Driver:
         for ticket in list(self._tickets):
             ticket.fail(unavailable("draining", f"the server is stopping, and {why}"))
 
-    def _deliver(self, updates: list[Update]) -> None:
+    def _deliver(self, updates: list[Update], now_s: float) -> None:
         rows = len({update.request for update in updates})  # with speculation one may have several
         self._metrics.count_step(rows, sum(update.token_id is not None for update in updates))
         for update in updates:
             ticket = self._ticket_of.get(update.request)
             if ticket is None:  # cancelled meanwhile
                 continue
-            if ticket.waits_for_token and update.token_id is not None:
-                ticket.waits_for_token = False
-                self._metrics.ttft_s.observe(time.perf_counter() - ticket.begun_s)
+            if update.token_id is not None:
+                self._measure(ticket, update.request, now_s)
             if update.finish_reason is not None:
-                self._metrics.count_text(update.request)
+                self._metrics.count_text(update.request, ticket.route)
             ticket.take(update)
+
+    def _measure(self, ticket: Ticket, request: Request, now_s: float) -> None:
+        """Note what a client feels of a token that came at `now_s`."""
+        measured = self._metrics.of_route(ticket.route)
+        if ticket.waits_for_token:
+            ticket.waits_for_token = False
+            measured.ttft_s.observe(now_s - ticket.begun_s)
+            if request.started_s is not None:
+                measured.queue_s.observe(max(0.0, request.started_s - ticket.begun_s))
+        before_s = ticket.token_s.get(request)
+        if before_s is not None:
+            measured.gap_s.observe(now_s - before_s)
+        ticket.token_s[request] = now_s
 
     def _become_ready(self) -> None:
         if self.state == "loading":
@@ -195,6 +216,12 @@ class Driver:
                 self.engine.slots + self._settings.max_queue,
                 running=self.engine.slots,
                 share=self._settings.client_share,
+            )
+            self._metrics.describe_server(
+                version=__version__,
+                model=self._settings.name,
+                backend=self.engine.backend.name,
+                precision=str(getattr(self.engine.backend, "precision", self._settings.precision)),
             )
             logs.event("info", "ready", model=self._settings.name, backend=self.engine.backend.name)
 
@@ -255,7 +282,7 @@ class Driver:
                 continue
             updates = engine.step()
             if updates:
-                self._call(self._deliver, updates)
+                self._call(self._deliver, updates, time.perf_counter())
             for update in updates:
                 if isinstance(update.error, BackendError) and not isinstance(update.error, NumericalError):
                     raise update.error  # what made one pass fail may make each fail: let it be restarted

@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import errno
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
@@ -14,7 +16,7 @@ from fastapi import FastAPI
 
 from gpt2core import BackendError
 from gpt2core.serve import logs
-from gpt2core.serve.app import create_app
+from gpt2core.serve.app import create_app, warn_of_typos
 from gpt2core.serve.connection import connection_class
 from gpt2core.serve.driver import Driver
 from gpt2core.serve.settings import Settings
@@ -38,10 +40,13 @@ def run(settings: Settings) -> None:
     """
     settings.check_exposure()
     logs.configure(settings.log_level)
+    warn_of_typos()
     app = create_app(settings)
     sock = listen(settings.host, settings.port)
     host, port = sock.getsockname()[:2]
     logs.event("info", "listening", host=host, port=port, model=settings.name)
+    if sys.stderr.isatty():
+        print(describe_address(settings, port), file=sys.stderr)
     server = Server(configure(app, settings), app.state.driver, settings.lame_duck_s)
     try:
         server.run(sockets=[sock])
@@ -78,8 +83,25 @@ def listen(host: str, port: int) -> socket.socket:
         OSError: the address cannot be used.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.create_server((host, port), family=family, backlog=BACKLOG)
+    try:
+        sock = socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        raise OSError(
+            f"{host} port {port} is in use by another program; stop that, or choose another port with --port "
+            "(0 takes a free one)"
+        ) from error
     return socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP, fileno=sock.detach())
+
+
+def describe_address(settings: Settings, port: int) -> str:
+    """Where a person who has started the server can look at it."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
+    host = f"[{host}]" if ":" in host else host
+    page = "" if settings.playground else "docs"
+    key = "; leave the name empty, the API key is the password" if settings.api_keys else ""
+    return f"Open http://{host}:{port}/{page} in a browser{key}. Ctrl-C stops the server."
 
 
 def raise_descriptor_limit() -> int:

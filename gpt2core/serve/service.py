@@ -44,7 +44,8 @@ class Service:
             Refusal: it cannot run.
         """
         state = find_state(request.scope)
-        ticket = self.driver.reserve(state.client, len(prompts) * params.n, state.begun_s)
+        route = request.scope["route"].path
+        ticket = self.driver.reserve(state.client, len(prompts) * params.n, state.begun_s, route)
         try:
             ids = await self.in_thread(lambda: self._encode(prompts, params, allow_special))
             self.driver.submit(ticket, ids, params, stream=stream)

@@ -1,12 +1,14 @@
 """Every limit and option of the server; each is also an environment variable, `GPT2CORE_` and its name."""
 
+import difflib
 import ipaddress
 import os
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from gpt2core.errors import RequestError
@@ -177,6 +179,45 @@ class Settings(BaseSettings):
             f"host is {self.host!r}, which others can reach, and there is no API key; give --api-key-file "
             "(or GPT2CORE_API_KEY), or --insecure-no-auth if something else guards the port"
         )
+
+
+LIBRARY_VARIABLES = frozenset(
+    ("CACHE", "CC", "CFLAGS", "DEBUG", "NO_SKIPS", "ONNX_SPINNING", "TORCH_COMPILE", "VENV")
+)
+"""Other variables of this project, which are no settings of the server."""
+
+
+def find_typos(environment: Mapping[str, str]) -> dict[str, str | None]:
+    """Variables that look like settings and are none -> the setting that may be meant."""
+    prefix = str(Settings.model_config["env_prefix"])
+    known = [prefix + name.upper() for name in Settings.model_fields]
+    others = {prefix + name for name in LIBRARY_VARIABLES}
+    found: dict[str, str | None] = {}
+    for name in environment:
+        if name.upper().startswith(prefix) and name.upper() not in others and name.upper() not in known:
+            found[name] = next(iter(difflib.get_close_matches(name.upper(), known, n=1)), None)
+    return found
+
+
+def describe_faults(error: ValidationError, given: Mapping[str, str]) -> str:
+    """What is wrong with settings, each by the name under which it came.
+
+    Args:
+        error: what making `Settings` raised.
+        given: the settings that came otherwise than by their variables -> how they are called there.
+    """
+    faults = []
+    for fault in error.errors(include_url=False):
+        name = ".".join(map(str, fault["loc"]))
+        message = fault["msg"].removeprefix("Value error, ")
+        if not name:  # of several together
+            faults.append(message)
+            continue
+        value = "" if name == "api_key" else f" is {fault['input']!r}"
+        known = name in Settings.model_fields and name not in given
+        name = f"GPT2CORE_{name.upper()}" if known else given.get(name, name)
+        faults.append(f"{name}{value}: {message}")
+    return "; ".join(faults)
 
 
 def is_loopback(host: str) -> bool:

@@ -25,7 +25,9 @@ class Ticket:
         self.requests: list[Request] = []
         self.cancelled = False
         self.stream = False
+        self.route = "none"
         self.waits_for_token = True
+        self.token_s: dict[Request, float] = {}  # when each text's last token came
         self._open = count
         self._updates: list[Update] = []
         self._error: BaseException | None = None
