@@ -43,7 +43,7 @@ def serve(context: click.Context, /, **given: Any) -> None:
         from pydantic import ValidationError
 
         from gpt2core.serve.server import run
-        from gpt2core.serve.settings import Settings
+        from gpt2core.serve.settings import Settings, describe_faults
     except ModuleNotFoundError as error:
         if error.name not in PACKAGES:
             raise
@@ -55,6 +55,7 @@ def serve(context: click.Context, /, **given: Any) -> None:
     try:
         settings = Settings(**chosen)
     except ValidationError as error:
-        faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
-        raise RequestError("; ".join(faults)) from None
+        names = {str(option.name): option.opts[-1] for option in context.command.params}
+        options = {name: names[name] for name in chosen}
+        raise RequestError(describe_faults(error, options)) from None
     run(settings)

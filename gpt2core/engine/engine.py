@@ -22,6 +22,7 @@ from gpt2core.backends.base import Backend, Cache
 from gpt2core.batch import Batch
 from gpt2core.engine.draft import draft_nbytes, make_speculation
 from gpt2core.engine.guarded import GuardedScheduler
+from gpt2core.engine.pacing import Pacer
 from gpt2core.engine.request import LogitsReader, PromptLogprobs, Request, Update
 from gpt2core.engine.rows import Drawn, Row, RowFailed, build_batch, count_accepted, draw_row, fail_row
 from gpt2core.engine.scheduler import Scheduler, Step
@@ -226,11 +227,30 @@ class Engine:
         (`KeyboardInterrupt`) during the pass propagates and changes nothing: the next step repeats it.
         """
         with self._stepping:
+            begun_s = time.perf_counter()
             planned = self._next_batch()
             if planned is None:
                 return []
             rows, batch = planned
-            return self._guarded.change(self._commit, rows, self._draw(rows, batch))
+            updates = self._guarded.change(self._commit, rows, self._draw(rows, batch))
+            self._scheduler.note_time(time.perf_counter() - begun_s)
+            return updates
+
+    def pace_prompts(self, stretch: float) -> None:
+        """From now on read prompts in parts so small that texts which are written meanwhile do not stutter.
+
+        The parts are chosen by measured time, and their sizes may change the last bits of a prompt's numbers
+        on a backend whose products depend on the number of rows, so this is off by default.
+
+        Args:
+            stretch: how many times as long as a step without prompts one with prompts may take.
+
+        Raises:
+            RequestError: `stretch` is not a number above 1.
+        """
+        if not (math.isfinite(stretch) and stretch > 1):
+            raise RequestError(f"stretch is {stretch!r}; it must be a number above 1")
+        self._scheduler.pacer = Pacer(stretch)
 
     def close(self) -> None:
         """Cancel whatever waits or runs, once a step under way has ended, and let go of the cache."""

@@ -93,6 +93,7 @@ class Request:
     finish_reason: FinishReason | None = None
     error: Gpt2CoreError | None = None
     submitted_s: float = 0.0
+    started_s: float | None = None  # when it got its slot
     first_token_s: float | None = None
     last_token_s: float | None = None
     finished_s: float | None = None

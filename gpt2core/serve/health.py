@@ -26,7 +26,7 @@ def health_router(driver: Driver) -> APIRouter:
     @routes.get("/readyz", summary="Can it take requests?", responses=responses, response_model=None)
     async def readyz() -> Response:
         """Say 503 while the model is being loaded, while the server stops, and when the engine has failed."""
-        driver.check_ready()
+        driver.check_staying()
         return json_response({"status": "ready"})
 
     return routes

@@ -43,7 +43,9 @@ class Service:
         Raises:
             Refusal: it cannot run.
         """
-        ticket = self.driver.reserve(len(prompts) * params.n, find_state(request.scope).begun_s)
+        state = find_state(request.scope)
+        route = request.scope["route"].path
+        ticket = self.driver.reserve(state.client, len(prompts) * params.n, state.begun_s, route)
         try:
             ids = await self.in_thread(lambda: self._encode(prompts, params, allow_special))
             self.driver.submit(ticket, ids, params, stream=stream)
