@@ -151,7 +151,7 @@ class Engine:
             RequestError: the prompt is empty or holds what is not a token id; stop strings or echo are asked
                 for without a tokenizer.
             ContextLengthError: prompt and new tokens exceed the context.
-            InvalidSamplingError: `logit_bias` names an id outside the vocabulary.
+            InvalidSamplingError: `logit_bias` or `stop_token_ids` name an id outside the vocabulary.
         """
         ids = check_token_ids(prompt_ids, self.config.vocab_size)
         params.check_vocabulary(self.config.vocab_size)
@@ -187,6 +187,7 @@ class Engine:
         ids, max_new_tokens = self.check(prompt_ids, params)
         scored = on_logits is None and params.echo and params.logprobs is not None
         seed = int.from_bytes(os.urandom(8)) >> 1 if params.seed is None else params.seed
+        end_token_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos)
         now_s = time.perf_counter()
         requests = [
             Request(
@@ -197,7 +198,7 @@ class Engine:
                 params=params,
                 seed=seed,
                 max_new_tokens=max_new_tokens,
-                eos_token_ids=self._eos,
+                end_token_ids=end_token_ids,
                 stream=TextStream(self.tokenizer.stream_decoder(), params.stop) if self.tokenizer else None,
                 echo=self.tokenizer.decode(ids) if self.tokenizer and params.echo else "",
                 logits_from=0 if scored else None if on_logits is None else logits_from,

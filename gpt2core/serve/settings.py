@@ -59,7 +59,7 @@ class Settings(BaseSettings):
 
     max_body_nbytes: int = Field(default=256 * 1024, ge=1, description="Largest request body.")
     max_json_depth: int = Field(default=32, ge=1, le=200, description="Deepest nesting of a request's JSON.")
-    max_prompts: int = Field(default=8, ge=1, description="Most prompts of one request.")
+    max_prompts: int = Field(default=64, ge=1, description="Most prompts of one request.")
     max_n: int = Field(default=4, ge=1, le=128, description="Most choices per prompt, `best_of` included.")
     max_stops: int = Field(default=4, ge=0, le=16, description="Most stop strings.")
     max_stop_nbytes: int = Field(
@@ -91,11 +91,12 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.max_prompts * self.max_n > self.max_batch + self.max_queue:
+        given = "max_prompts" in self.model_fields_set  # else fewer are taken, without a word
+        if given and self.max_prompts > self.max_batch + self.max_queue:
             raise ValueError(
-                f"max_prompts {self.max_prompts} times max_n {self.max_n} is more than max_batch "
-                f"{self.max_batch} and max_queue {self.max_queue} together, so the largest request could "
-                "never run; raise max_queue or lower max_prompts"
+                f"max_prompts {self.max_prompts} is more than max_batch {self.max_batch} and max_queue "
+                f"{self.max_queue} together, so the largest request could never run; raise max_queue or "
+                "lower max_prompts"
             )
         return self
 
