@@ -11,11 +11,12 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import Response
 
 from gpt2core import Request, Tokenizer, TokenLogprob, Update, __version__
+from gpt2core.serve.answer_schemas import Completion, ModelCard, ModelList
 from gpt2core.serve.body import read_body
 from gpt2core.serve.errors import Refusal, invalid, json_object, json_response, json_text, to_refusal
 from gpt2core.serve.events import EventStream, event
 from gpt2core.serve.openapi import answers, takes
-from gpt2core.serve.schemas import Completion, CompletionRequest, ModelCard, ModelList, OpenAIOptions
+from gpt2core.serve.schemas import CompletionRequest, OpenAIOptions
 from gpt2core.serve.service import Job, Service
 from gpt2core.serve.state import find_state
 
@@ -72,7 +73,7 @@ def router(service: Service) -> APIRouter:
                 stream=bool(asked.stream),
                 allow_special=bool(asked.allow_special),
             )
-        answer = _Answer(service, job, asked, created=int(time.time()))
+        answer = _Answer(service, job, asked)
         if asked.stream:
             return EventStream(job, answer.chunk, answer.closing)
         try:
@@ -106,7 +107,7 @@ def router(service: Service) -> APIRouter:
 class _Answer:
     """The shapes of the answer."""
 
-    def __init__(self, service: Service, job: Job, asked: CompletionRequest, *, created: int) -> None:
+    def __init__(self, service: Service, job: Job, asked: CompletionRequest) -> None:
         engine = service.driver.engine
         assert engine is not None
         assert engine.tokenizer is not None
@@ -118,13 +119,7 @@ class _Answer:
         self._with_token_ids = bool(asked.return_token_ids)
         self._lists: dict[Request, LogprobLists] = {}
         self._begun: set[Request] = set()  # whose stream has told its prompt's token ids
-        self._head: dict[str, Any] = {
-            "id": f"cmpl-{find_state(job.request.scope).request_id}",
-            "object": "text_completion",
-            "created": created,
-            "model": service.settings.name,
-            "system_fingerprint": f"gpt2core-{__version__}-{engine.backend.name}",
-        }
+        self._head = answer_head(service, job, "cmpl", "text_completion")
 
     def chunk(self, update: Update) -> bytes:
         """One event per token that says something."""
@@ -242,6 +237,19 @@ def _mean_logprob(request: Request) -> float:
     return sum(own) / max(1, count)
 
 
+def answer_head(service: Service, job: Job, prefix: str, kind: str) -> dict[str, Any]:
+    """What every answer, and every event of a stream, begins with."""
+    engine = service.driver.engine
+    assert engine is not None
+    return {
+        "id": f"{prefix}-{find_state(job.request.scope).request_id}",
+        "object": kind,
+        "created": int(time.time()),
+        "model": service.settings.name,
+        "system_fingerprint": f"gpt2core-{__version__}-{engine.backend.name}",
+    }
+
+
 def check_model(asked: str | None, name: str) -> None:
     """Refuse another model than the one there is."""
     if asked not in (None, name):
@@ -250,8 +258,8 @@ def check_model(asked: str | None, name: str) -> None:
 
 
 @contextmanager
-def openai_names() -> Iterator[None]:
-    """Let errors name the parameters as OpenAI's API does."""
+def openai_names(prompt: str = "prompt") -> Iterator[None]:
+    """Let errors name the parameters as OpenAI's API does, and what is to be continued `prompt`."""
     try:
         yield
     except Exception as error:
@@ -261,4 +269,5 @@ def openai_names() -> Iterator[None]:
         message = refusal.message
         for ours, theirs in (("max_new_tokens", "max_tokens"), ("min_new_tokens", "min_tokens")):
             message = message.replace(ours, theirs)
-        raise invalid(message, param=refusal.param, code=refusal.code) from None
+        param = prompt if refusal.param == "prompt" else refusal.param
+        raise invalid(message, param=param, code=refusal.code) from None

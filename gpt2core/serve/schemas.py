@@ -1,4 +1,4 @@
-"""What requests and answers look like; every field has bounds, and an unknown one is refused.
+"""What requests look like; every field has bounds, and an unknown one is refused.
 
 The bounds here are the library's. A `Settings` object, given as validation context, sets lower ones; those
 are refused by a `Refusal`, which pydantic lets pass.
@@ -16,6 +16,7 @@ from gpt2core.serve.settings import Settings
 Text = Annotated[str, Field(min_length=1)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Nothing = Annotated[list[Any], Field(max_length=0)] | None
 StopTokenIds = Annotated[list[TokenId], Field(max_length=128)]
 Bias = dict[Annotated[str, Field(pattern=r"^[0-9]{1,10}$")], Annotated[float, Field(ge=-100, le=100)]]
 Stops = (
@@ -26,6 +27,7 @@ LIMITS: dict[str, tuple[str, str]] = {
     "n": ("maximum", "max_n"),
     "best_of": ("maximum", "max_n"),
     "logprobs": ("maximum", "max_logprobs"),
+    "top_logprobs": ("maximum", "max_logprobs"),
     "logit_bias": ("maxProperties", "max_logit_bias"),
 }
 """Field -> its bound's name in JSON Schema, and the setting that is this bound."""
@@ -54,6 +56,8 @@ class Options(BaseModel):
             return self
         for name, (_, setting) in LIMITS.items():
             value, most = getattr(self, name, None), getattr(settings, setting)
+            if isinstance(value, bool):
+                continue
             size = value if isinstance(value, int) else len(value or ())
             if size > most:
                 raise invalid(f"{name} is more than {most}, this server's limit", param=name)
@@ -297,108 +301,98 @@ class CompletionRequest(OpenAIOptions):
         )
 
 
-class TopLogprob(BaseModel):
-    """A token that could have been drawn."""
+class TextPart(BaseModel):
+    """A part of a message."""
 
-    token: str
-    token_id: int
-    logprob: float
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
-
-class TokenInfo(BaseModel):
-    """A token of the text; the first of an echoed prompt has no logprob."""
-
-    token: str
-    token_id: int
-    logprob: float | None
-    top_logprobs: list[TopLogprob]
-
-
-class GeneratedText(BaseModel):
-    """One text."""
-
+    type: Literal["text"]
     text: str
-    finish_reason: Literal["stop", "length"]
-    prompt_tokens: int
-    completion_tokens: int
-    index: int
-    choice: int
-    seed: int
-    logprobs: list[TokenInfo] | None = None
 
 
-class Usage(BaseModel):
-    """Tokens of the whole request."""
+class ChatMessage(BaseModel):
+    """One turn of a chat; what answers of OpenAI's API hold beside it may stand there if it is empty."""
 
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+    refusal: None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: Nothing = None
+    annotations: Nothing = None
 
-class GenerateResponse(BaseModel):
-    """The answer of `POST /generate`, and the last event of its stream."""
-
-    generated_text: str
-    generations: list[GeneratedText]
-    model: str
-    backend: str
-    seed: int
-    elapsed_s: float
-    usage: Usage
-
-
-class CompletionLogprobs(BaseModel):
-    """As OpenAI's completions have them: lists side by side."""
-
-    tokens: list[str]
-    token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float] | None]
-    text_offset: list[int]
+    def spelled(self) -> dict[str, str]:
+        """As a template takes it."""
+        content = self.content
+        text = content if isinstance(content, str) else "\n".join(part.text for part in content)
+        return {"role": self.role, "content": text} | ({"name": self.name} if self.name else {})
 
 
-class CompletionChoice(BaseModel):
-    """One text."""
+class ResponseFormat(BaseModel):
+    """`response_format` of OpenAI's API: text only."""
 
-    text: str
-    index: int
-    logprobs: CompletionLogprobs | None
-    finish_reason: Literal["stop", "length"] | None
-    prompt_token_ids: list[int] | None = None
-    token_ids: list[int] | None = None
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    type: Literal["text"]
 
 
-class Completion(BaseModel):
-    """The answer of `POST /v1/completions`."""
+class ChatRequest(OpenAIOptions):
+    """`POST /v1/chat/completions`."""
 
-    id: str
-    object: Literal["text_completion"]
-    created: int
-    model: str
-    choices: list[CompletionChoice]
-    usage: Usage
+    PROMPT = "messages"
 
+    messages: Annotated[list[ChatMessage], Field(min_length=1)] = Field(
+        description="the chat so far: role (system, developer, user or assistant) and content, a text"
+    )
+    max_completion_tokens: Count | None = Field(
+        default=None, description="at most so many new tokens; unset: as many as fit the context"
+    )
+    max_tokens: Count | None = Field(default=None, description="the same by its older name")
+    logprobs: bool | None = Field(
+        default=False, description="true or false: whether to report each token's log probability"
+    )
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = Field(
+        default=None, description="with logprobs: those of so many alternatives too"
+    )
+    add_generation_prompt: bool | None = Field(
+        default=True, description="true or false: whether the prompt ends where the assistant begins"
+    )
+    response_format: ResponseFormat | None = Field(default=None, description="type text is the only one")
+    tools: Nothing = Field(default=None, description="these models call no tools; leave it out")
+    tool_choice: Literal["none"] | None = Field(default=None, description="none, or leave it out")
+    store: Literal[False] | None = Field(default=None, description="nothing is stored; leave it out")
 
-class ModelCard(BaseModel):
-    """A model of this server."""
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
+            message = "max_tokens and max_completion_tokens differ; leave one of them out"
+            raise invalid(message, param="max_completion_tokens")
+        if self.top_logprobs is not None and not self.logprobs:
+            message = "top_logprobs is for logprobs: true; leave it out, or ask for logprobs"
+            raise invalid(message, param="top_logprobs")
+        return self
 
-    id: str
-    object: Literal["model"]
-    created: int
-    owned_by: str
-    context: int | None
+    @property
+    def prompts(self) -> list[list[ChatMessage]]:
+        """The one chat."""
+        return [self.messages]
 
+    def params(self, context: int) -> SamplingParams:
+        """As the library has them, for a model whose context is `context`.
 
-class ModelList(BaseModel):
-    """The answer of `GET /v1/models`."""
-
-    object: Literal["list"]
-    data: list[ModelCard]
-
-
-class Health(BaseModel):
-    """The answer of `/livez` and `/readyz`."""
-
-    status: str
+        Raises:
+            InvalidSamplingError: two of them contradict.
+        """
+        most = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        return SamplingParams(
+            **self.sampling(),
+            max_new_tokens=most,
+            max_length=context if most is None else None,
+            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+        )
 
 
 def as_list(value: Any) -> list[Any]:

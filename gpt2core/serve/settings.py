@@ -42,6 +42,9 @@ class Settings(BaseSettings):
         pattern=r"^[\w./:-]{1,128}$",
         description="The model's name in the API; unset: from `model`.",
     )
+    chat_template: str | None = Field(
+        default=None, description="Of chats: a file, `dialogpt` or `plain`; unset: the checkpoint's own."
+    )
 
     host: str = Field(default="127.0.0.1", description="Address to listen on.")
     port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
