@@ -43,6 +43,7 @@ PUBLIC = [
     "TokenLogprob",
     "Tokenizer",
     "Trace",
+    "Embeds",
     "Traces",
     "UnsupportedCheckpointError",
     "Update",

@@ -111,7 +111,7 @@ BAD = [
     b'{"prompt": "a", "stop": "\\ud800"}',
     b'{"prompt": "' + b"a" * 65 + b'"}',
     b'{"prompt": "' + b"a" * 5000 + b'"}',
-    b'{"prompt": ["a","a","a","a","a","a","a","a","a"]}',
+    b'{"prompt": [' + b",".join([b'"a"'] * 65) + b"]}",
 ]
 
 
@@ -365,7 +365,15 @@ def test_settings_come_from_the_environment(monkeypatch):
 
 def test_settings_under_which_the_largest_request_cannot_run_are_refused():
     with pytest.raises(ValueError, match="raise max_queue or lower max_prompts"):
-        Settings(max_batch=8, max_queue=8)
+        Settings(max_batch=8, max_queue=8, max_prompts=17)
+
+
+def test_a_small_queue_lowers_how_many_texts_one_request_may_ask_for():
+    with serving(Fake().load, max_batch=8, max_queue=0) as server:
+        assert server.generate(["a"] * 8, max_new_tokens=1).status_code == 200
+        refused = server.generate(["a"] * 9, max_new_tokens=1)
+        assert refused.status_code == 422
+        assert "9 texts; this server holds at most 8" in refused.json()["error"]["message"]
 
 
 def test_the_name_of_a_folder_says_nothing_of_the_machine(tmp_path):

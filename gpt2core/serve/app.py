@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from gpt2core import GPT2, Gpt2CoreError, RequestError
-from gpt2core.serve import apidocs, completions, generate, logs, playground
+from gpt2core.serve import apidocs, chat, completions, generate, logs, playground
 from gpt2core.serve.auth import require_key
 from gpt2core.serve.driver import Driver
 from gpt2core.serve.errors import Disconnected, Refusal, answer_error
@@ -66,7 +66,8 @@ def create_app(settings: Settings | None = None, *, load: Callable[[Settings], G
         load: loads the model, which belongs to the app then.
 
     Raises:
-        RequestError: the API keys cannot be read, or a variable of the environment is wrong.
+        RequestError: the API keys or the chat template cannot be read, or a variable of the environment is
+            wrong.
     """
     if settings is None:
         settings = read_environment()
@@ -100,6 +101,7 @@ def create_app(settings: Settings | None = None, *, load: Callable[[Settings], G
     app.include_router(metrics_router(metrics), dependencies=keyed)
     app.include_router(generate.router(service), dependencies=keyed)
     app.include_router(completions.router(service), dependencies=keyed)
+    app.include_router(chat.router(service), dependencies=keyed)
     app.include_router(apidocs.router(describe_once), dependencies=keyed)
     if settings.playground:
         app.include_router(playground.routes(), dependencies=keyed)

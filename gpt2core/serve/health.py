@@ -4,11 +4,11 @@ from fastapi import APIRouter
 from fastapi.responses import PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from gpt2core.serve.answer_schemas import Health
 from gpt2core.serve.driver import Driver
 from gpt2core.serve.errors import engine_failed, json_response
 from gpt2core.serve.metrics import Metrics
 from gpt2core.serve.openapi import answers
-from gpt2core.serve.schemas import Health
 
 
 def health_router(driver: Driver) -> APIRouter:

@@ -44,6 +44,9 @@ class Settings(BaseSettings):
         pattern=r"^[\w./:-]{1,128}$",
         description="The model's name in the API; unset: from `model`.",
     )
+    chat_template: str | None = Field(
+        default=None, description="Of chats: a file, `dialogpt` or `plain`; unset: the checkpoint's own."
+    )
 
     host: str = Field(default="127.0.0.1", description="Address to listen on.")
     port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
@@ -68,7 +71,7 @@ class Settings(BaseSettings):
     max_headers: int = Field(default=100, ge=8, le=10_000, description="Most header lines of a request.")
     max_body_nbytes: int = Field(default=256 * 1024, ge=1, description="Largest request body.")
     max_json_depth: int = Field(default=32, ge=1, le=200, description="Deepest nesting of a request's JSON.")
-    max_prompts: int = Field(default=8, ge=1, description="Most prompts of one request.")
+    max_prompts: int = Field(default=64, ge=1, description="Most prompts of one request.")
     max_n: int = Field(default=4, ge=1, le=128, description="Most choices per prompt, `best_of` included.")
     max_stops: int = Field(default=4, ge=0, le=16, description="Most stop strings.")
     max_stop_nbytes: int = Field(
@@ -124,11 +127,12 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.max_prompts * self.max_n > self.max_batch + self.max_queue:
+        given = "max_prompts" in self.model_fields_set  # else fewer are taken, without a word
+        if given and self.max_prompts > self.max_batch + self.max_queue:
             raise ValueError(
-                f"max_prompts {self.max_prompts} times max_n {self.max_n} is more than max_batch "
-                f"{self.max_batch} and max_queue {self.max_queue} together, so the largest request could "
-                "never run; raise max_queue or lower max_prompts"
+                f"max_prompts {self.max_prompts} is more than max_batch {self.max_batch} and max_queue "
+                f"{self.max_queue} together, so the largest request could never run; raise max_queue or "
+                "lower max_prompts"
             )
         return self
 

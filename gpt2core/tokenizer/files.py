@@ -55,6 +55,44 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
+def read_special_tokens(folder: Path, tokenizer: Tokenizer) -> dict[str, str]:
+    """Names of special tokens, as `eos_token`, with what they spell; as in transformers, GPT-2 has a default.
+
+    Raises:
+        CheckpointError: a file is broken; names it and the remedy.
+    """
+    found = {}
+    if tokenizer.token_to_id("<|endoftext|>") is not None:
+        found = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        config = _read_object(folder / file)
+        for name in _SPECIAL_NAMES:
+            value = config.get(name)
+            content = value.get("content") if isinstance(value, dict) else value
+            if isinstance(content, str) and content:
+                found[name] = content
+    return found
+
+
+def read_chat_template(folder: Path) -> str | None:
+    """The chat template of `chat_template.jinja`, or else of `tokenizer_config.json`; of several "default".
+
+    Raises:
+        CheckpointError: a file is broken; names it and the remedy.
+    """
+    file = folder / "chat_template.jinja"
+    if file.exists():
+        try:
+            return _read(file).decode()
+        except UnicodeDecodeError as error:
+            raise _broken(file, f"is not UTF-8: {error}") from error
+    template = _read_object(folder / "tokenizer_config.json").get("chat_template")
+    if isinstance(template, list):
+        named = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
+
+
 def _read_tokenizer_json(file: Path) -> Tokenizer:
     data = _read(file)
     fields = parse_json_object(data, str(file))
