@@ -68,30 +68,32 @@ class Storage:
 FLOAT32: Final = Storage()
 
 
-def read_config(folder: Path) -> ModelConfig:
+def read_config(folder: Path, *, strict: bool = False) -> ModelConfig:
     """Read `config.json`; a `generation_config.json` that names eos_token_id overrides its.
+
+    `strict` is that of `ModelConfig.from_dict`.
 
     Raises:
         CheckpointError: a file is missing (config.json) or wrong.
         UnsupportedCheckpointError: config.json asks for what is not implemented.
     """
-    return _read_description(folder)[0]
+    return _read_description(folder, strict)[0]
 
 
-def read_storage(folder: Path) -> tuple[ModelConfig, Storage]:
+def read_storage(folder: Path, *, strict: bool = False) -> tuple[ModelConfig, Storage]:
     """`read_config`, and how the weights are stored.
 
     Raises:
         CheckpointError: as of `read_config`, or this version does not read such weights.
     """
-    config, fields = _read_description(folder)
+    config, fields = _read_description(folder, strict)
     return config, _storage(folder, fields.get(QUANTIZATION_FIELD))
 
 
-def _read_description(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
+def _read_description(folder: Path, strict: bool) -> tuple[ModelConfig, dict[str, Any]]:
     fields = read_json_object(folder / "config.json")
     try:
-        config = ModelConfig.from_dict(fields)
+        config = ModelConfig.from_dict(fields, strict=strict)
     except UnsupportedCheckpointError as error:
         raise UnsupportedCheckpointError(_in_folder(folder, error)) from error
     except CheckpointError as error:

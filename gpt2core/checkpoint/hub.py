@@ -24,13 +24,14 @@ def is_hub_id(text: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a model comes from: its name, and what is asked of the hub; see `open_checkpoint`."""
+    """Where a model comes from and how it is read: the arguments of `open_checkpoint`."""
 
     model: str | os.PathLike[str]
     revision: str | None = None
     cache_dir: str | os.PathLike[str] | None = None
     local_files_only: bool = False
     token: str | bool | None = None
+    strict: bool = False
 
 
 def download(source: Source, *, progress: bool = True) -> Path:

@@ -59,6 +59,7 @@ def open_checkpoint(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
     token: str | bool | None = None,
+    strict: bool = False,
     progress: bool = True,
 ) -> Checkpoint:
     """Find a model, read its configuration and its weights, and check them.
@@ -70,19 +71,22 @@ def open_checkpoint(
         cache_dir: instead of huggingface_hub's own cache.
         local_files_only: never use the network.
         token: for private and gated repositories; None for the one that `hf auth login` stored.
+        strict: refuse a `config.json` with fields that are not known; otherwise those that GPT-2 does not
+            read are left out with a `CheckpointWarning`.
         progress: show a download's progress on stderr.
 
     Raises:
         CheckpointError: it is not there, or not whole; all faults of its tensors are listed at once.
         UnsupportedCheckpointError: it is pickled, or asks for what gpt2core does not compute.
     """
-    return read_checkpoint(Source(model, revision, cache_dir, local_files_only, token), progress=progress)
+    source = Source(model, revision, cache_dir, local_files_only, token, strict)
+    return read_checkpoint(source, progress=progress)
 
 
 def read_checkpoint(source: Source, *, progress: bool = True) -> Checkpoint:
     """`open_checkpoint` of a source."""
     folder = resolve(source, progress=progress)
-    config, storage = read_storage(folder)
+    config, storage = read_storage(folder, strict=source.strict)
     stored = read_weights(folder, config, storage)
     return Checkpoint(source=os.fspath(source.model), folder=folder, config=stored.config, stored=stored)
 

@@ -58,6 +58,7 @@ class Speed:
 @click.command(short_help="Continue a text.")
 @click.argument("prompt", required=False)
 @options(*model_options, *speculation_options, *sampling_options)
+@click.option("--strict", is_flag=True, help="Refuse a config.json with fields that are not known.")
 @click.option("--allow-special", is_flag=True, help="Read <|endoftext|> in the prompt as the special token.")
 @click.option("--no-stream", is_flag=True, help="Print the text once it is complete.")
 @click.option("--stats", is_flag=True, help="Report speed and memory on stderr.")
@@ -74,6 +75,7 @@ def generate(
     threads: int | None,
     speculation: str,
     draft_model: str | None,
+    strict: bool,
     allow_special: bool,
     no_stream: bool,
     stats: bool,
@@ -102,6 +104,7 @@ def generate(
         threads=threads,
         speculation=speculation,
         draft_model=draft_model,
+        strict=strict,
     ) as loaded:
         load_s = time.perf_counter() - start_s
         if as_json or no_stream or params.n > 1:
