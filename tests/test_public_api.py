@@ -150,6 +150,7 @@ def test_the_signatures_are_those_that_callers_write():
         "cache_dir": None,
         "local_files_only": False,
         "token": None,
+        "adapter": None,
         "strict": False,
         "max_batch": 32,
         "cache_nbytes": 4 * 2**30,

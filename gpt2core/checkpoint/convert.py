@@ -13,10 +13,10 @@ from gpt2core.checkpoint.folder import (
     SMALL_FILES,
     WEIGHTS,
     find_pickles,
-    is_mask,
     read_config,
     weights_from_files,
 )
+from gpt2core.checkpoint.names import is_mask
 from gpt2core.checkpoint.safetensors import SafetensorsFile, TensorData, replacing, write_safetensors
 from gpt2core.errors import BackendUnavailableError, CheckpointError, UnsupportedCheckpointError
 

@@ -14,6 +14,7 @@ from typing import Any, Final
 import numpy as np
 
 from gpt2core._json import listed, read_json_object, shown, shown_name
+from gpt2core.checkpoint.names import HEAD, MODEL, is_mask
 from gpt2core.checkpoint.safetensors import READABLE, SafetensorsFile, count_nonfinite, equal_arrays
 from gpt2core.config import QUANTIZATION_FIELD, ModelConfig, known_token_ids
 from gpt2core.encodings import BFloat16, Int4, Int8
@@ -30,12 +31,11 @@ SMALL_FILES: Final = (
 """What a checkpoint's folder may hold beside its weights; the first is needed, some tokenizer too."""
 
 QUANTIZATION_VERSION: Final = 1
-_PREFIX: Final = "transformer."
-_HEAD: Final = "lm_head.weight"
 _EMBEDDING: Final = "wte.weight"
-_MASK: Final = re.compile(rf"({re.escape(_PREFIX)})?h\.\d+\.attn\.(bias|masked_bias)")
 _SHARD_NAME: Final = re.compile(r"\w[\w.-]*\.safetensors", re.ASCII)
-_TRAINING_STATE: Final = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state\w*)\.(bin|pt)")
+_TRAINING_STATE: Final = re.compile(
+    r"(adapter_model|training_args|optimizer|scheduler|scaler|rng_state\w*)\.(bin|pt)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Storage:
 
     def parts(self, name: str, shape: tuple[int, ...]) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
         """Dtypes and shape of each tensor that stands for a parameter, by the ending of its name."""
-        table = name in (_EMBEDDING, _HEAD)
+        table = name in (_EMBEDDING, HEAD)
         if self.precision == "float32":
             return {"": (READABLE, shape)}
         if len(shape) == 1 or name == "wpe.weight":
@@ -135,15 +135,15 @@ def _in_folder(folder: Path, error: CheckpointError) -> str:
     return f"{folder}/{text}" if text.startswith("config.json") else text
 
 
+def holds_weights(folder: Path) -> bool:
+    """Whether a folder holds a model's own weights, readable or pickled, beside what an adapter has."""
+    return any((folder / name).exists() for name in (WEIGHTS, WEIGHTS_INDEX)) or bool(find_pickles(folder))
+
+
 def find_pickles(folder: Path) -> list[str]:
     """Names of files in `folder` that look like pickled weights."""
     names = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
     return [name for name in names if not _TRAINING_STATE.fullmatch(name)]
-
-
-def is_mask(name: str) -> bool:
-    """Whether a tensor is a causal mask, which older versions of transformers saved with the weights."""
-    return bool(_MASK.fullmatch(name))
 
 
 def read_weights(folder: Path, config: ModelConfig, storage: Storage = FLOAT32) -> Weights:
@@ -248,7 +248,7 @@ class _Reader:
     def _find(self, file: SafetensorsFile, name: str) -> None:
         if is_mask(name):
             return
-        bare = name if name == _PREFIX + _HEAD else name.removeprefix(_PREFIX)
+        bare = name if name == MODEL + HEAD else name.removeprefix(MODEL)
         if bare != name:
             self._prefixed = True
         if bare in self._found:
@@ -265,8 +265,8 @@ class _Reader:
                 f"config.json promises {self.config.n_layer} blocks, the file has {len(self._found)} tensors"
             )
         shapes = expected_shapes(replace(self.config, n_layer=layers))
-        if self._head_may_differ and _HEAD in self._found:
-            shapes[_HEAD] = shapes[_EMBEDDING]
+        if self._head_may_differ and HEAD in self._found:
+            shapes[HEAD] = shapes[_EMBEDDING]
             if _EMBEDDING not in self._found:
                 del shapes[_EMBEDDING]
         expected = {
@@ -276,7 +276,7 @@ class _Reader:
         }
         for name, (dtypes, shape) in expected.items():
             if name not in self._found:
-                prefix = _PREFIX if self._prefixed and not name.startswith(_HEAD) else ""
+                prefix = MODEL if self._prefixed and not name.startswith(HEAD) else ""
                 self.faults.append(f"tensor {prefix}{name} of shape {list(shape)} is missing")
             else:
                 self._read(name, dtypes, shape)
@@ -315,10 +315,10 @@ class _Reader:
 
     def weights(self) -> Weights:
         tensors, config = self._tensors, self.config
-        if self._head_may_differ and _HEAD in tensors:
+        if self._head_may_differ and HEAD in tensors:
             if _EMBEDDING not in tensors:
-                tensors[_EMBEDDING] = tensors[_HEAD]
-            elif not equal_arrays(tensors[_HEAD], tensors[_EMBEDDING]):
+                tensors[_EMBEDDING] = tensors[HEAD]
+            elif not equal_arrays(tensors[HEAD], tensors[_EMBEDDING]):
                 config = replace(config, tie_word_embeddings=False)
         matrices = {name: self._matrix(name, shape) for name, shape in expected_shapes(config).items()}
         return weights_from_tensors(config, matrices, self.storage.precision)

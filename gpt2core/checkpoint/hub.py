@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any, Final
 
 from gpt2core._json import listed, read_json_object
+from gpt2core.checkpoint.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from gpt2core.checkpoint.folder import SMALL_FILES, WEIGHTS, WEIGHTS_INDEX
 from gpt2core.errors import CheckpointError, UnsupportedCheckpointError
 
 _DIGITS: Final = "[0-9]" * 5  # not "*", which would match "/" and ".." too
-_WANTED: Final = (*SMALL_FILES, WEIGHTS, WEIGHTS_INDEX, f"model-{_DIGITS}-of-{_DIGITS}.safetensors")
+_WANTED: Final = (
+    *(*SMALL_FILES, ADAPTER_CONFIG, ADAPTER_WEIGHTS, WEIGHTS, WEIGHTS_INDEX),
+    f"model-{_DIGITS}-of-{_DIGITS}.safetensors",
+)
 _TOKENIZER: Final = "tokenizer.json"
 _NAME: Final = r"\w(?:[\w.-]{0,94}\w)?"
 _ID: Final = re.compile(rf"(?:{_NAME}/)?{_NAME}", re.ASCII)
@@ -32,6 +36,7 @@ class Source:
     local_files_only: bool = False
     token: str | bool | None = None
     strict: bool = False
+    adapter: str | os.PathLike[str] | None = None
 
 
 def download(source: Source, *, progress: bool = True) -> Path:
@@ -93,6 +98,8 @@ def _lacking(folder: Path | None) -> list[str]:
     """What a model needs and `folder` does not hold, the tokenizer last."""
     if folder is None:
         return ["config.json", WEIGHTS, _TOKENIZER]
+    if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
+        return [] if (folder / ADAPTER_WEIGHTS).is_file() else [ADAPTER_WEIGHTS]
     lacking = [] if (folder / "config.json").is_file() else ["config.json"]
     if not (folder / WEIGHTS).is_file():
         if (folder / WEIGHTS_INDEX).is_file():

@@ -25,18 +25,21 @@ from gpt2core.cli.console import (
 def info(model: str, revision: str | None, offline: bool, strict: bool, as_json: bool) -> None:
     """Describe MODEL: the demo model, a folder, or a model's id on the hub."""
     from gpt2core._json import read_json_object
-    from gpt2core.checkpoint.open import read_config
+    from gpt2core.checkpoint.open import Source, locate, read_config
     from gpt2core.config import unread_fields
     from gpt2core.tokenizer.tokenizer import Tokenizer
 
     folder = find(model, revision=revision, offline=offline)
-    config = read_config(folder, strict=strict)
-    tokenizer = Tokenizer.from_folder(folder)
+    located = locate(Source(folder, local_files_only=offline))
+    config = read_config(located.base, strict=strict)
+    tokenizer = Tokenizer.from_folder(located.tokenizer)
     document = {
         "model": model,
         "folder": str(folder),
+        "base": str(located.base),
+        "adapter": None if located.adapter is None else str(located.adapter),
         "config": dataclasses.asdict(config),
-        "unread_fields": unread_fields(read_json_object(folder / "config.json")),
+        "unread_fields": unread_fields(read_json_object(located.base / "config.json")),
         "parameters": config.parameters,
         "float32_nbytes": 4 * config.parameters,
         "cache_nbytes_per_sequence": config.cache_nbytes(1, config.n_positions),
@@ -62,6 +65,7 @@ def _rows(document: dict[str, Any]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [
         ("model", document["model"]),
         ("folder", document["folder"]),
+        *([("adapter of", document["base"])] if document["base"] != document["folder"] else ()),
         ("parameters", f"{parameters:,} ({format_nbytes(document['float32_nbytes'])} as float32)"),
         (
             "KV cache",
