@@ -159,7 +159,7 @@ def test_every_fault_of_the_tensors_is_listed_and_nothing_is_written(tmp_path):
     del tensors["transformer.ln_f.bias"]
     tensors["transformer.wpe.weight"][0, 0] = float("nan")
     tensors["transformer.h.0.ln_1.bias"] = torch.zeros(12, dtype=torch.int64)
-    tensors["v_head.weight"] = torch.zeros(3)
+    tensors["heads.weight"] = torch.zeros(3)
     write_pickle(tmp_path, tensors)
     message = refusal(tmp_path)
     assert message.startswith(f"{tmp_path}/pytorch_model.bin has 4 faults: ")
@@ -167,7 +167,7 @@ def test_every_fault_of_the_tensors_is_listed_and_nothing_is_written(tmp_path):
         "tensor transformer.ln_f.bias of shape [12] is missing",
         "tensor transformer.wpe.weight holds 1 of 96 numbers that are not finite",
         "tensor transformer.h.0.ln_1.bias has dtype I64",
-        "tensor v_head.weight is surplus",
+        "tensor heads.weight is surplus",
     ):
         assert part in message
 

@@ -6,6 +6,7 @@ stand `X.weight_scale` (F32) and, for "int4", `X.weight_zero` (U8), in the shape
 """
 
 import re
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,11 +15,11 @@ from typing import Any, Final
 import numpy as np
 
 from gpt2core._json import listed, read_json_object, shown, shown_name
-from gpt2core.checkpoint.names import HEAD, MODEL, is_mask
+from gpt2core.checkpoint.names import HEAD, MODEL, is_mask, is_other_head, layer_of, wrapping_prefix
 from gpt2core.checkpoint.safetensors import READABLE, SafetensorsFile, count_nonfinite, equal_arrays
 from gpt2core.config import QUANTIZATION_FIELD, ModelConfig, known_token_ids
 from gpt2core.encodings import BFloat16, Int4, Int8
-from gpt2core.errors import CheckpointError, UnsupportedCheckpointError
+from gpt2core.errors import CheckpointError, CheckpointWarning, UnsupportedCheckpointError
 from gpt2core.quantization.rounding import GROUP_SIZES, PRECISIONS
 from gpt2core.weights import Matrix, Weights, expected_shapes, weights_from_tensors
 
@@ -91,6 +92,8 @@ def read_storage(folder: Path, *, strict: bool = False) -> tuple[ModelConfig, St
 
 
 def _read_description(folder: Path, strict: bool) -> tuple[ModelConfig, dict[str, Any]]:
+    if not (folder / "config.json").exists():
+        raise CheckpointError(f"{folder}/config.json does not exist{_what_is(folder)}")
     fields = read_json_object(folder / "config.json")
     try:
         config = ModelConfig.from_dict(fields, strict=strict)
@@ -108,6 +111,27 @@ def _read_description(folder: Path, strict: bool) -> tuple[ModelConfig, dict[str
         return replace(config, eos_token_ids=known_token_ids(eos, config.vocab_size)), fields
     except CheckpointError as error:
         raise CheckpointError(str(error).replace("config.json", str(path), 1)) from error
+
+
+_TRAINED: Final = re.compile(r"checkpoint-(\d{1,12})")
+
+
+def _what_is(folder: Path) -> str:
+    """What a folder without config.json is instead, and what to do about it."""
+    try:
+        names = sorted(path.name for path in folder.iterdir())
+    except OSError as error:
+        return f" ({error.strerror})"
+    if not names:
+        return ": the folder is empty"
+    trained = sorted((int(match[1]), name) for name in names if (match := _TRAINED.fullmatch(name)))
+    if trained:
+        latest = trained[-1][1]
+        return f"; the folder holds a training's checkpoints, the last is {latest}: name {folder / latest}"
+    if holds_weights(folder):
+        return ""
+    files = listed([shown_name(name) for name in names], 5)
+    return f"; the folder holds {files}; name the one that holds the model"
 
 
 def _storage(folder: Path, field: Any) -> Storage:
@@ -222,6 +246,8 @@ def weights_from_files(
         CheckpointError: listing all `faults`, those of the files, and those of their tensors.
     """
     reader = _Reader(config, storage, files)
+    if reader.remarks:
+        warnings.warn(f"{label}: {listed(reader.remarks)}", CheckpointWarning, stacklevel=2)
     every = [*faults, *reader.faults]
     if every:
         count = f"{len(every)} faults" if len(every) > 1 else "a fault"
@@ -239,17 +265,30 @@ class _Reader:
         self._prefixed = False
         self._found: dict[str, tuple[SafetensorsFile, str]] = {}  # -> the file, its spelling
         self._sharded = len(files) > 1
+        self.remarks: list[str] = []
+        self._wrapping = wrapping_prefix(name for file in files for name in file.entries.keys() | file.faulty)
+        if self._wrapping:
+            self.remarks.append(f'the names of all tensors begin with "{self._wrapping}", which is taken off')
+        self._heads: list[str] = []
         for file in files:
             self.faults += [self._in(file, fault) for fault in file.faults]
             for name in sorted(file.entries.keys() | file.faulty):
                 self._find(file, name)
+        if self._heads and self._found:
+            self.remarks.append(
+                f"heads that are not the language model's are left out: {listed(self._heads, 3)}"
+            )
         self._match()
 
     def _find(self, file: SafetensorsFile, name: str) -> None:
-        if is_mask(name):
+        inner = name.removeprefix(self._wrapping)
+        if is_other_head(inner):
+            self._heads.append(shown_name(name))
             return
-        bare = name if name == MODEL + HEAD else name.removeprefix(MODEL)
-        if bare != name:
+        if is_mask(inner):
+            return
+        bare = inner if inner == MODEL + HEAD else inner.removeprefix(MODEL)
+        if bare != inner:
             self._prefixed = True
         if bare in self._found:
             other = shown_name(self._found[bare][1])
@@ -258,12 +297,18 @@ class _Reader:
             self._found[bare] = file, name
 
     def _match(self) -> None:
-        # One block has 12 tensors: a config that lies about n_layer cannot make this list a billion names.
-        layers = min(self.config.n_layer, len(self._found) + 1)
-        if layers < self.config.n_layer:
+        if not any(layer_of(name) is not None or name in (_EMBEDDING, HEAD) for name in self._found):
+            names = self._heads + [shown_name(name) for _, name in self._found.values()]
             self.faults.append(
-                f"config.json promises {self.config.n_layer} blocks, the file has {len(self._found)} tensors"
+                "it holds no GPT-2 language model"
+                + (f", its tensors are {listed(names, 3)}" if names else " and no tensors")
             )
+            return
+        # One block has 12 tensors: a config that lies about n_layer cannot make this list a billion names.
+        held = max((layer_of(name) or 0) + 1 for name in self._found)
+        layers = min(self.config.n_layer, held, len(self._found) + 1)
+        if held != self.config.n_layer:
+            self.faults.append(f"config.json says {self.config.n_layer} layers, the file has {held}")
         shapes = expected_shapes(replace(self.config, n_layer=layers))
         if self._head_may_differ and HEAD in self._found:
             shapes[HEAD] = shapes[_EMBEDDING]
@@ -277,13 +322,16 @@ class _Reader:
         for name, (dtypes, shape) in expected.items():
             if name not in self._found:
                 prefix = MODEL if self._prefixed and not name.startswith(HEAD) else ""
-                self.faults.append(f"tensor {prefix}{name} of shape {list(shape)} is missing")
+                why = " (it is a GPT-2 without its language model's head)" if name == HEAD else ""
+                self.faults.append(
+                    f"tensor {self._wrapping}{prefix}{name} of shape {list(shape)} is missing{why}"
+                )
             else:
                 self._read(name, dtypes, shape)
         self.faults += [
             self._in(file, f"tensor {shown_name(name)} is surplus, config.json has no place for it")
             for bare, (file, name) in self._found.items()
-            if bare not in expected
+            if bare not in expected and (layer_of(bare) or 0) < layers
         ]
 
     @property

@@ -20,10 +20,21 @@ _TOKENIZER: Final = "tokenizer.json"
 _NAME: Final = r"\w(?:[\w.-]{0,94}\w)?"
 _ID: Final = re.compile(rf"(?:{_NAME}/)?{_NAME}", re.ASCII)
 
+_URL: Final = re.compile(
+    r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co|hf-mirror\.com)/(?P<id>[^/?#]+/[^/?#]+|[^/?#]+)"
+    r"(?:/(?:tree|blob|resolve)/(?P<revision>[^/?#]+)[^?#]*)?/?(?:[?#].*)?"
+)
+
 
 def is_hub_id(text: str) -> bool:
     """Whether `text` has the form `name` or `owner/name` of a repository on the hub."""
     return bool(_ID.fullmatch(text)) and "--" not in text and ".." not in text and not text.endswith(".git")
+
+
+def parse_url(text: str) -> tuple[str, str | None] | None:
+    """The repository and revision of an address that was copied from the hub's pages; None if it is none."""
+    match = _URL.fullmatch(text)
+    return (match["id"], match["revision"]) if match and is_hub_id(match["id"]) else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ MODEL: Final = "transformer."
 HEAD: Final = "lm_head.weight"
 _WRAPPERS: Final = ("module.", "_orig_mod.", "model.", "base_model.model.")
 _MASK: Final = re.compile(rf"({re.escape(MODEL)})?h\.\d+\.attn\.(bias|masked_bias)")
+_LAYER: Final = re.compile(rf"(?:{re.escape(MODEL)})?h\.(\d{{1,6}})\.")
 _OTHER_HEAD: Final = re.compile(
     r"(multiple_choice_head|v_head|value_head|score|classifier|qa_outputs|summary)\..+"
 )
@@ -21,6 +22,12 @@ def is_mask(name: str) -> bool:
 def is_other_head(name: str) -> bool:
     """Whether a tensor belongs to a head for values, classes or choices, which generating does not use."""
     return bool(_OTHER_HEAD.fullmatch(name))
+
+
+def layer_of(name: str) -> int | None:
+    """The number of the layer that a tensor belongs to, of a name without wrapping prefix."""
+    match = _LAYER.match(name)
+    return int(match[1]) if match else None
 
 
 def wrapping_prefix(names: Iterable[str]) -> str:

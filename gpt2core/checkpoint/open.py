@@ -1,5 +1,6 @@
 """Checkpoints: a folder, a model's id on the Hugging Face Hub or "demo" in, configuration and weights out."""
 
+import difflib
 import json
 import os
 import warnings
@@ -203,10 +204,18 @@ def resolve(source: Source, *, progress: bool = True) -> Path:
     if name and os.path.exists(folder):
         raise CheckpointError(f"{name} is a file; name the folder that holds it")
 
+    if isinstance(model, str) and (pasted := hub.parse_url(name)):
+        name = pasted[0]
+        source = replace(source, model=name, revision=revision or pasted[1])
     if not isinstance(model, str) or not hub.is_hub_id(name):
         kind = "" if not isinstance(model, str) else ", and no hub id (name or owner/name) either"
         raise CheckpointError(f"{shown(name)} is not an existing folder{kind}; check the path")
-    return hub.download(source, progress=progress)
+    try:
+        return hub.download(source, progress=progress)
+    except CheckpointError as error:
+        if not difflib.get_close_matches(name.lower(), ["demo"], cutoff=0.75):
+            raise
+        raise type(error)(f"{error}; did you mean demo, the bundled model?") from error
 
 
 # What a dtype cannot hold rounds to infinity from here on; NaN is in no range.
