@@ -159,6 +159,17 @@ def _in_folder(folder: Path, error: CheckpointError) -> str:
     return f"{folder}/{text}" if text.startswith("config.json") else text
 
 
+_OTHER_FORMATS: Final = {
+    ".h5": "weights of TensorFlow; load them with transformers 4 (from_tf=True) and save_pretrained",
+    ".msgpack": "weights of Flax; load them with transformers 4 (from_flax=True) and save_pretrained",
+    ".ckpt.index": "a checkpoint of TensorFlow 1; run transformers 4's convert_gpt2_original_tf_checkpoint",
+    ".onnx": "a graph without the model's configuration; take the checkpoint that it was exported from",
+    ".ot": "weights of rust-bert; take the PyTorch checkpoint that they were made from",
+    ".gguf": "a file of llama.cpp; run `gpt2core convert {file}`",
+}
+"""Ending of a file's name -> what it is and what to do with it."""
+
+
 def holds_weights(folder: Path) -> bool:
     """Whether a folder holds a model's own weights, readable or pickled, beside what an adapter has."""
     return any((folder / name).exists() for name in (WEIGHTS, WEIGHTS_INDEX)) or bool(find_pickles(folder))
@@ -194,6 +205,11 @@ def read_weights(folder: Path, config: ModelConfig, storage: Storage = FLOAT32) 
             f"{folder} holds pickled weights ({listed(pickles, 3)}), which can run code when they are read; "
             f"run `gpt2core convert {folder}` once to make {WEIGHTS} of them"
         )
+    for name in sorted(path.name for path in folder.iterdir()):
+        if remedy := next((text for ending, text in _OTHER_FORMATS.items() if name.endswith(ending)), None):
+            raise UnsupportedCheckpointError(
+                f"{folder} holds no {WEIGHTS} but {shown_name(name)}, {remedy.format(file=folder / name)}"
+            )
     raise CheckpointError(f"{folder} holds no weights: neither {WEIGHTS} nor {WEIGHTS_INDEX}")
 
 

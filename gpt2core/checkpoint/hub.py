@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from gpt2core._json import listed, read_json_object
 from gpt2core.checkpoint.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from gpt2core.checkpoint.folder import SMALL_FILES, WEIGHTS, WEIGHTS_INDEX
+from gpt2core.checkpoint.folder import SMALL_FILES, WEIGHTS, WEIGHTS_INDEX, find_pickles
 from gpt2core.errors import CheckpointError, UnsupportedCheckpointError
 
 _DIGITS: Final = "[0-9]" * 5  # not "*", which would match "/" and ".." too
@@ -81,6 +81,8 @@ def download(source: Source, *, progress: bool = True) -> Path:
     lacking = _lacking(cached)
     if cached and not lacking:
         return cached
+    if cached and (pickles := find_pickles(cached)) and not _gained_weights(source):
+        raise _only_pickles(name, repo_id, pickles)
     usable = cached if lacking == [_TOKENIZER] else None  # a repository need not have a tokenizer
     if source.local_files_only or constants.HF_HUB_OFFLINE:
         if usable:
@@ -181,9 +183,59 @@ def _incomplete(source: Source, name: str, folder: Path, lacking: list[str]) -> 
         return CheckpointError(f"{text} (what it has was downloaded to {folder})")
     pickles = sorted(file for file in files if file.endswith((".bin", ".pt", ".pth", ".ckpt")))
     if WEIGHTS in lacking and pickles:
-        return UnsupportedCheckpointError(
-            f"{name} has only pickled weights ({listed(pickles, 3)}), which can run code when they are read; "
-            f"if you trust them, run `hf download {repo_id} --local-dir FOLDER` and "
-            "`gpt2core convert FOLDER`, then name FOLDER"
-        )
+        return _only_pickles(name, repo_id, pickles)
     return CheckpointError(f"{text}; it has {listed(sorted(files), 10)}")
+
+
+def _only_pickles(name: str, repo_id: str, pickles: list[str]) -> UnsupportedCheckpointError:
+    return UnsupportedCheckpointError(
+        f"{name} has only pickled weights ({listed(pickles, 3)}), which can run code when they are read; "
+        f"if you trust them, run `gpt2core convert {repo_id}` and name the folder that it makes"
+    )
+
+
+def _gained_weights(source: Source) -> bool:
+    """Whether the hub has safetensors where the cache has pickles; asked once, briefly, where it may be."""
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    if source.local_files_only or constants.HF_HUB_OFFLINE:
+        return False
+    url = f"{constants.ENDPOINT}/{source.model}/resolve/{source.revision or 'main'}/{WEIGHTS}"
+    headers = huggingface_hub.utils.build_hf_headers(token=source.token)
+    try:  # without huggingface_hub's retries, which take 20 seconds where there is no network
+        answer = huggingface_hub.get_session().head(url, headers=headers, timeout=3)
+    except Exception:  # of whatever client huggingface_hub rides on
+        return False
+    return bool(200 <= answer.status_code < 400)
+
+
+def download_pickles(source: Source, *, progress: bool = True) -> Path:
+    """The folder of a repository's snapshot with its pickled weights, for `gpt2core convert`.
+
+    Raises:
+        CheckpointError: it cannot be downloaded; says what would help.
+    """
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                str(source.model),
+                revision=source.revision,
+                cache_dir=source.cache_dir,
+                token=source.token,
+                local_files_only=source.local_files_only,
+                allow_patterns=[
+                    *SMALL_FILES,
+                    "pytorch_model*.bin",
+                    "pytorch_model.bin.index.json",
+                    "ckpt.pt",
+                ],
+                **({} if progress else {"tqdm_class": _silent_bar()}),
+            )
+        )
+    except Exception as error:  # as in `download`
+        name = str(source.model)
+        raise CheckpointError(_why(error, name, name, constants.ENDPOINT)) from error
