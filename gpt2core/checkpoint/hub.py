@@ -198,11 +198,12 @@ def _gained_weights(source: Source) -> bool:
     """Whether the hub has safetensors where the cache has pickles; asked once, briefly, where it may be."""
     import huggingface_hub
     from huggingface_hub import constants
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
     if source.local_files_only or constants.HF_HUB_OFFLINE:
         return False
     url = f"{constants.ENDPOINT}/{source.model}/resolve/{source.revision or 'main'}/{WEIGHTS}"
-    headers = huggingface_hub.utils.build_hf_headers(token=source.token)
+    headers = build_hf_headers(token=source.token)
     try:  # without huggingface_hub's retries, which take 20 seconds where there is no network
         answer = huggingface_hub.get_session().head(url, headers=headers, timeout=3)
     except Exception:  # of whatever client huggingface_hub rides on
@@ -224,7 +225,7 @@ def download_pickles(source: Source, *, progress: bool = True) -> Path:
             huggingface_hub.snapshot_download(
                 str(source.model),
                 revision=source.revision,
-                cache_dir=source.cache_dir,
+                cache_dir=None if source.cache_dir is None else Path(source.cache_dir),
                 token=source.token,
                 local_files_only=source.local_files_only,
                 allow_patterns=[
