@@ -87,6 +87,8 @@ class GPT2:
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
         token: str | None = None,
+        adapter: str | os.PathLike[str] | None = None,
+        strict: bool = False,
         max_batch: int = 32,
         cache_nbytes: int = CACHE_NBYTES,
         speculation: SpeculationMode = "off",
@@ -101,6 +103,8 @@ class GPT2:
             device: where the backend computes.
             threads: CPU threads for it; None lets it decide.
             revision, cache_dir, local_files_only, token: of the hub, as of `open_checkpoint`.
+            adapter: a folder or hub id of a LoRA adapter to merge into the model, as of `open_checkpoint`.
+            strict: refuse unknown fields of `config.json`, as of `open_checkpoint`.
             max_batch, cache_nbytes: as of the class.
             speculation: "prompt_lookup" is faster where a text repeats itself; the tokens stay the same.
             draft_model: a small model of the same vocabulary that makes `model` faster; the tokens stay the
@@ -111,7 +115,7 @@ class GPT2:
             BackendUnavailableError: the backend is unknown, or its package or device is missing.
             RequestError: an option is out of its range.
         """
-        source = Source(model, revision, cache_dir, local_files_only, token)
+        source = Source(model, revision, cache_dir, local_files_only, token, strict, adapter)
         limits = {"max_batch": max_batch, "cache_nbytes": cache_nbytes}
         got = load_models(
             source, draft_model, backend=backend, precision=precision, device=device, threads=threads

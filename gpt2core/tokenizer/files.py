@@ -6,7 +6,7 @@ from typing import Any, Final, TypeVar
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from gpt2core._json import parse_json_object, shown
+from gpt2core._json import check_no_pointer, parse_json_object, shown
 from gpt2core.errors import CheckpointError
 
 _T = TypeVar("_T")
@@ -203,6 +203,7 @@ def _read(file: Path) -> bytes:
         raise _broken(file, f"cannot be read: {error.strerror}") from error
     if not data:
         raise _broken(file, "is empty")
+    check_no_pointer(file, data)
     if len(data) > _MAX_NBYTES:
         raise _broken(file, f"is larger than {_MAX_NBYTES} bytes, the limit for a tokenizer's file")
     return data
