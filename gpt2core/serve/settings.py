@@ -186,7 +186,7 @@ class Settings(BaseSettings):
 
 
 LIBRARY_VARIABLES = frozenset(
-    ("CACHE", "CC", "CFLAGS", "DEBUG", "NO_SKIPS", "ONNX_SPINNING", "TORCH_COMPILE", "VENV")
+    ("CACHE", "CC", "CFLAGS", "DEBUG", "NO_SKIPS", "ONNX_SPINNING", "PEERS", "TORCH_COMPILE", "VENV")
 )
 """Other variables of this project, which are no settings of the server."""
 
