@@ -640,6 +640,9 @@ def test_info_json_describes_the_checkpoint(run, folder, model):
     assert document == {
         "model": folder,
         "folder": folder,
+        "base": folder,
+        "adapter": None,
+        "unread_fields": {},
         "config": json.loads(json.dumps(dataclasses.asdict(config))),
         "parameters": config.parameters,
         "float32_nbytes": 4 * config.parameters,

@@ -1,6 +1,5 @@
 """Checkpoints: a folder, a model's id on the Hugging Face Hub or "demo" in, configuration and weights out."""
 
-import difflib
 import json
 import os
 import warnings
@@ -213,6 +212,8 @@ def resolve(source: Source, *, progress: bool = True) -> Path:
     try:
         return hub.download(source, progress=progress)
     except CheckpointError as error:
+        import difflib  # here: only an error needs it
+
         if not difflib.get_close_matches(name.lower(), ["demo"], cutoff=0.75):
             raise
         raise type(error)(f"{error}; did you mean demo, the bundled model?") from error
