@@ -11,7 +11,7 @@ Importing the package imports nothing else: each name below is loaded when it is
 TYPE_CHECKING = False  # type checkers take it for true; `typing` itself would cost more than all of the rest
 if TYPE_CHECKING:
     from gpt2core._version import __version__ as __version__
-    from gpt2core.backends.base import Backend, BackendFactory, Cache, Traces
+    from gpt2core.backends.base import Backend, BackendFactory, Cache, Embeds, Traces
     from gpt2core.backends.export import export_onnx
     from gpt2core.batch import Batch
     from gpt2core.checkpoint.open import Checkpoint, open_checkpoint
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         BackendError,
         BackendUnavailableError,
         CheckpointError,
+        CheckpointWarning,
         ContextLengthError,
         Gpt2CoreError,
         InvalidSamplingError,
@@ -49,7 +50,9 @@ _MODULE_OF = {
     "Cache": "backends.base",
     "Checkpoint": "checkpoint.open",
     "CheckpointError": "errors",
+    "CheckpointWarning": "errors",
     "ContextLengthError": "errors",
+    "Embeds": "backends.base",
     "Engine": "engine.engine",
     "Generation": "generation",
     "Gpt2CoreError": "errors",
@@ -87,7 +90,9 @@ __all__ = [
     "Cache",
     "Checkpoint",
     "CheckpointError",
+    "CheckpointWarning",
     "ContextLengthError",
+    "Embeds",
     "Engine",
     "Generation",
     "Gpt2CoreError",

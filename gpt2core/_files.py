@@ -23,8 +23,10 @@ def replacing(path: pathlib.Path, *, private: bool = False) -> Iterator[BinaryIO
     """
     temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    mode = 0o600 if private else 0o666
     try:
-        with open(os.open(temporary, flags, 0o600 if private else 0o666), "wb") as file:
+        # By an opener, so that `file.name` is a path that others can open.
+        with open(temporary, "wb", opener=lambda name, _: os.open(name, flags, mode)) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -28,7 +28,18 @@ def read_json_object(path: Path, *, max_nbytes: int = 4 * 2**20) -> dict[str, An
         raise CheckpointError(
             f"{path} is larger than {max_nbytes} bytes, the limit for its kind; is it the right file?"
         )
+    check_no_pointer(path, text)
     return parse_json_object(text, str(path))
+
+
+def check_no_pointer(path: Path, head: bytes) -> None:
+    """Refuse a file that begins with `head` where that is what Git LFS leaves in the place of a file.
+
+    Raises:
+        CheckpointError: it is a pointer; says how to get the file.
+    """
+    if head.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{path} is a Git LFS pointer, not the file; run `git lfs pull` in its folder")
 
 
 def parse_json_object(text: str | bytes, name: str) -> dict[str, Any]:

@@ -1,17 +1,19 @@
 """ModelConfig: a strict reading of Hugging Face's `config.json` for GPT-2.
 
-Every field that changes the mathematics is implemented or refused by name; a field that this file does not
-know is refused too, since it might change the mathematics.
+Every field that changes the mathematics is implemented or refused by name. A field that transformers' GPT-2
+does not read cannot change what its checkpoints compute: it is left out with a warning, or refused if asked.
 """
 
 import dataclasses
+import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 from gpt2core._json import listed, shown, shown_name
 from gpt2core._json import parse_json_object as parse_json_object  # other modules import it from here
-from gpt2core.errors import CheckpointError, UnsupportedCheckpointError
+from gpt2core.errors import CheckpointError, CheckpointWarning, UnsupportedCheckpointError
 
 ACTIVATIONS: Final = frozenset({
     "gelu", "gelu_10", "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python", "gelu_python_tanh",
@@ -26,6 +28,11 @@ _ALIASES: Final = {
     "num_attention_heads": "n_head",
     "num_hidden_layers": "n_layer",
 }
+
+MODEL_TYPES: Final = ("gpt2", "gpt-sw3")
+"""The second has another tokenizer; transformers computes both with its GPT-2."""
+
+_OUR_ARCHITECTURES: Final = re.compile(r"AutoModel\w*|\w*GPT2\w*", re.ASCII)
 
 # Fields of Hugging Face's config that do not change what inference computes.
 _IGNORED: Final = frozenset({
@@ -129,25 +136,31 @@ class ModelConfig:
         return 2 * 4 * self.n_layer * slots * capacity * self.n_embd
 
     @classmethod
-    def from_json(cls, text: str | bytes) -> "ModelConfig":
+    def from_json(cls, text: str | bytes, *, strict: bool = False) -> "ModelConfig":
         """Read the text of a `config.json`; JSON is read strictly (no NaN, no key twice)."""
-        return cls.from_dict(parse_json_object(text, "config.json"))
+        return cls.from_dict(parse_json_object(text, "config.json"), strict=strict)
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> "ModelConfig":
+    def from_dict(cls, fields: Mapping[str, Any], *, strict: bool = False) -> "ModelConfig":
         """Read Hugging Face's fields against the allow-list.
 
+        Args:
+            fields: of `config.json`.
+            strict: refuse every field that is not known. Otherwise those that transformers' GPT-2 does not
+                read are left out, with one `CheckpointWarning` that names them.
+
         Raises:
-            UnsupportedCheckpointError: `model_type` is not `gpt2`, or a field is unknown or asks for
-                something that is not implemented; every such field is named.
+            UnsupportedCheckpointError: the file names another model or other code, or asks for something that
+                is not implemented; every such field is named.
             CheckpointError: a value has the wrong type or range.
         """
-        if fields.get("model_type", "gpt2") != "gpt2":
+        if fields.get("model_type", "gpt2") not in MODEL_TYPES:
             raise UnsupportedCheckpointError(
                 f'config.json: model_type is {shown(fields["model_type"])}; gpt2core runs "gpt2" only'
             )
         known: dict[str, Any] = {}
-        faults, refused = [], []
+        faults, refused = [], _foreign_architectures(fields.get("architectures"))
+        unread = unread_fields(fields)
         for name, value in fields.items():
             field = _ALIASES.get(name, name)
             if field in _READ:
@@ -157,7 +170,7 @@ class ModelConfig:
             elif name in _NEUTRAL:
                 if not any(value is neutral or value == neutral for neutral in _NEUTRAL[name]):
                     refused.append(f"{shown_name(name)} = {shown(value)}")
-            elif name not in _IGNORED and name != QUANTIZATION_FIELD:
+            elif strict and name in unread:
                 refused.append(f"{shown_name(name)} = {shown(value)} (unknown field)")
         values: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(cls)} | known
         eos = values.pop("eos_token_id", _END_OF_TEXT)
@@ -168,6 +181,12 @@ class ModelConfig:
         if _is_int(values["layer_norm_epsilon"], 1):
             values["layer_norm_epsilon"] = float(values["layer_norm_epsilon"])
         _raise_if_any(faults + _value_faults(values), refused + _unsupported_activation(values))
+        if unread:
+            warnings.warn(
+                f"config.json has fields that GPT-2 does not read, which are left out: {unread_text(unread)}",
+                CheckpointWarning,
+                stacklevel=2,
+            )
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -182,6 +201,25 @@ _READ: Final = (*(name for name in ModelConfig.__slots__ if name != "eos_token_i
 _BOOLEANS: Final = (
     "scale_attn_weights", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "tie_word_embeddings",
 )  # fmt: skip
+
+
+def unread_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Those fields of a `config.json` that neither transformers' GPT-2 nor gpt2core knows."""
+    known = {*_READ, *_ALIASES, *_NEUTRAL, *_IGNORED, QUANTIZATION_FIELD}
+    return {name: value for name, value in fields.items() if name not in known}
+
+
+def unread_text(unread: Mapping[str, Any]) -> str:
+    """Fields that are not read as one line."""
+    return listed([f"{shown_name(name)} = {shown(value)}" for name, value in unread.items()], 10)
+
+
+def _foreign_architectures(names: Any) -> list[str]:
+    """What is refused where `architectures` names classes, and none of them is a GPT-2."""
+    names = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+    if not names or any(_OUR_ARCHITECTURES.fullmatch(name) for name in names):
+        return []
+    return [f"architectures = {shown(names)}"]
 
 
 def known_token_ids(value: Any, vocab_size: Any) -> tuple[Any, ...]:

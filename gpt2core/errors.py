@@ -10,7 +10,8 @@
         ├── ContextLengthError           prompt plus new tokens exceed the model's context
         └── InvalidSamplingError         a sampling parameter out of its range
 
-Each message names the value, the limit and the remedy.
+Each message names the value, the limit and the remedy. What is no error but should be known is a
+`CheckpointWarning`, of the module `warnings`.
 """
 
 
@@ -24,6 +25,10 @@ class CheckpointError(Gpt2CoreError):
 
 class UnsupportedCheckpointError(CheckpointError):
     """A checkpoint asks for something that this library refuses or does not implement, by name."""
+
+
+class CheckpointWarning(UserWarning):
+    """A checkpoint is read, and holds something that is left out, or stands otherwise than usual; named."""
 
 
 class BackendError(Gpt2CoreError):

@@ -43,7 +43,7 @@ def load_models(
 
     def load(source: Source) -> tuple[Backend, Tokenizer]:
         checkpoint = read_checkpoint(source)
-        tokenizer = Tokenizer.from_folder(checkpoint.folder)
+        tokenizer = Tokenizer.from_folder(checkpoint.tokenizer_folder)
         made = backends.create_backend(
             backend, checkpoint.stored, device=device, threads=threads, precision=precision
         )
@@ -53,7 +53,7 @@ def load_models(
     draft = None
     try:
         if draft_model is not None:
-            draft, own = load(replace(source, model=draft_model, revision=None))
+            draft, own = load(replace(source, model=draft_model, revision=None, adapter=None))
             check_draft(target.config, draft.config)
             if any(own.content(i) != tokenizer.content(i) for i in range(target.config.vocab_size)):
                 raise RequestError(

@@ -87,6 +87,8 @@ class GPT2:
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
         token: str | None = None,
+        adapter: str | os.PathLike[str] | None = None,
+        strict: bool = False,
         max_batch: int = 32,
         cache_nbytes: int = CACHE_NBYTES,
         speculation: SpeculationMode = "off",
@@ -101,6 +103,8 @@ class GPT2:
             device: where the backend computes.
             threads: CPU threads for it; None lets it decide.
             revision, cache_dir, local_files_only, token: of the hub, as of `open_checkpoint`.
+            adapter: a folder or hub id of a LoRA adapter to merge into the model, as of `open_checkpoint`.
+            strict: refuse unknown fields of `config.json`, as of `open_checkpoint`.
             max_batch, cache_nbytes: as of the class.
             speculation: "prompt_lookup" is faster where a text repeats itself; the tokens stay the same.
             draft_model: a small model of the same vocabulary that makes `model` faster; the tokens stay the
@@ -111,7 +115,7 @@ class GPT2:
             BackendUnavailableError: the backend is unknown, or its package or device is missing.
             RequestError: an option is out of its range.
         """
-        source = Source(model, revision, cache_dir, local_files_only, token)
+        source = Source(model, revision, cache_dir, local_files_only, token, strict, adapter)
         limits = {"max_batch": max_batch, "cache_nbytes": cache_nbytes}
         got = load_models(
             source, draft_model, backend=backend, precision=precision, device=device, threads=threads
@@ -280,6 +284,40 @@ class GPT2:
         if isinstance(text, str):
             text_nbytes = len(text.encode()) - len(self.tokenizer.token_bytes(ids[0]))
         return make_score(ids, logprobs, text_nbytes)
+
+    def embed(
+        self,
+        text: Prompt | Sequence[Prompt],
+        *,
+        pooling: Literal["mean", "last"] = "mean",
+        normalize: bool = False,
+        allow_special: bool = False,
+    ) -> Float32[np.ndarray, "... D"]:
+        """Embeddings of one text or several, from the hidden states after the final layer norm.
+
+        Shapes: (D,) float32 for one text, (N, D) for a list of N.
+
+        Args:
+            text: as the prompt of `generate`; each within the context.
+            pooling: "mean" of all tokens, or that of the "last" token, which has seen all others.
+            normalize: whether each has the length 1.
+            allow_special: as of `generate`.
+
+        Raises:
+            RequestError: a text is empty, `pooling` is unknown, or the backend lacks the capability `Embeds`.
+            ContextLengthError: a text exceeds the context.
+            BackendError: the backend failed.
+        """
+        if pooling not in ("mean", "last"):
+            raise RequestError(f"pooling is {pooling!r:.40}; it must be 'mean' or 'last'")
+        texts, single = self._prompts(text, _READ_ONLY, allow_special)
+        result = np.empty((len(texts), self.config.n_embd), np.float32)
+        for i, ids in enumerate(texts):
+            hidden = self.engine.hidden_states(ids)  # (T, D)
+            result[i] = hidden.mean(0, dtype=np.float64) if pooling == "mean" else hidden[-1]
+        if normalize:
+            result /= np.linalg.norm(result, axis=1, keepdims=True)
+        return result[0] if single else result
 
     def close(self) -> None:
         """Free the model; calling it twice is harmless. Calls in other threads end as "cancelled"."""

@@ -30,6 +30,8 @@ class OneChoiceOptions(TypedDict, total=False):
     frequency_penalty: float
     logit_bias: Mapping[int, float]
     stop: str | Sequence[str]
+    stop_token_ids: Sequence[int]
+    ignore_eos: bool
     seed: int | None
     logprobs: int | None
     echo: bool

@@ -20,7 +20,7 @@ from fakes import FakeBackend, byte_tokenizer, config, endless
 from gpt2core import GPT2
 from gpt2core.serve import Settings, create_app
 from gpt2core.serve.app import load_model
-from gpt2core.serve.server import slow_client_protocol
+from gpt2core.serve.server import configure, listen
 
 HANG_S = 20
 """What takes so long on the slowest machine hangs."""
@@ -37,19 +37,13 @@ def until(true: Callable[[], object], timeout_s: float = HANG_S) -> None:
 class Server:
     """An app that answers on `url`."""
 
-    def __init__(self, settings: Settings, load: Callable[[Settings], GPT2]) -> None:
+    def __init__(self, settings: Settings, load: Callable[[Settings], GPT2], loop: str) -> None:
         self.settings = settings
         self.app = create_app(settings, load=load)
         self.driver = self.app.state.driver
-        config = uvicorn.Config(
-            self.app,
-            http=slow_client_protocol(settings.receipt_s),
-            log_config=None,
-            access_log=False,
-            ws="none",
-            server_header=False,
-        )
-        self.socket = socket.create_server(("127.0.0.1", 0))
+        config = configure(self.app, settings)
+        config.loop = loop
+        self.socket = listen("127.0.0.1", 0)
         self.port = self.socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.client = httpx2.Client(base_url=self.url, timeout=HANG_S)
@@ -102,10 +96,10 @@ def strict(data: bytes | str) -> Any:
 
 @contextlib.contextmanager
 def serving(
-    load: Callable[[Settings], GPT2] = load_model, *, ready: bool = True, **settings: Any
+    load: Callable[[Settings], GPT2] = load_model, *, ready: bool = True, loop: str = "auto", **settings: Any
 ) -> Iterator[Server]:
     """Run a server in a thread of this process."""
-    server = Server(Settings(**settings), load)
+    server = Server(Settings(**settings), load, loop)
     server.thread.start()
     try:
         until(lambda: server.uvicorn.started)

@@ -5,15 +5,16 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import GPT2Config, PreTrainedConfig
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedConfig
 from transformers.activations import ACT2CLS
 from transformers.generation import GenerationConfig
 
 from gpt2core._json import listed, parse_json_object, read_json_object, shown, shown_name
 from gpt2core.config import ACTIVATIONS, ModelConfig, known_token_ids
-from gpt2core.errors import CheckpointError, UnsupportedCheckpointError
+from gpt2core.errors import CheckpointError, CheckpointWarning, UnsupportedCheckpointError
 
 SUMMARY = {
     "summary_activation": None, "summary_first_dropout": 0.1, "summary_proj_to_labels": True,
@@ -209,7 +210,7 @@ def test_all_that_is_refused_and_all_that_is_wrong_is_listed_at_once():
 
     with pytest.raises(UnsupportedCheckpointError) as error:
         ModelConfig.from_dict(
-            {**fields, "rotary": True, "activation_function": "xielu", "pruned_heads": {"0": []}}
+            {**fields, "rotary": True, "activation_function": "xielu", "pruned_heads": {"0": []}}, strict=True
         )
     message = str(error.value)
     for part in (
@@ -219,6 +220,56 @@ def test_all_that_is_refused_and_all_that_is_wrong_is_listed_at_once():
     ):
         assert part in message
     assert 'pruned_heads = {"0": []}' in message
+
+
+# Fields of public checkpoints that nothing in transformers' GPT-2 reads.
+UNREAD = {
+    "author": "Heewon Jeon(madjakarta@gmail.com)", "created_date": "2021-04-28", "license": "CC-BY-NC-SA 4.0",
+    "line_by_line": False, "n_vocab": 50257, "bos_token": "<|endoftext|>", "rotary": True, "n_embed": 64,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_field_that_transformers_does_not_read_changes_nothing_there_and_is_named_in_one_warning_here(name):
+    fields = {
+        name: UNREAD[name],
+        "n_embd": 32,
+        "n_head": 4,
+        "n_layer": 2,
+        "architectures": ["GPT2LMHeadModel"],
+    }
+    want = ModelConfig.from_dict({k: v for k, v in fields.items() if k != name})
+    with pytest.warns(CheckpointWarning, match="GPT-2 does not read, which are left out") as caught:
+        assert ModelConfig.from_dict(fields) == want
+    assert [f"left out: {name} = {shown(UNREAD[name])}" in str(w.message) for w in caught] == [True]
+    ids = torch.tensor([[1, 2, 3]])
+    torch.manual_seed(0)
+    theirs = GPT2LMHeadModel(GPT2Config.from_dict(fields)).eval()
+    torch.manual_seed(0)
+    plain = GPT2LMHeadModel(GPT2Config.from_dict({k: v for k, v in fields.items() if k != name})).eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(theirs(ids).logits, plain(ids).logits, rtol=0, atol=0)
+    with pytest.raises(UnsupportedCheckpointError, match=f"{name} = .*unknown field"):
+        ModelConfig.from_dict(fields, strict=True)
+
+
+def test_gpt_sw3_is_a_gpt2():
+    assert ModelConfig.from_dict({"model_type": "gpt-sw3"}) == ModelConfig.from_dict({})
+
+
+@pytest.mark.parametrize("names", [["LlamaForCausalLM"], ["BertModel", "T5Model"]])
+def test_foreign_architecture_is_refused_by_name(names):
+    with pytest.raises(UnsupportedCheckpointError) as error:
+        ModelConfig.from_dict({"architectures": names})
+    assert f"architectures = {json.dumps(names)}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [None, [], ["GPT2DoubleHeadsModel"], ["AutoModelForCausalLM"], ["X", "TFGPT2LMHeadModel"], "GPT2"],
+)
+def test_architecture_that_holds_a_gpt2_or_says_nothing_is_read(names):
+    assert ModelConfig.from_dict({"architectures": names}) == ModelConfig.from_dict({})
 
 
 @pytest.mark.parametrize("value", [None, 5, "llama", ["gpt2"], {"x": 1}])
@@ -384,7 +435,7 @@ def test_any_values_give_a_valid_configuration_or_a_typed_error_of_one_printable
 
 def test_message_stays_short_however_much_is_wrong():
     with pytest.raises(UnsupportedCheckpointError) as error:
-        ModelConfig.from_dict({f"field_{i}\x1b[31m\n": "x" * 10_000 for i in range(10_000)})
+        ModelConfig.from_dict({f"field_{i}\x1b[31m\n": "x" * 10_000 for i in range(10_000)}, strict=True)
     message = str(error.value)
     assert "and 9980 more" in message
     assert len(message) < 4000

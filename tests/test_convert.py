@@ -17,6 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from gpt2core.checkpoint.open import convert_pickle, open_checkpoint
 from gpt2core.checkpoint.safetensors import SafetensorsFile
 from gpt2core.errors import BackendUnavailableError, CheckpointError, UnsupportedCheckpointError
+from gpt2core.reference import reference_logits
 
 
 def torch_tensors(config=TINY, dtype=torch.float32, **options):
@@ -159,7 +160,7 @@ def test_every_fault_of_the_tensors_is_listed_and_nothing_is_written(tmp_path):
     del tensors["transformer.ln_f.bias"]
     tensors["transformer.wpe.weight"][0, 0] = float("nan")
     tensors["transformer.h.0.ln_1.bias"] = torch.zeros(12, dtype=torch.int64)
-    tensors["v_head.weight"] = torch.zeros(3)
+    tensors["heads.weight"] = torch.zeros(3)
     write_pickle(tmp_path, tensors)
     message = refusal(tmp_path)
     assert message.startswith(f"{tmp_path}/pytorch_model.bin has 4 faults: ")
@@ -167,7 +168,7 @@ def test_every_fault_of_the_tensors_is_listed_and_nothing_is_written(tmp_path):
         "tensor transformer.ln_f.bias of shape [12] is missing",
         "tensor transformer.wpe.weight holds 1 of 96 numbers that are not finite",
         "tensor transformer.h.0.ln_1.bias has dtype I64",
-        "tensor v_head.weight is surplus",
+        "tensor heads.weight is surplus",
     ):
         assert part in message
 
@@ -327,3 +328,100 @@ def test_neither_torch_nor_the_hub_is_imported_for_a_folder(tmp_path):
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert done.stdout == "[]\n"
+
+
+# ---- other training code's files
+
+
+class NanoGPT(torch.nn.Module):
+    """nanoGPT's model (https://github.com/karpathy/nanoGPT), by the names and shapes of its parameters."""
+
+    def __init__(self, vocab_size, block_size, n_layer, n_head, n_embd, bias):
+        super().__init__()
+        self.n_head = n_head
+
+        def norm():
+            layer = torch.nn.LayerNorm(n_embd, bias=bias)
+            torch.nn.init.normal_(layer.weight, 1, 0.1)
+            return layer
+
+        def linear(inputs, outputs):
+            return torch.nn.Linear(inputs, outputs, bias=bias)
+
+        def block():
+            attn = {"c_attn": linear(n_embd, 3 * n_embd), "c_proj": linear(n_embd, n_embd)}
+            mlp = {"c_fc": linear(n_embd, 4 * n_embd), "c_proj": linear(4 * n_embd, n_embd)}
+            parts = {"ln_1": norm(), "attn": torch.nn.ModuleDict(attn), "ln_2": norm()}
+            return torch.nn.ModuleDict({**parts, "mlp": torch.nn.ModuleDict(mlp)})
+
+        self.transformer = torch.nn.ModuleDict(
+            {
+                "wte": torch.nn.Embedding(vocab_size, n_embd),
+                "wpe": torch.nn.Embedding(block_size, n_embd),
+                "h": torch.nn.ModuleList([block() for _ in range(n_layer)]),
+                "ln_f": norm(),
+            }
+        )
+        self.lm_head = torch.nn.Linear(n_embd, vocab_size, bias=False)
+        self.lm_head.weight = self.transformer["wte"].weight
+
+    def forward(self, ids):
+        parts = self.transformer
+        x = parts["wte"](ids) + parts["wpe"](torch.arange(len(ids)))  # (T, D)
+        for block in parts["h"]:
+            q, k, v = block["attn"]["c_attn"](block["ln_1"](x)).chunk(3, -1)
+            q, k, v = (a.view(len(ids), self.n_head, -1).transpose(0, 1) for a in (q, k, v))
+            y = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + block["attn"]["c_proj"](y.transpose(0, 1).reshape(x.shape))
+            hidden = torch.nn.functional.gelu(block["mlp"]["c_fc"](block["ln_2"](x)))
+            x = x + block["mlp"]["c_proj"](hidden)
+        return self.lm_head(parts["ln_f"](x))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_nanogpts_checkpoint_converts_to_the_same_model(bias, compiled, tmp_path):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 23, "block_size": 8, "n_layer": 2, "n_head": 3, "n_embd": 12, "bias": bias}
+    model = NanoGPT(**sizes)
+    held = {("_orig_mod." if compiled else "") + name: tensor for name, tensor in model.state_dict().items()}
+    content = {"model": held, "model_args": {**sizes, "dropout": 0.0}, "iter_num": 5, "config": {"x": "y"}}
+    torch.save({**content, "best_val_loss": torch.tensor(1.5), "optimizer": {}}, tmp_path / "ckpt.pt")
+    convert_pickle(tmp_path)
+    opened = open_checkpoint(tmp_path)
+    ids = [3, 1, 4, 1, 5]
+    with torch.inference_mode():
+        want = model(torch.tensor(ids)).numpy()
+    np.testing.assert_allclose(reference_logits(opened.weights, ids), want, rtol=0, atol=1e-5)
+    assert (opened.config.eos_token_ids, opened.config.activation_function) == ((), "gelu")
+    with pytest.raises(CheckpointError, match=r"already holds model\.safetensors"):
+        convert_pickle(tmp_path)
+
+
+def test_lightnings_checkpoint_converts_without_its_prefix(tmp_path):
+    tensors = {f"model.{name}": tensor for name, tensor in torch_tensors().items()}
+    tensors["model.transformer.h.0.attn.bias"] = torch.tril(torch.ones(1, 1, 8, 8, dtype=torch.bool))
+    content = {"state_dict": tensors, "epoch": 3, "pytorch-lightning_version": "2.5", "loops": {"a": [1]}}
+    write_pickle(tmp_path, content, "epoch=3.ckpt")
+    convert_pickle(tmp_path)
+    assert SafetensorsFile(tmp_path / "model.safetensors").entries.keys() == torch_tensors().keys()
+    open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("tf_model.h5", "weights of TensorFlow; load them with transformers 4 (from_tf=True)"),
+        ("flax_model.msgpack", "weights of Flax; load them with transformers 4 (from_flax=True)"),
+        ("model.ckpt.index", "convert_gpt2_original_tf_checkpoint"),
+        ("model.onnx", "take the checkpoint that it was exported from"),
+        ("gpt2.Q8_0.gguf", "gpt2.Q8_0.gguf`"),
+    ],
+)
+def test_other_formats_are_named_with_their_remedy(name, remedy, tmp_path):
+    write_config(tmp_path)
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(UnsupportedCheckpointError) as error:
+        open_checkpoint(tmp_path)
+    assert f"{tmp_path} holds no model.safetensors but {name}, " in str(error.value)
+    assert remedy in str(error.value)

@@ -44,6 +44,31 @@ def test_an_end_of_text_token_that_is_no_special_token_gives_no_text_either():
     assert (request.generated, request.text, request.finish_reason) == ([*b"cd"], "c", "stop")
 
 
+def test_a_stop_token_ends_the_text_as_the_end_of_text_token_does():
+    backend = fakes.FakeBackend(fakes.config(), fakes.scripted({b"ab": b"cdef"}))
+    engine = make_engine(backend)
+    [request] = engine.submit(list(b"ab"), SamplingParams(max_new_tokens=10, stop_token_ids=[*b"e"]))
+    run(engine)
+    assert (request.generated, request.text, request.finish_reason) == ([*b"cde"], "cd", "stop")
+
+
+def test_no_token_that_ends_the_text_is_drawn_before_min_new_tokens():
+    engine = make_engine(fakes.FakeBackend(fakes.config(), lambda history, size: -np.arange(size) * 1.0))
+    [request] = engine.submit(
+        [7], SamplingParams(max_new_tokens=9, min_new_tokens=2, stop_token_ids=[0], ignore_eos=True)
+    )
+    run(engine)
+    assert (request.generated, request.finish_reason) == ([1, 1, 0], "stop")
+
+
+def test_with_ignore_eos_the_text_goes_on_after_the_end_of_text_token():
+    backend = fakes.FakeBackend(fakes.config(), fakes.scripted({b"ab": [*b"cd", fakes.END, *b"ef"]}))
+    engine = make_engine(backend)
+    [request] = engine.submit(list(b"ab"), SamplingParams(max_new_tokens=5, ignore_eos=True))
+    run(engine)
+    assert (request.generated, request.finish_reason) == ([*b"cd", fakes.END, *b"ef"], "length")
+
+
 def test_the_last_token_allowed_ends_with_length_also_in_the_middle_of_a_character():
     engine = make_engine(fakes.FakeBackend(fakes.config(), fakes.scripted({b"a": "xé".encode()})))
     [request] = engine.submit(list(b"a"), SamplingParams(max_new_tokens=2))

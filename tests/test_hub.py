@@ -1,5 +1,6 @@
 """Models from the hub, played by a local server: cache, revisions, tokens, offline mode, ways to fail."""
 
+import io
 import json
 import os
 import subprocess
@@ -10,12 +11,14 @@ from dataclasses import replace
 import huggingface_hub
 import numpy as np
 import pytest
+import torch
 from checkpoint_files import TINY, file_bytes, layout, random_tensors
 from fake_hub import FakeHub, Repository
 from huggingface_hub import constants
 
 from gpt2core.checkpoint import hub
 from gpt2core.checkpoint.open import Source, open_checkpoint, resolve
+from gpt2core.cli import main
 from gpt2core.errors import CheckpointError, UnsupportedCheckpointError
 
 
@@ -255,10 +258,47 @@ def test_model_that_has_only_pickles_is_refused_with_the_remedy(server):
     message = refusal("owner/old", UnsupportedCheckpointError)
     assert message == (
         "owner/old has only pickled weights (pytorch_model.bin), which can run code when they are read; if "
-        "you trust them, run `hf download owner/old --local-dir FOLDER` and `gpt2core convert FOLDER`, then "
-        "name FOLDER"
+        "you trust them, run `gpt2core convert owner/old` and name the folder that it makes"
     )
     assert "pytorch_model.bin" not in server.fetched()
+
+
+def pickled_files():
+    content = io.BytesIO()
+    torch.save({name: torch.from_numpy(array) for name, array in random_tensors().items()}, content)
+    files = model_files()
+    del files["model.safetensors"]
+    return {**files, "pytorch_model.bin": content.getvalue()}
+
+
+def test_pickle_in_the_cache_is_named_at_once_even_where_the_hub_cannot_be_reached(server, monkeypatch):
+    server.repositories["owner/old"] = Repository({"main": pickled_files()})
+    huggingface_hub.snapshot_download("owner/old")
+    asked = len(server.requests)
+    want = refusal("owner/old", UnsupportedCheckpointError)
+    assert len(server.requests) == asked + 1
+    server.stop()
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("it waits to try again"))
+    assert refusal("owner/old", UnsupportedCheckpointError) == want
+    assert refusal("owner/old", UnsupportedCheckpointError, local_files_only=True) == want
+    assert "`gpt2core convert owner/old`" in want
+
+
+def test_weights_that_the_hub_gained_since_the_pickle_was_cached_are_downloaded(server):
+    server.repositories["owner/old"] = Repository({"main": pickled_files()})
+    huggingface_hub.snapshot_download("owner/old")
+    server.repositories["owner/old"] = Repository({"main": model_files(3)})
+    np.testing.assert_array_equal(open_checkpoint("owner/old").weights.wte, weights_of(3))
+
+
+def test_convert_takes_a_hub_id_and_writes_a_folder_of_its_name(server, tmp_path, monkeypatch, capsys):
+    server.repositories["owner/old"] = Repository({"main": pickled_files()})
+    monkeypatch.chdir(tmp_path)
+    assert main(["convert", "owner/old"]) == 0
+    assert capsys.readouterr().out == "old/model.safetensors\n"
+    np.testing.assert_array_equal(open_checkpoint("./old").weights.wte, weights_of(0))
+    assert main(["convert", "owner/none"]) == 1
+    assert "no such model" in capsys.readouterr().err
 
 
 def test_repository_that_is_no_model_says_what_it_has(server, monkeypatch):

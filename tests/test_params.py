@@ -27,6 +27,8 @@ EVERYTHING = {
     "frequency_penalty": -0.5,
     "logit_bias": {7: -100, 3: 1.5},
     "stop": ["\n\n", "END"],
+    "stop_token_ids": [3, 5],
+    "ignore_eos": True,
     "n": 3,
     "seed": 7,
     "logprobs": 5,
@@ -334,3 +336,15 @@ def test_more_min_new_tokens_than_fit_are_refused():
         InvalidSamplingError, match=r"min_new_tokens is 30; a prompt of 1000 tokens gets at most 24"
     ):
         SamplingParams(min_new_tokens=30).resolve_max_new_tokens(1000, 1024)
+
+
+@pytest.mark.parametrize("value", [5, "5", b"5", [True], [1.5], [-1], [2**31], list(range(129)), None])
+def test_stop_token_ids_must_be_token_ids(value):
+    with pytest.raises(InvalidSamplingError, match="stop_token_ids"):
+        SamplingParams(stop_token_ids=value)
+
+
+def test_stop_token_ids_beyond_the_vocabulary_are_refused():
+    SamplingParams(stop_token_ids=[99]).check_vocabulary(100)
+    with pytest.raises(InvalidSamplingError, match="stop_token_ids names token 100"):
+        SamplingParams(stop_token_ids=[99, 100]).check_vocabulary(100)

@@ -20,7 +20,7 @@ def request(prompt_tokens: int, *, new: int = 10, logits_from: int | None = None
         params=SamplingParams(),
         seed=0,
         max_new_tokens=new,
-        eos_token_ids=frozenset(),
+        end_token_ids=frozenset(),
         stream=None,
         echo="",
         logits_from=logits_from,

@@ -12,7 +12,7 @@ from gpt2core.serve.ticket import Ticket
 
 
 def value(metrics: Metrics, name: str) -> float:
-    found = re.search(rf"^{name} (\S+)$", metrics.text().decode(), re.MULTILINE)
+    found = re.search(rf"^{re.escape(name)} (\S+)$", metrics.text().decode(), re.MULTILINE)
     assert found, name
     return float(found[1])
 
@@ -32,8 +32,8 @@ def test_the_time_per_token_is_that_of_the_tokens_after_the_first():
     run(engine)
     request.first_token_s, request.last_token_s = 10.0, 18.0
     metrics = Metrics()
-    metrics.count_text(request)
-    assert value(metrics, "gpt2core_time_per_token_seconds_sum") == 2.0
+    metrics.count_text(request, "/generate")
+    assert value(metrics, 'gpt2core_time_per_token_seconds_sum{route="/generate"}') == 2.0
     assert value(metrics, "gpt2core_prompt_tokens_total") == 3
 
 

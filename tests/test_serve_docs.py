@@ -8,6 +8,7 @@ import pytest
 
 import gpt2core
 from gpt2core.serve import Settings
+from gpt2core.serve.settings import LIBRARY_VARIABLES
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs/serving.md").read_text()
@@ -35,12 +36,19 @@ def test_the_table_of_settings_is_that_of_the_settings():
     assert rows == expected
 
 
+def test_every_variable_of_the_project_is_a_setting_or_is_known_to_be_none():
+    sources = [*(ROOT / "gpt2core").rglob("*.py"), *(ROOT / "scripts").iterdir(), ROOT / "tests/no_skips.py"]
+    read = {name for path in sources for name in re.findall(r"\bGPT2CORE_([A-Z_]*[A-Z])\b", path.read_text())}
+    settings = {name.upper() for name in Settings.model_fields}
+    assert read - settings == LIBRARY_VARIABLES
+
+
 def test_every_metric_and_every_route_is_in_the_documents():
     from gpt2core.serve import create_app
     from gpt2core.serve.metrics import Metrics
 
     for metric in Metrics().registry.collect():
-        assert metric.name in PAGE
+        assert re.sub("^process_.*", "process_*", metric.name) in PAGE
     for path in create_app(Settings()).openapi()["paths"]:
         assert path.partition("{")[0].rstrip("/") in PAGE
 

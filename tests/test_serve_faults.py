@@ -2,6 +2,8 @@
 
 import concurrent.futures
 import json
+import os
+import re
 import signal
 import socket
 import subprocess
@@ -14,7 +16,9 @@ import pytest
 from serving import HANG_S, Fake, events_of, post_bytes, process, serving, until
 
 from gpt2core.errors import CheckpointError
+from gpt2core.serve import Settings
 from gpt2core.serve.errors import deadline_exceeded
+from gpt2core.serve.server import describe_address
 from gpt2core.testing import random_checkpoint
 
 
@@ -88,6 +92,17 @@ def test_a_client_that_left_before_its_answer_is_counted_and_is_no_error(caplog)
     assert "request_failed" not in [record.msg for record in caplog.records]
 
 
+def test_a_client_that_leaves_during_its_upload_is_499_and_no_error(caplog):
+    with serving(Fake().load) as server:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=HANG_S) as connection:
+            connection.sendall(post_bytes(b'{"prompt": "a', length=1000))
+            until(lambda: server.uvicorn.server_state.tasks)
+        name = 'gpt2core_requests_total{method="POST",route="/generate",status="499"}'
+        until(lambda: name in server.client.get("/metrics").text)
+        assert 'status="500"' not in server.client.get("/metrics").text
+    assert "request_failed" not in [record.msg for record in caplog.records]
+
+
 def test_a_client_that_closes_only_its_sending_side_still_gets_its_answer_or_is_let_go():
     with serving(Fake().load) as server:
         connection = connect(server, stream=False, tokens=5)
@@ -115,7 +130,7 @@ def test_a_stream_that_nobody_reads_is_given_up_after_the_deadline(folder):
 
 def test_a_full_queue_is_429_at_once_and_the_others_are_served():
     fake = Fake()
-    with serving(fake.load, max_batch=4, max_queue=4, max_prompts=2, max_n=2) as server:
+    with serving(fake.load, max_batch=4, max_queue=4, max_prompts=2, max_n=2, client_share=1) as server:
         fake.gate.clear()
         asked = in_threads(8, lambda i: server.generate("ab", max_new_tokens=3))
         until(lambda: server.driver.requests == 8)
@@ -130,7 +145,7 @@ def test_a_full_queue_is_429_at_once_and_the_others_are_served():
 
 @pytest.mark.parametrize("clients", [1, 8, 32, 128])
 def test_any_number_of_clients_gets_answers_or_429_and_nothing_hangs(folder, clients):
-    with serving(model=folder) as server:
+    with serving(model=folder, client_share=1) as server:
         asked = in_threads(clients, lambda i: server.generate(f"ab {i}", max_new_tokens=4))
         statuses = [one.result(60).status_code for one in asked]
         assert set(statuses) <= {200, 429}
@@ -345,6 +360,25 @@ def test_a_second_signal_stops_at_once(folder, second):
             assert time.perf_counter() - begun_s < 4
 
 
+def test_as_a_lame_duck_it_says_that_it_is_not_ready_and_answers(folder):
+    with process("--model", folder, GPT2CORE_LAME_DUCK_S="1.5") as (running, url):
+        assert httpx2.get(f"{url}/readyz").status_code == 200
+        running.send_signal(signal.SIGTERM)
+        until(lambda: httpx2.get(f"{url}/readyz").status_code == 503)
+        assert httpx2.get(f"{url}/livez").status_code == 200
+        body = {"prompt": "ab", "max_new_tokens": 3}
+        assert httpx2.post(f"{url}/generate", json=body, timeout=HANG_S).status_code == 200
+        assert running.wait(HANG_S) == 0
+
+
+def test_a_second_signal_ends_a_lame_duck_at_once(folder):
+    with process("--model", folder, GPT2CORE_LAME_DUCK_S="3600") as (running, url):
+        running.send_signal(signal.SIGTERM)
+        until(lambda: httpx2.get(f"{url}/readyz").status_code == 503)
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(HANG_S) == 0
+
+
 def test_what_is_not_done_when_the_drain_time_is_over_gets_an_error(folder):
     with process("--model", folder, "--drain", "0.2") as (running, url):
         client, stream = long_stream(url)
@@ -360,8 +394,6 @@ def test_what_is_not_done_when_the_drain_time_is_over_gets_an_error(folder):
 
 
 def command(*options, **environment):
-    import os
-
     return subprocess.run(
         [sys.executable, "-m", "gpt2core", "serve", *options],
         capture_output=True,
@@ -382,8 +414,9 @@ def test_a_model_that_does_not_exist_ends_the_command_with_1_and_says_why(tmp_pa
     ("options", "environment", "message"),
     [
         (["--host", "0.0.0.0"], {}, "--insecure-no-auth"),
-        ([], {"GPT2CORE_MAX_BATCH": "zero"}, "max_batch: "),
-        (["--deadline", "-1"], {}, "deadline_s: "),
+        ([], {"GPT2CORE_MAX_BATCH": "zero"}, "GPT2CORE_MAX_BATCH is 'zero': "),
+        (["--deadline", "-1"], {}, "--deadline is -1.0: "),
+        (["--max-batch", "1"], {"GPT2CORE_MAX_QUEUE": "0"}, "raise max_queue or lower max_prompts"),
     ],
 )
 def test_wrong_usage_ends_the_command_with_2_and_one_line(options, environment, message):
@@ -397,7 +430,52 @@ def test_a_port_that_is_taken_ends_the_command_with_1(folder):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         result = command("--model", folder, "--port", str(taken.getsockname()[1]))
     assert result.returncode == 1
-    assert "in use" in result.stderr
+    assert "is in use by another program; stop that, or choose another port with --port" in result.stderr
+
+
+def test_a_setting_with_a_typo_is_warned_of_with_the_nearest_name(folder):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        result = command("--model", folder, "--port", port, GPT2CORE_MAX_BATCHH="3", GPT2CORE_CC="gcc")
+    warned = [json.loads(line) for line in result.stderr.splitlines() if line.startswith("{")]
+    found = [
+        (line["variable"], line["did_you_mean"]) for line in warned if line["event"] == "unknown_setting"
+    ]
+    assert found == [("GPT2CORE_MAX_BATCHH", "GPT2CORE_MAX_BATCH")]
+
+
+def test_on_a_terminal_the_server_says_where_to_open_the_page(folder):
+    main, terminal = os.openpty()
+    running = subprocess.Popen(
+        [sys.executable, "-m", "gpt2core", "serve", "--port", "0", "--model", folder], stderr=terminal
+    )
+    os.close(terminal)
+    try:
+        shown = b""
+        while b"Ctrl-C" not in shown:
+            shown += os.read(main, 4096)
+        assert re.search(rb"^Open http://127.0.0.1:\d+/ in a browser", shown, re.MULTILINE)
+    finally:
+        running.kill()
+        running.wait()
+        os.close(main)
+
+
+@pytest.mark.parametrize(
+    ("settings", "shown"),
+    [
+        ({"host": "::"}, "http://[::1]:8000/ "),
+        (
+            {"host": "0.0.0.0", "api_key": "secret"},
+            "http://127.0.0.1:8000/ in a browser; leave the name empty",
+        ),
+        ({"host": "example.org", "playground": False}, "http://example.org:8000/docs "),
+    ],
+)
+def test_the_page_is_named_as_this_machine_reaches_it(settings, shown):
+    text = describe_address(Settings(**settings), 8000)
+    assert shown in text
+    assert "secret" not in text
 
 
 def test_without_the_extra_the_command_says_what_to_install():

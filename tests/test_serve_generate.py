@@ -6,9 +6,10 @@ import logging
 
 import pytest
 from fakes import scripted
+from prometheus_client.parser import text_string_to_metric_families as parse
 from serving import Fake, events_of, serving, until
 
-from gpt2core import GPT2, SamplingParams
+from gpt2core import GPT2, SamplingParams, __version__
 from gpt2core.serve import logs
 from gpt2core.testing import random_checkpoint
 
@@ -204,8 +205,8 @@ def test_metrics_count_requests_tokens_and_the_queue():
         assert server.metric('gpt2core_requests_total{method="POST",route="/generate",status="200"}') == 1
         assert server.metric('gpt2core_requests_total{method="GET",route="none",status="404"}') == 1
         assert server.metric("gpt2core_batch_rows_sum") == 20
-        assert server.metric("gpt2core_time_to_first_token_seconds_count") == 1
-        assert server.metric("gpt2core_time_per_token_seconds_count") == 2
+        assert server.metric('gpt2core_time_to_first_token_seconds_count{route="/generate"}') == 1
+        assert server.metric('gpt2core_time_per_token_seconds_count{route="/generate"}') == 2
         assert server.metric("gpt2core_cache_use") == 0
         fake.gate.clear()
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -216,6 +217,52 @@ def test_metrics_count_requests_tokens_and_the_queue():
             fake.gate.set()
             assert asked.result().status_code == 200
         assert server.metric("gpt2core_queue_depth") == 0
+
+
+def test_metrics_are_histograms_per_route_and_probes_are_not_among_completions():
+    fake = Fake()
+    with serving(fake.load, served_name="org/name") as server:
+        for _ in range(5):
+            server.client.get("/livez")
+        server.generate(["ab", "abc"], max_new_tokens=4)
+        body = {"model": "org/name", "prompt": "a", "max_tokens": 1}
+        assert server.post("/v1/completions", body).status_code == 200
+        for name in ("request", "queue", "time_to_first_token"):
+            assert server.metric(f'gpt2core_{name}_seconds_count{{route="/generate"}}') == 1
+            assert server.metric(f'gpt2core_{name}_seconds_count{{route="/v1/completions"}}') == 1
+        assert server.metric('gpt2core_request_seconds_count{route="/livez"}') == 5
+        assert server.metric('gpt2core_inter_token_seconds_count{route="/generate"}') == 2 * 3
+        assert server.metric('gpt2core_inter_token_seconds_count{route="/v1/completions"}') == 0
+        assert server.metric("process_resident_memory_bytes") > 0
+
+
+def test_metrics_say_what_answers_and_are_readable_by_prometheus_own_parser():
+    with serving(Fake().load, served_name="org/name") as server:
+        server.check_works()
+        families = {family.name: family for family in parse(server.client.get("/metrics").text)}
+    [sample] = families["gpt2core_server_info"].samples
+    labels = {"model": "org/name", "backend": "fake", "precision": "auto", "version": __version__}
+    assert (sample.labels, sample.value) == (labels, 1)
+    for name in ("request", "queue", "time_to_first_token", "time_per_token", "inter_token"):
+        family = families[f"gpt2core_{name}_seconds"]
+        assert family.type == "histogram"
+        assert "/generate" in {sample.labels["route"] for sample in family.samples}
+    assert all(family.documentation for family in families.values())
+
+
+def test_a_gap_between_tokens_is_measured_where_it_is():
+    fake = Fake()
+    with serving(fake.load) as server:
+        steps = iter([0, 0, 0.3])
+
+        def delay(*_):
+            fake.delay_s = next(steps, 0)
+
+        fake.after = delay
+        server.generate("ab", max_new_tokens=10)
+        bucket = 'gpt2core_inter_token_seconds_bucket{{le="{}",route="/generate"}}'
+        assert server.metric(bucket.format("+Inf")) == 9
+        assert server.metric(bucket.format("0.25")) <= 8
 
 
 def test_paths_of_clients_do_not_become_labels(server):

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import openai
 import pytest
-from fakes import END
+from fakes import END, scripted
 from serving import Fake, events_of, serving
 
 from gpt2core import GPT2
@@ -159,6 +159,82 @@ def test_best_of_prefers_a_long_likely_text_to_a_short_one_that_is_less_likely_p
     assert best["text"] == by_mean["text"] != by_sum["text"]
 
 
+# What other servers' clients send
+
+
+def test_64_prompts_are_answered_in_one_request(client, model):
+    prompts = [f"{i}" for i in range(64)]
+    answer = client.completions.create(model="tiny", prompt=prompts, max_tokens=3, temperature=0)
+    assert [c.text for c in answer.choices] == [one.text for one in model.generate(prompts, max_new_tokens=3)]
+
+
+def test_the_sampling_options_of_vllm_have_the_meaning_of_the_library_s(client, model):
+    extra = {"top_k": 7, "min_p": 0.02, "repetition_penalty": 1.2, "min_tokens": 5}
+    answer = client.completions.create(
+        model="tiny", prompt="Once", max_tokens=20, seed=3, extra_body=extra | {"stop_token_ids": [101, 115]}
+    )
+    expected = model.generate(
+        "Once",
+        **{"max_new_tokens": 20, "seed": 3, "temperature": 1, "top_k": 7, "min_p": 0.02},
+        **{"repetition_penalty": 1.2, "min_new_tokens": 5, "stop_token_ids": [101, 115]},
+    )
+    assert answer.choices[0].text == expected.text
+    everything = client.completions.create(model="tiny", prompt="Once", seed=3, extra_body={"top_k": -1})
+    assert everything.choices[0].text == client.completions.create(
+        model="tiny", prompt="Once", seed=3
+    ).choices[0].text  # fmt: skip
+
+
+def test_a_stop_token_ends_the_text_and_ignore_eos_goes_on():
+    ended = Fake(logits_of=scripted({(97,): (98, 99, END, 100)}))
+    with serving(ended.load, served_name="tiny") as server:
+        body = {"model": "tiny", "prompt": "a", "max_tokens": 5, "temperature": 0}
+        plain = server.post("/v1/completions", body).json()["choices"][0]
+        stopped = server.post("/v1/completions", {**body, "stop_token_ids": [99]}).json()["choices"][0]
+        ignoring = server.post("/v1/completions", {**body, "max_tokens": 4, "ignore_eos": True}).json()
+    assert (plain["text"], plain["finish_reason"]) == ("bc", "stop")
+    assert (stopped["text"], stopped["finish_reason"]) == ("b", "stop")
+    assert ignoring["choices"][0]["text"] == "bcd"
+    assert ignoring["choices"][0]["finish_reason"] == "length"
+
+
+def test_special_tokens_in_a_prompt_are_tokens_only_where_that_is_asked_for(server):
+    usage = [
+        complete(server, "<|endoftext|>", max_tokens=1, allow_special=special)["usage"]["prompt_tokens"]
+        for special in (False, True)
+    ]
+    assert usage == [13, 1]
+
+
+def test_token_ids_are_returned_whole_and_streamed(server, model):
+    asked = {"model": "tiny", "prompt": "Once", "max_tokens": 9, "seed": 5, "return_token_ids": True}
+    expected = model.generate("Once", max_new_tokens=9, seed=5, temperature=1)
+    [choice] = complete(server, **{name: value for name, value in asked.items() if name != "model"})[
+        "choices"
+    ]
+    assert choice["prompt_token_ids"] == model.tokenizer.encode("Once")
+    assert choice["token_ids"] == expected.token_ids
+    events = [event["choices"][0] for event in server.events("/v1/completions", asked)[:-1]]
+    assert events[0]["prompt_token_ids"] == choice["prompt_token_ids"]
+    assert all(event["prompt_token_ids"] is None for event in events[1:])
+    assert [token_id for event in events for token_id in event["token_ids"]] == expected.token_ids
+
+
+def test_usage_is_told_with_every_event_where_that_is_asked_for(server):
+    options = {"include_usage": True, "continuous_usage_stats": True, "include_obfuscation": False}
+    asked = {"model": "tiny", "prompt": "Once", "max_tokens": 5, "seed": 5, "stream_options": options}
+    counts = [event["usage"]["completion_tokens"] for event in server.events("/v1/completions", asked)[:-1]]
+    assert counts == sorted(counts)
+    assert counts[-1] == 5
+
+
+def test_empty_options_are_harmless(server):
+    plain = complete(server, "Once", seed=3)["choices"]
+    options = {"suffix": "", "stop": "", "model": None, "user": "", "logit_bias": {}, "stop_token_ids": None}
+    assert server.post("/v1/completions", {"prompt": "Once", "seed": 3, **options}).json()["choices"] == plain
+    assert server.post("/v1/completions", {"prompt": "Once", "seed": 3}).json()["choices"] == plain
+
+
 # lm-evaluation-harness, `local-completions`: what its requests are and how it reads the answers
 
 
@@ -253,10 +329,13 @@ def test_streamed_logprobs_join_to_those_of_the_whole_answer(server):
         ({"prompt": [[1], [257]]}, None, "257"),
         ({"prompt": [[]]}, "prompt", "prompt"),
         ({"prompt": []}, "prompt", "prompt"),
-        ({"prompt": ["a"] * 9}, "prompt", "9 prompts; at most 8"),
+        ({"prompt": ["a"] * 65}, "prompt", "65 prompts; at most 64"),
+        ({"prompt": ["a"] * 40, "n": 4}, "prompt", "160 texts; this server holds at most 96"),
+        ({"stop_token_ids": [257]}, None, "stop_token_ids names token 257"),
+        ({"min_tokens": 17}, None, "min_tokens 17 is more than max_tokens 16"),
         ({"logit_bias": {"257": 1}}, None, "257"),
         ({"logit_bias": {"a": 1}}, "logit_bias", "logit_bias is not valid"),
-        ({"top_k": 3}, None, "not known here"),
+        ({"top_kk": 3}, None, "did you mean 'top_k'"),
     ],
 )
 def test_a_bad_parameter_is_a_bad_request(client, options, param, message):

@@ -1,14 +1,16 @@
 """What the server refuses, with which status, and that no answer repeats what the client sent."""
 
 import base64
+import json
+import logging
 import socket
 
 import pytest
 from fastapi.routing import APIRoute
-from serving import HANG_S, Fake, post_bytes, raw, serving, strict
+from serving import HANG_S, Fake, post_bytes, raw, serving, strict, until
 
 from gpt2core.errors import RequestError
-from gpt2core.serve import Settings
+from gpt2core.serve import Settings, logs
 from gpt2core.serve.guard import SECURITY_HEADERS
 
 
@@ -109,7 +111,7 @@ BAD = [
     b'{"prompt": "a", "stop": "\\ud800"}',
     b'{"prompt": "' + b"a" * 65 + b'"}',
     b'{"prompt": "' + b"a" * 5000 + b'"}',
-    b'{"prompt": ["a","a","a","a","a","a","a","a","a"]}',
+    b'{"prompt": [' + b",".join([b'"a"'] * 65) + b"]}",
 ]
 
 
@@ -249,6 +251,15 @@ def test_one_character_of_128_kib_is_done_or_refused_and_others_are_answered_mea
     server.check_works()
 
 
+def test_probes_may_call_the_server_by_a_loopback_name_whatever_hosts_are_allowed():
+    with serving(Fake().load, allowed_hosts=("api.example.org",), host="0.0.0.0", api_key="k") as running:
+        for host in ("127.0.0.1", "localhost:8000", "[::1]:80", "api.example.org"):
+            for path in ("/livez", "/readyz"):
+                assert running.client.get(path, headers={"Host": host}).status_code == 200
+        for path, host in (("/livez", "evil"), ("/v1/models", "localhost"), ("/livez/", "localhost")):
+            assert running.client.get(path, headers={"Host": host}).status_code == 400
+
+
 # Keys
 
 
@@ -302,6 +313,16 @@ def test_only_the_keys_of_the_file_open(keyed, authorization, status):
     assert keyed.client.get("/v1/models", headers=headers).status_code == status
 
 
+def test_the_log_says_which_client_and_which_key_and_never_the_key(keyed, caplog):
+    with caplog.at_level(logging.INFO, "gpt2core.serve"):
+        for key in ("second-key", "wrong-key"):
+            keyed.client.get("/v1/models", headers={"Authorization": f"Bearer {key}"})
+        until(lambda: len(caplog.records) == 2)
+    lines = [json.loads(logs.JsonLines().format(record)) for record in caplog.records]
+    assert [(line["client"], line["key"]) for line in lines] == [("127.0.0.1", 2), ("127.0.0.1", None)]
+    assert "-key" not in json.dumps(lines)
+
+
 def test_the_key_is_asked_for_before_the_body_is_read(keyed):
     answer = raw(keyed.port, post_bytes(b"", length=100_000))
     assert status_of(answer) == 401
@@ -344,7 +365,15 @@ def test_settings_come_from_the_environment(monkeypatch):
 
 def test_settings_under_which_the_largest_request_cannot_run_are_refused():
     with pytest.raises(ValueError, match="raise max_queue or lower max_prompts"):
-        Settings(max_batch=8, max_queue=8)
+        Settings(max_batch=8, max_queue=8, max_prompts=17)
+
+
+def test_a_small_queue_lowers_how_many_texts_one_request_may_ask_for():
+    with serving(Fake().load, max_batch=8, max_queue=0) as server:
+        assert server.generate(["a"] * 8, max_new_tokens=1).status_code == 200
+        refused = server.generate(["a"] * 9, max_new_tokens=1)
+        assert refused.status_code == 422
+        assert "9 texts; this server holds at most 8" in refused.json()["error"]["message"]
 
 
 def test_the_name_of_a_folder_says_nothing_of_the_machine(tmp_path):

@@ -128,7 +128,7 @@ def test_after_many_requests_the_server_remembers_none_of_them():
         assert not driver._tickets
         assert not driver._ticket_of
         assert not driver._inbox
-        assert driver._places == 0
+        assert driver.places.used == 0
         assert driver.engine._scheduler.running == 0
         until(lambda: not server.uvicorn.server_state.connections)
         kept = [one for one in of_requests() if id(one) not in before]

@@ -82,6 +82,22 @@ class Traces(Protocol):
 
 
 @runtime_checkable
+class Embeds(Protocol):
+    """A capability: give what the logits are made from, for embeddings of texts."""
+
+    def hidden_states(self, token_ids: Sequence[int]) -> Float32[np.ndarray, "T D"]:
+        """The hidden states of one sequence after the final layer norm, transformers' `last_hidden_state`.
+
+        Shapes: `token_ids` (T,) with T at most the context; result (T, D) float32. Caches are not touched.
+
+        Raises:
+            RequestError: no tokens, more than the context, or an id outside the vocabulary.
+            BackendError: the engine failed.
+        """
+        ...
+
+
+@runtime_checkable
 class RunsPrecisions(Protocol):
     """A factory's capability: it also takes quantized weights, of the precisions that it names."""
 

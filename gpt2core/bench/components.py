@@ -125,7 +125,7 @@ def measure_components(
     for name, count in (("position", position), ("prefill_tokens", prefill_tokens)):
         if not 1 <= count < context:
             raise RequestError(f"{name} is {count}; it must be at least 1 and below the context of {context}")
-    tokenizer = Tokenizer.from_folder(checkpoint.folder)
+    tokenizer = Tokenizer.from_folder(checkpoint.tokenizer_folder)
     names = (
         [name for name, info in registry.available().items() if info.available]
         if backends is None

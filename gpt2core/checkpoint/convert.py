@@ -1,5 +1,6 @@
 """Pickled weights to safetensors: the one place that reads a pickle, on request, through PyTorch."""
 
+import json
 import re
 import warnings
 from collections.abc import Mapping
@@ -8,17 +9,19 @@ from typing import Any, Final
 
 import numpy as np
 
-from gpt2core._json import listed, read_json_object, shown, shown_name
+from gpt2core._json import check_no_pointer, listed, read_json_object, shown, shown_name
 from gpt2core.checkpoint.folder import (
     SMALL_FILES,
     WEIGHTS,
     find_pickles,
-    is_mask,
     read_config,
     weights_from_files,
 )
+from gpt2core.checkpoint.names import is_mask, is_other_head, wrapping_prefix
 from gpt2core.checkpoint.safetensors import SafetensorsFile, TensorData, replacing, write_safetensors
+from gpt2core.config import ModelConfig
 from gpt2core.errors import BackendUnavailableError, CheckpointError, UnsupportedCheckpointError
+from gpt2core.weights import expected_shapes
 
 _PICKLE: Final = "pytorch_model.bin"
 _PICKLE_INDEX: Final = "pytorch_model.bin.index.json"
@@ -28,6 +31,8 @@ _DTYPES: Final = {
     "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64",
     "uint8": "U8", "int8": "I8", "int16": "I16", "int32": "I32", "int64": "I64", "bool": "BOOL",
 }  # fmt: skip
+_NANOGPT: Final = "ckpt.pt"
+_LINEAR: Final = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
 _WRAPPERS: Final = ("state_dict", "model_state_dict", "model")  # where training loops put a model's tensors
 
 
@@ -36,6 +41,9 @@ def convert_pickle(folder: str | Path, output: str | Path | None = None, *, forc
 
     Reads `pytorch_model.bin`, the shards of `pytorch_model.bin.index.json`, or else the only `*.bin` or
     `*.pt` file, through `torch.load(weights_only=True)`. Causal masks and a tied head's copy are left out.
+
+    A folder with a nanoGPT's `ckpt.pt` needs no `config.json`: the file holds what it says. Prefixes of all
+    names, as Lightning's `model.`, are taken off, and heads of other tasks left out.
 
     Args:
         folder: holds the pickle and `config.json`.
@@ -51,20 +59,31 @@ def convert_pickle(folder: str | Path, output: str | Path | None = None, *, forc
     """
     folder = Path(folder)
     target = folder if output is None else Path(output)
-    config = read_config(folder)
     pickles = _find(folder)
+    torch = None
+    if [path.name for path in pickles] == [_NANOGPT] and not (folder / "config.json").exists():
+        torch = _import_torch()
+        config, nanogpt = _read_nanogpt(torch, pickles[0])
+    else:
+        config, nanogpt = read_config(folder), None
     copies = (
         [] if target.resolve() == folder.resolve() else [f for f in SMALL_FILES if (folder / f).is_file()]
     )
-    existing = [name for name in (WEIGHTS, *copies) if (target / name).exists()]
+    made = (WEIGHTS, *copies, *(["config.json"] if nanogpt else []))
+    existing = [name for name in made if (target / name).exists()]
     if existing and not force:
         raise CheckpointError(
             f"{target} already holds {', '.join(existing)}; remove them, or pass force=True (--force)"
         )
-    torch = _import_torch()
+    torch = torch or _import_torch()
     tensors: dict[str, Any] = {}
-    for path in pickles:
-        for name, tensor in _load(torch, path).items():
+    held = [(path, nanogpt or _load(torch, path)) for path in pickles]
+    wrapping = wrapping_prefix(name for _, content in held for name in content)
+    for path, content in held:
+        for full, tensor in content.items():
+            name = full.removeprefix(wrapping)
+            if is_other_head(name):
+                continue
             _check_plain(torch, path, name, tensor)
             if name in tensors:
                 raise CheckpointError(f"{path}: tensor {shown_name(name)} is in another shard too")
@@ -79,12 +98,44 @@ def convert_pickle(folder: str | Path, output: str | Path | None = None, *, forc
     for name in copies:
         with replacing(target / name) as file:
             file.write((folder / name).read_bytes())
+    if nanogpt:
+        with replacing(target / "config.json") as file:
+            file.write((json.dumps(config.to_dict(), indent=2) + "\n").encode())
     with replacing(target / WEIGHTS) as file:
         write_safetensors(file, {name: _tensor_data(torch, tensor) for name, tensor in tensors.items()})
         file.flush()
         label = pickles[0] if len(pickles) == 1 else folder / _PICKLE_INDEX
         weights_from_files(config, [SafetensorsFile(Path(file.name))], label)
     return target / WEIGHTS
+
+
+def _read_nanogpt(torch: Any, path: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """The configuration and the tensors of nanoGPT's `ckpt.pt`, as transformers would lay them out.
+
+    Its layers are `nn.Linear`, whose weights lie (out, in), and its biases may be left out; its GELU is exact
+    (https://github.com/karpathy/nanoGPT/blob/master/model.py).
+    """
+    content = _unpickle(torch, path)
+    sizes = content.get("model_args") if isinstance(content, Mapping) else None
+    held = content.get("model") if isinstance(content, Mapping) else None
+    if not isinstance(sizes, Mapping) or not isinstance(held, Mapping):
+        raise CheckpointError(f"{path} has no model_args and model, as nanoGPT's has; config.json is missing")
+    names = {"vocab_size": "vocab_size", "block_size": "n_positions"}
+    names |= {name: name for name in ("n_layer", "n_head", "n_embd")}
+    fields = {ours: sizes[theirs] for theirs, ours in names.items() if theirs in sizes}
+    if isinstance(vocab := fields.get("vocab_size"), int) and vocab < 50257:  # not GPT-2's own tokens
+        fields |= {"eos_token_id": None, "bos_token_id": None}
+    config = ModelConfig.from_dict({**fields, "activation_function": "gelu"})
+    wrapping = wrapping_prefix(map(str, held))
+    tensors = {str(name).removeprefix(wrapping): tensor for name, tensor in held.items()}
+    for name, tensor in tensors.items():
+        if _LINEAR.search(name) and isinstance(tensor, torch.Tensor) and tensor.ndim == 2:
+            tensors[name] = tensor.T
+    for name, shape in expected_shapes(config).items():
+        full = f"transformer.{name}"
+        if name.endswith(".bias") and full not in tensors and not sizes.get("bias", True):
+            tensors[full] = torch.zeros(shape)
+    return config, tensors
 
 
 def _find(folder: Path) -> list[Path]:
@@ -132,14 +183,16 @@ def _import_torch() -> Any:
     return torch
 
 
-def _load(torch: Any, path: Path) -> Mapping[str, Any]:
-    """The mapping of names to tensors that a pickle holds."""
+def _unpickle(torch: Any, path: Path) -> Any:
+    """What a pickle holds, read by PyTorch's unpickler of tensors and plain data."""
+    with path.open("rb") as file:
+        check_no_pointer(path, file.read(40))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of old storage types, which say nothing to who converts
             with path.open("rb") as file:
                 zipped = file.read(4) == b"PK\x03\x04"  # the format since PyTorch 1.6, which can be mapped
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # from a broken file the unpickler raises nearly anything
         forbidden = re.search(r"(?:GLOBAL|global:?|class) ([\w.]+)", str(error))
         if forbidden:
@@ -150,6 +203,11 @@ def _load(torch: Any, path: Path) -> Mapping[str, Any]:
         raise CheckpointError(
             f"{path} is no pickle of tensors, or damaged ({type(error).__name__})"
         ) from error
+
+
+def _load(torch: Any, path: Path) -> Mapping[str, Any]:
+    """The mapping of names to tensors that a pickle holds."""
+    content = _unpickle(torch, path)
     if isinstance(content, Mapping):
         inner = [content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)]
         content = inner[0] if inner else content

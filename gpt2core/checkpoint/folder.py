@@ -6,6 +6,7 @@ stand `X.weight_scale` (F32) and, for "int4", `X.weight_zero` (U8), in the shape
 """
 
 import re
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,10 +15,11 @@ from typing import Any, Final
 import numpy as np
 
 from gpt2core._json import listed, read_json_object, shown, shown_name
+from gpt2core.checkpoint.names import HEAD, MODEL, is_mask, is_other_head, layer_of, wrapping_prefix
 from gpt2core.checkpoint.safetensors import READABLE, SafetensorsFile, count_nonfinite, equal_arrays
 from gpt2core.config import QUANTIZATION_FIELD, ModelConfig, known_token_ids
 from gpt2core.encodings import BFloat16, Int4, Int8
-from gpt2core.errors import CheckpointError, UnsupportedCheckpointError
+from gpt2core.errors import CheckpointError, CheckpointWarning, UnsupportedCheckpointError
 from gpt2core.quantization.rounding import GROUP_SIZES, PRECISIONS
 from gpt2core.weights import Matrix, Weights, expected_shapes, weights_from_tensors
 
@@ -25,17 +27,16 @@ WEIGHTS: Final = "model.safetensors"
 WEIGHTS_INDEX: Final = "model.safetensors.index.json"
 SMALL_FILES: Final = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json",
-    "merges.txt", "special_tokens_map.json", "added_tokens.json",
+    "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
 )  # fmt: skip
 """What a checkpoint's folder may hold beside its weights; the first is needed, some tokenizer too."""
 
 QUANTIZATION_VERSION: Final = 1
-_PREFIX: Final = "transformer."
-_HEAD: Final = "lm_head.weight"
 _EMBEDDING: Final = "wte.weight"
-_MASK: Final = re.compile(rf"({re.escape(_PREFIX)})?h\.\d+\.attn\.(bias|masked_bias)")
 _SHARD_NAME: Final = re.compile(r"\w[\w.-]*\.safetensors", re.ASCII)
-_TRAINING_STATE: Final = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state\w*)\.(bin|pt)")
+_TRAINING_STATE: Final = re.compile(
+    r"(adapter_model|training_args|optimizer|scheduler|scaler|rng_state\w*)\.(bin|pt)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ class Storage:
 
     def parts(self, name: str, shape: tuple[int, ...]) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
         """Dtypes and shape of each tensor that stands for a parameter, by the ending of its name."""
-        table = name in (_EMBEDDING, _HEAD)
+        table = name in (_EMBEDDING, HEAD)
         if self.precision == "float32":
             return {"": (READABLE, shape)}
         if len(shape) == 1 or name == "wpe.weight":
@@ -68,30 +69,34 @@ class Storage:
 FLOAT32: Final = Storage()
 
 
-def read_config(folder: Path) -> ModelConfig:
+def read_config(folder: Path, *, strict: bool = False) -> ModelConfig:
     """Read `config.json`; a `generation_config.json` that names eos_token_id overrides its.
+
+    `strict` is that of `ModelConfig.from_dict`.
 
     Raises:
         CheckpointError: a file is missing (config.json) or wrong.
         UnsupportedCheckpointError: config.json asks for what is not implemented.
     """
-    return _read_description(folder)[0]
+    return _read_description(folder, strict)[0]
 
 
-def read_storage(folder: Path) -> tuple[ModelConfig, Storage]:
+def read_storage(folder: Path, *, strict: bool = False) -> tuple[ModelConfig, Storage]:
     """`read_config`, and how the weights are stored.
 
     Raises:
         CheckpointError: as of `read_config`, or this version does not read such weights.
     """
-    config, fields = _read_description(folder)
+    config, fields = _read_description(folder, strict)
     return config, _storage(folder, fields.get(QUANTIZATION_FIELD))
 
 
-def _read_description(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
+def _read_description(folder: Path, strict: bool) -> tuple[ModelConfig, dict[str, Any]]:
+    if not (folder / "config.json").exists():
+        raise CheckpointError(f"{folder}/config.json does not exist{_what_is(folder)}")
     fields = read_json_object(folder / "config.json")
     try:
-        config = ModelConfig.from_dict(fields)
+        config = ModelConfig.from_dict(fields, strict=strict)
     except UnsupportedCheckpointError as error:
         raise UnsupportedCheckpointError(_in_folder(folder, error)) from error
     except CheckpointError as error:
@@ -106,6 +111,27 @@ def _read_description(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
         return replace(config, eos_token_ids=known_token_ids(eos, config.vocab_size)), fields
     except CheckpointError as error:
         raise CheckpointError(str(error).replace("config.json", str(path), 1)) from error
+
+
+_TRAINED: Final = re.compile(r"checkpoint-(\d{1,12})")
+
+
+def _what_is(folder: Path) -> str:
+    """What a folder without config.json is instead, and what to do about it."""
+    try:
+        names = sorted(path.name for path in folder.iterdir())
+    except OSError as error:
+        return f" ({error.strerror})"
+    if not names:
+        return ": the folder is empty"
+    trained = sorted((int(match[1]), name) for name in names if (match := _TRAINED.fullmatch(name)))
+    if trained:
+        latest = trained[-1][1]
+        return f"; the folder holds a training's checkpoints, the last is {latest}: name {folder / latest}"
+    if holds_weights(folder):
+        return ""
+    files = listed([shown_name(name) for name in names], 5)
+    return f"; the folder holds {files}; name the one that holds the model"
 
 
 def _storage(folder: Path, field: Any) -> Storage:
@@ -133,15 +159,26 @@ def _in_folder(folder: Path, error: CheckpointError) -> str:
     return f"{folder}/{text}" if text.startswith("config.json") else text
 
 
+_OTHER_FORMATS: Final = {
+    ".h5": "weights of TensorFlow; load them with transformers 4 (from_tf=True) and save_pretrained",
+    ".msgpack": "weights of Flax; load them with transformers 4 (from_flax=True) and save_pretrained",
+    ".ckpt.index": "a checkpoint of TensorFlow 1; run transformers 4's convert_gpt2_original_tf_checkpoint",
+    ".onnx": "a graph without the model's configuration; take the checkpoint that it was exported from",
+    ".ot": "weights of rust-bert; take the PyTorch checkpoint that they were made from",
+    ".gguf": "a file of llama.cpp; run `gpt2core convert {file}`",
+}
+"""Ending of a file's name -> what it is and what to do with it."""
+
+
+def holds_weights(folder: Path) -> bool:
+    """Whether a folder holds a model's own weights, readable or pickled, beside what an adapter has."""
+    return any((folder / name).exists() for name in (WEIGHTS, WEIGHTS_INDEX)) or bool(find_pickles(folder))
+
+
 def find_pickles(folder: Path) -> list[str]:
     """Names of files in `folder` that look like pickled weights."""
     names = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
     return [name for name in names if not _TRAINING_STATE.fullmatch(name)]
-
-
-def is_mask(name: str) -> bool:
-    """Whether a tensor is a causal mask, which older versions of transformers saved with the weights."""
-    return bool(_MASK.fullmatch(name))
 
 
 def read_weights(folder: Path, config: ModelConfig, storage: Storage = FLOAT32) -> Weights:
@@ -168,6 +205,11 @@ def read_weights(folder: Path, config: ModelConfig, storage: Storage = FLOAT32) 
             f"{folder} holds pickled weights ({listed(pickles, 3)}), which can run code when they are read; "
             f"run `gpt2core convert {folder}` once to make {WEIGHTS} of them"
         )
+    for name in sorted(path.name for path in folder.iterdir()):
+        if remedy := next((text for ending, text in _OTHER_FORMATS.items() if name.endswith(ending)), None):
+            raise UnsupportedCheckpointError(
+                f"{folder} holds no {WEIGHTS} but {shown_name(name)}, {remedy.format(file=folder / name)}"
+            )
     raise CheckpointError(f"{folder} holds no weights: neither {WEIGHTS} nor {WEIGHTS_INDEX}")
 
 
@@ -220,6 +262,8 @@ def weights_from_files(
         CheckpointError: listing all `faults`, those of the files, and those of their tensors.
     """
     reader = _Reader(config, storage, files)
+    if reader.remarks:
+        warnings.warn(f"{label}: {listed(reader.remarks)}", CheckpointWarning, stacklevel=2)
     every = [*faults, *reader.faults]
     if every:
         count = f"{len(every)} faults" if len(every) > 1 else "a fault"
@@ -237,17 +281,30 @@ class _Reader:
         self._prefixed = False
         self._found: dict[str, tuple[SafetensorsFile, str]] = {}  # -> the file, its spelling
         self._sharded = len(files) > 1
+        self.remarks: list[str] = []
+        self._wrapping = wrapping_prefix(name for file in files for name in file.entries.keys() | file.faulty)
+        if self._wrapping:
+            self.remarks.append(f'the names of all tensors begin with "{self._wrapping}", which is taken off')
+        self._heads: list[str] = []
         for file in files:
             self.faults += [self._in(file, fault) for fault in file.faults]
             for name in sorted(file.entries.keys() | file.faulty):
                 self._find(file, name)
+        if self._heads and self._found:
+            self.remarks.append(
+                f"heads that are not the language model's are left out: {listed(self._heads, 3)}"
+            )
         self._match()
 
     def _find(self, file: SafetensorsFile, name: str) -> None:
-        if is_mask(name):
+        inner = name.removeprefix(self._wrapping)
+        if is_other_head(inner):
+            self._heads.append(shown_name(name))
             return
-        bare = name if name == _PREFIX + _HEAD else name.removeprefix(_PREFIX)
-        if bare != name:
+        if is_mask(inner):
+            return
+        bare = inner if inner == MODEL + HEAD else inner.removeprefix(MODEL)
+        if bare != inner:
             self._prefixed = True
         if bare in self._found:
             other = shown_name(self._found[bare][1])
@@ -256,15 +313,21 @@ class _Reader:
             self._found[bare] = file, name
 
     def _match(self) -> None:
-        # One block has 12 tensors: a config that lies about n_layer cannot make this list a billion names.
-        layers = min(self.config.n_layer, len(self._found) + 1)
-        if layers < self.config.n_layer:
+        if not any(layer_of(name) is not None or name in (_EMBEDDING, HEAD) for name in self._found):
+            names = self._heads + [shown_name(name) for _, name in self._found.values()]
             self.faults.append(
-                f"config.json promises {self.config.n_layer} blocks, the file has {len(self._found)} tensors"
+                "it holds no GPT-2 language model"
+                + (f", its tensors are {listed(names, 3)}" if names else " and no tensors")
             )
+            return
+        # One block has 12 tensors: a config that lies about n_layer cannot make this list a billion names.
+        held = max((layer_of(name) or 0) + 1 for name in self._found)
+        layers = min(self.config.n_layer, held, len(self._found) + 1)
+        if held != self.config.n_layer:
+            self.faults.append(f"config.json says {self.config.n_layer} layers, the file has {held}")
         shapes = expected_shapes(replace(self.config, n_layer=layers))
-        if self._head_may_differ and _HEAD in self._found:
-            shapes[_HEAD] = shapes[_EMBEDDING]
+        if self._head_may_differ and HEAD in self._found:
+            shapes[HEAD] = shapes[_EMBEDDING]
             if _EMBEDDING not in self._found:
                 del shapes[_EMBEDDING]
         expected = {
@@ -274,14 +337,17 @@ class _Reader:
         }
         for name, (dtypes, shape) in expected.items():
             if name not in self._found:
-                prefix = _PREFIX if self._prefixed and not name.startswith(_HEAD) else ""
-                self.faults.append(f"tensor {prefix}{name} of shape {list(shape)} is missing")
+                prefix = MODEL if self._prefixed and not name.startswith(HEAD) else ""
+                why = " (it is a GPT-2 without its language model's head)" if name == HEAD else ""
+                self.faults.append(
+                    f"tensor {self._wrapping}{prefix}{name} of shape {list(shape)} is missing{why}"
+                )
             else:
                 self._read(name, dtypes, shape)
         self.faults += [
             self._in(file, f"tensor {shown_name(name)} is surplus, config.json has no place for it")
             for bare, (file, name) in self._found.items()
-            if bare not in expected
+            if bare not in expected and (layer_of(bare) or 0) < layers
         ]
 
     @property
@@ -313,10 +379,10 @@ class _Reader:
 
     def weights(self) -> Weights:
         tensors, config = self._tensors, self.config
-        if self._head_may_differ and _HEAD in tensors:
+        if self._head_may_differ and HEAD in tensors:
             if _EMBEDDING not in tensors:
-                tensors[_EMBEDDING] = tensors[_HEAD]
-            elif not equal_arrays(tensors[_HEAD], tensors[_EMBEDDING]):
+                tensors[_EMBEDDING] = tensors[HEAD]
+            elif not equal_arrays(tensors[HEAD], tensors[_EMBEDDING]):
                 config = replace(config, tie_word_embeddings=False)
         matrices = {name: self._matrix(name, shape) for name, shape in expected_shapes(config).items()}
         return weights_from_tensors(config, matrices, self.storage.precision)

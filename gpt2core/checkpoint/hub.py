@@ -7,14 +7,23 @@ from pathlib import Path
 from typing import Any, Final
 
 from gpt2core._json import listed, read_json_object
-from gpt2core.checkpoint.folder import SMALL_FILES, WEIGHTS, WEIGHTS_INDEX
+from gpt2core.checkpoint.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from gpt2core.checkpoint.folder import SMALL_FILES, WEIGHTS, WEIGHTS_INDEX, find_pickles
 from gpt2core.errors import CheckpointError, UnsupportedCheckpointError
 
 _DIGITS: Final = "[0-9]" * 5  # not "*", which would match "/" and ".." too
-_WANTED: Final = (*SMALL_FILES, WEIGHTS, WEIGHTS_INDEX, f"model-{_DIGITS}-of-{_DIGITS}.safetensors")
+_WANTED: Final = (
+    *(*SMALL_FILES, ADAPTER_CONFIG, ADAPTER_WEIGHTS, WEIGHTS, WEIGHTS_INDEX),
+    f"model-{_DIGITS}-of-{_DIGITS}.safetensors",
+)
 _TOKENIZER: Final = "tokenizer.json"
 _NAME: Final = r"\w(?:[\w.-]{0,94}\w)?"
 _ID: Final = re.compile(rf"(?:{_NAME}/)?{_NAME}", re.ASCII)
+
+_URL: Final = re.compile(
+    r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co|hf-mirror\.com)/(?P<id>[^/?#]+/[^/?#]+|[^/?#]+)"
+    r"(?:/(?:tree|blob|resolve)/(?P<revision>[^/?#]+)[^?#]*)?/?(?:[?#].*)?"
+)
 
 
 def is_hub_id(text: str) -> bool:
@@ -22,15 +31,23 @@ def is_hub_id(text: str) -> bool:
     return bool(_ID.fullmatch(text)) and "--" not in text and ".." not in text and not text.endswith(".git")
 
 
+def parse_url(text: str) -> tuple[str, str | None] | None:
+    """The repository and revision of an address that was copied from the hub's pages; None if it is none."""
+    match = _URL.fullmatch(text)
+    return (match["id"], match["revision"]) if match and is_hub_id(match["id"]) else None
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a model comes from: its name, and what is asked of the hub; see `open_checkpoint`."""
+    """Where a model comes from and how it is read: the arguments of `open_checkpoint`."""
 
     model: str | os.PathLike[str]
     revision: str | None = None
     cache_dir: str | os.PathLike[str] | None = None
     local_files_only: bool = False
     token: str | bool | None = None
+    strict: bool = False
+    adapter: str | os.PathLike[str] | None = None
 
 
 def download(source: Source, *, progress: bool = True) -> Path:
@@ -64,6 +81,8 @@ def download(source: Source, *, progress: bool = True) -> Path:
     lacking = _lacking(cached)
     if cached and not lacking:
         return cached
+    if cached and (pickles := find_pickles(cached)) and not _gained_weights(source):
+        raise _only_pickles(name, repo_id, pickles)
     usable = cached if lacking == [_TOKENIZER] else None  # a repository need not have a tokenizer
     if source.local_files_only or constants.HF_HUB_OFFLINE:
         if usable:
@@ -92,6 +111,8 @@ def _lacking(folder: Path | None) -> list[str]:
     """What a model needs and `folder` does not hold, the tokenizer last."""
     if folder is None:
         return ["config.json", WEIGHTS, _TOKENIZER]
+    if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
+        return [] if (folder / ADAPTER_WEIGHTS).is_file() else [ADAPTER_WEIGHTS]
     lacking = [] if (folder / "config.json").is_file() else ["config.json"]
     if not (folder / WEIGHTS).is_file():
         if (folder / WEIGHTS_INDEX).is_file():
@@ -162,9 +183,60 @@ def _incomplete(source: Source, name: str, folder: Path, lacking: list[str]) -> 
         return CheckpointError(f"{text} (what it has was downloaded to {folder})")
     pickles = sorted(file for file in files if file.endswith((".bin", ".pt", ".pth", ".ckpt")))
     if WEIGHTS in lacking and pickles:
-        return UnsupportedCheckpointError(
-            f"{name} has only pickled weights ({listed(pickles, 3)}), which can run code when they are read; "
-            f"if you trust them, run `hf download {repo_id} --local-dir FOLDER` and "
-            "`gpt2core convert FOLDER`, then name FOLDER"
-        )
+        return _only_pickles(name, repo_id, pickles)
     return CheckpointError(f"{text}; it has {listed(sorted(files), 10)}")
+
+
+def _only_pickles(name: str, repo_id: str, pickles: list[str]) -> UnsupportedCheckpointError:
+    return UnsupportedCheckpointError(
+        f"{name} has only pickled weights ({listed(pickles, 3)}), which can run code when they are read; "
+        f"if you trust them, run `gpt2core convert {repo_id}` and name the folder that it makes"
+    )
+
+
+def _gained_weights(source: Source) -> bool:
+    """Whether the hub has safetensors where the cache has pickles; asked once, briefly, where it may be."""
+    import huggingface_hub
+    from huggingface_hub import constants
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+    if source.local_files_only or constants.HF_HUB_OFFLINE:
+        return False
+    url = f"{constants.ENDPOINT}/{source.model}/resolve/{source.revision or 'main'}/{WEIGHTS}"
+    headers = build_hf_headers(token=source.token)
+    try:  # without huggingface_hub's retries, which take 20 seconds where there is no network
+        answer = huggingface_hub.get_session().head(url, headers=headers, timeout=3)
+    except Exception:  # of whatever client huggingface_hub rides on
+        return False
+    return bool(200 <= answer.status_code < 400)
+
+
+def download_pickles(source: Source, *, progress: bool = True) -> Path:
+    """The folder of a repository's snapshot with its pickled weights, for `gpt2core convert`.
+
+    Raises:
+        CheckpointError: it cannot be downloaded; says what would help.
+    """
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                str(source.model),
+                revision=source.revision,
+                cache_dir=None if source.cache_dir is None else Path(source.cache_dir),
+                token=source.token,
+                local_files_only=source.local_files_only,
+                allow_patterns=[
+                    *SMALL_FILES,
+                    "pytorch_model*.bin",
+                    "pytorch_model.bin.index.json",
+                    "ckpt.pt",
+                ],
+                **({} if progress else {"tqdm_class": _silent_bar()}),
+            )
+        )
+    except Exception as error:  # as in `download`
+        name = str(source.model)
+        raise CheckpointError(_why(error, name, name, constants.ENDPOINT)) from error

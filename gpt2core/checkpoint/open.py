@@ -1,8 +1,10 @@
 """Checkpoints: a folder, a model's id on the Hugging Face Hub or "demo" in, configuration and weights out."""
 
+import difflib
 import json
 import os
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -11,21 +13,30 @@ import numpy as np
 
 from gpt2core._json import listed, shown
 from gpt2core.checkpoint import hub
+from gpt2core.checkpoint.adapter import ADAPTER_CONFIG, is_adapter, merge_adapter, read_adapter_config
 from gpt2core.checkpoint.convert import convert_pickle
-from gpt2core.checkpoint.folder import QUANTIZATION_VERSION, WEIGHTS, read_config, read_storage, read_weights
+from gpt2core.checkpoint.folder import (
+    QUANTIZATION_VERSION,
+    WEIGHTS,
+    holds_weights,
+    read_config,
+    read_storage,
+    read_weights,
+)
 from gpt2core.checkpoint.hub import Source
 from gpt2core.checkpoint.safetensors import ITEM_NBYTES, STORED, TensorData, replacing, write_safetensors
 from gpt2core.config import QUANTIZATION_FIELD, ModelConfig
 from gpt2core.encodings import Int4, round_to_bfloat16
-from gpt2core.errors import CheckpointError, RequestError
+from gpt2core.errors import CheckpointError, CheckpointWarning, RequestError
 from gpt2core.quantization.rounding import dequantize
 from gpt2core.weights import Weights
 
 __all__ = [
-    "Checkpoint", "Source", "convert_pickle", "open_checkpoint", "read_checkpoint", "read_config",
-    "read_weights", "resolve", "save_checkpoint",
+    "Checkpoint", "Located", "Source", "convert_pickle", "locate", "open_checkpoint", "read_checkpoint",
+    "read_config", "read_weights", "resolve", "save_checkpoint",
 ]  # fmt: skip
 
+_TOKENIZER_FILES: Final = ("tokenizer.json", "vocab.json")
 DEMO: Final = Path(__file__).parent.parent / "demo"
 
 
@@ -35,14 +46,16 @@ class Checkpoint:
 
     Attributes:
         source: what was asked for: "demo", a folder, a hub id.
-        folder: the local folder that holds the files, the tokenizer's too.
+        folder: the local folder that was named; where it holds an adapter only, the base is another.
+        tokenizer_folder: holds the tokenizer: an adapter's own, or else the model's.
         config: the same as `stored.config`.
-        stored: in the precision of the file, read-only; memory-mapped where the file holds aligned float32,
-            in fewer bits always.
+        stored: with the adapter merged, if there is one; in the precision of the file, read-only;
+            memory-mapped where the file holds aligned float32, in fewer bits always.
     """
 
     source: str
     folder: Path
+    tokenizer_folder: Path
     config: ModelConfig
     stored: Weights
 
@@ -59,6 +72,8 @@ def open_checkpoint(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
     token: str | bool | None = None,
+    strict: bool = False,
+    adapter: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Checkpoint:
     """Find a model, read its configuration and its weights, and check them.
@@ -70,21 +85,97 @@ def open_checkpoint(
         cache_dir: instead of huggingface_hub's own cache.
         local_files_only: never use the network.
         token: for private and gated repositories; None for the one that `hf auth login` stored.
+        strict: refuse a `config.json` with fields that are not known; otherwise those that GPT-2 does not
+            read are left out with a `CheckpointWarning`.
+        adapter: a folder or hub id of a LoRA adapter (as peft saves it) to merge into the model. A model that
+            is an adapter only is merged into the base that it names; one that lies beside a model, into that.
         progress: show a download's progress on stderr.
 
     Raises:
         CheckpointError: it is not there, or not whole; all faults of its tensors are listed at once.
         UnsupportedCheckpointError: it is pickled, or asks for what gpt2core does not compute.
     """
-    return read_checkpoint(Source(model, revision, cache_dir, local_files_only, token), progress=progress)
+    source = Source(model, revision, cache_dir, local_files_only, token, strict, adapter)
+    return read_checkpoint(source, progress=progress)
 
 
 def read_checkpoint(source: Source, *, progress: bool = True) -> Checkpoint:
     """`open_checkpoint` of a source."""
-    folder = resolve(source, progress=progress)
-    config, storage = read_storage(folder)
-    stored = read_weights(folder, config, storage)
-    return Checkpoint(source=os.fspath(source.model), folder=folder, config=stored.config, stored=stored)
+    located = locate(source, progress=progress)
+    config, storage = read_storage(located.base, strict=source.strict)
+    stored = read_weights(located.base, config, storage)
+    if located.adapter is not None:
+        stored = merge_adapter(stored, located.adapter)
+    name = os.fspath(source.model)
+    return Checkpoint(name, located.folder, located.tokenizer, stored.config, stored)
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """The local folders of a model.
+
+    Attributes:
+        folder: what was named.
+        base: holds `config.json` and the weights.
+        adapter: holds what is to be merged into them.
+        tokenizer: the adapter's folder if that has a tokenizer, else the base's.
+    """
+
+    folder: Path
+    base: Path
+    adapter: Path | None
+    tokenizer: Path
+
+
+def locate(source: Source, *, progress: bool = True) -> Located:
+    """Find a model's files and those of its adapter; downloads what is not there.
+
+    Raises:
+        CheckpointError: as of `resolve`; or the folder is an adapter whose base cannot be found.
+    """
+    folder = base = resolve(source, progress=progress)
+    adapter = None
+    if source.adapter is not None:
+        beside = replace(source, model=source.adapter, revision=None, adapter=None)
+        adapter = resolve(beside, progress=progress)
+        if not is_adapter(adapter):
+            raise CheckpointError(f"{source.adapter} is no adapter: it holds no {ADAPTER_CONFIG}")
+    if is_adapter(folder) and not holds_weights(folder):
+        if adapter is not None:
+            raise CheckpointError(f"{source.model} is an adapter itself; name its base as the model")
+        base, adapter = _base_of(source, folder, progress), folder
+    elif is_adapter(folder) and adapter is None:
+        adapter = folder
+        warnings.warn(
+            f"{folder} holds an adapter beside the model, which is merged into it; to run the model without, "
+            f"move {ADAPTER_CONFIG} away",
+            CheckpointWarning,
+            stacklevel=2,
+        )
+    own = adapter is not None and any((adapter / name).is_file() for name in _TOKENIZER_FILES)
+    return Located(folder, base, adapter, adapter if adapter is not None and own else base)
+
+
+def _base_of(source: Source, folder: Path, progress: bool) -> Path:
+    """The folder of the model that an adapter was trained on."""
+    fields = read_adapter_config(folder)
+    name, revision = fields.get("base_model_name_or_path"), fields.get("revision")
+    if not isinstance(name, str) or not name:
+        raise CheckpointError(
+            f"{folder} is an adapter that names no base; name the base as the model and this as its adapter"
+        )
+    local = os.path.isdir(os.path.expanduser(name))
+    revision = revision if isinstance(revision, str) and not local else None
+    try:
+        base = resolve(replace(source, model=name, revision=revision, adapter=None), progress=progress)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{folder} is an adapter for {shown(name)}, which is not found: {error}; name its base as the "
+            "model and this folder as the adapter (--model BASE --adapter FOLDER)"
+        ) from error
+    if is_adapter(base) and not holds_weights(base):
+        raise CheckpointError(f"{folder} is an adapter for {shown(name)}, which is an adapter too")
+    return base
 
 
 def resolve(source: Source, *, progress: bool = True) -> Path:
@@ -113,10 +204,18 @@ def resolve(source: Source, *, progress: bool = True) -> Path:
     if name and os.path.exists(folder):
         raise CheckpointError(f"{name} is a file; name the folder that holds it")
 
+    if isinstance(model, str) and (pasted := hub.parse_url(name)):
+        name = pasted[0]
+        source = replace(source, model=name, revision=revision or pasted[1])
     if not isinstance(model, str) or not hub.is_hub_id(name):
         kind = "" if not isinstance(model, str) else ", and no hub id (name or owner/name) either"
         raise CheckpointError(f"{shown(name)} is not an existing folder{kind}; check the path")
-    return hub.download(source, progress=progress)
+    try:
+        return hub.download(source, progress=progress)
+    except CheckpointError as error:
+        if not difflib.get_close_matches(name.lower(), ["demo"], cutoff=0.75):
+            raise
+        raise type(error)(f"{error}; did you mean demo, the bundled model?") from error
 
 
 # What a dtype cannot hold rounds to infinity from here on; NaN is in no range.

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, Final
 import numpy as np
 
 from gpt2core import _files
-from gpt2core._json import parse_json_object, shown, shown_name
+from gpt2core._json import check_no_pointer, parse_json_object, shown, shown_name
 from gpt2core._shapes import Float32
 from gpt2core.encodings import widen_bfloat16
 from gpt2core.errors import CheckpointError
@@ -79,15 +79,27 @@ class SafetensorsFile:
         except (OSError, ValueError) as error:  # ValueError: the file was cut after its size was read
             raise CheckpointError(f"{path} cannot be read: {error}") from error
         header.pop("__metadata__", None)
+        cut: dict[str, int] = {}  # -> its end
         for name, value in header.items():
             entry = _parse_entry(value, data_begin)
             if isinstance(entry, TensorEntry) and entry.end > nbytes:
-                entry = f"is truncated: it ends at byte {entry.end}, the file at byte {nbytes}"
-            if isinstance(entry, TensorEntry):
+                self.faulty.add(name)
+                cut[name] = entry.end
+            elif isinstance(entry, TensorEntry):
                 self.entries[name] = entry
             else:
                 self.faulty.add(name)
                 self.faults.append(f"tensor {shown_name(name)} {entry}")
+        if len(cut) == 1:
+            [(name, end)] = cut.items()
+            self.faults.append(
+                f"tensor {shown_name(name)} is truncated: it ends at byte {end}, the file at byte {nbytes}"
+            )
+        elif cut:
+            self.faults.append(
+                f"the file is truncated: it has {nbytes} bytes and its header promises {max(cut.values())}, "
+                f"so {len(cut)} of {len(header)} tensors are cut off; download or convert it again"
+            )
         self._check_layout(data_begin, nbytes)
 
     def _check_layout(self, data_begin: int, nbytes: int) -> None:
@@ -151,10 +163,7 @@ def equal_arrays(a: Float32[np.ndarray, "..."], b: Float32[np.ndarray, "..."]) -
 
 def _read_header(path: Path, file: BinaryIO, nbytes: int) -> dict[str, Any]:
     head = file.read(40)
-    if head.startswith(b"version https://git-lfs"):
-        raise CheckpointError(
-            f"{path} is a Git LFS pointer, not the weights; run `git lfs pull` in its folder"
-        )
+    check_no_pointer(path, head)
     if len(head) < 8:
         raise CheckpointError(f"{path} has {nbytes} bytes; a safetensors file has at least 8")
     length = int.from_bytes(head[:8], "little")

@@ -23,6 +23,11 @@ checkpoint_options = (
     click.option("--revision", metavar="NAME", help="Branch, tag or commit of a model on the hub."),
     click.option("--offline", is_flag=True, help="Use local files only; never ask the hub."),
 )
+adapter_option = click.option(
+    "--adapter",
+    metavar="ADAPTER",
+    help="A LoRA adapter (folder, or an id on the hub) to merge into the model.",
+)
 model_option = click.option(
     "--model",
     metavar="MODEL",
@@ -91,7 +96,7 @@ def load(
     folder = find(model, revision=revision, offline=offline)
     draft = None if draft_model is None else find(draft_model, revision=None, offline=offline)
     with Status(f"loading {model}"):
-        return GPT2.from_pretrained(folder, draft_model=draft, **engine)
+        return GPT2.from_pretrained(folder, draft_model=draft, local_files_only=offline, **engine)
 
 
 def write(text: str) -> None:

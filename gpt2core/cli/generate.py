@@ -10,6 +10,7 @@ import click
 
 from gpt2core._machine import peak_memory_nbytes
 from gpt2core.cli.console import (
+    adapter_option,
     format_nbytes,
     json_option,
     load,
@@ -58,6 +59,8 @@ class Speed:
 @click.command(short_help="Continue a text.")
 @click.argument("prompt", required=False)
 @options(*model_options, *speculation_options, *sampling_options)
+@options(adapter_option)
+@click.option("--strict", is_flag=True, help="Refuse a config.json with fields that are not known.")
 @click.option("--allow-special", is_flag=True, help="Read <|endoftext|> in the prompt as the special token.")
 @click.option("--no-stream", is_flag=True, help="Print the text once it is complete.")
 @click.option("--stats", is_flag=True, help="Report speed and memory on stderr.")
@@ -74,6 +77,8 @@ def generate(
     threads: int | None,
     speculation: str,
     draft_model: str | None,
+    adapter: str | None,
+    strict: bool,
     allow_special: bool,
     no_stream: bool,
     stats: bool,
@@ -102,6 +107,8 @@ def generate(
         threads=threads,
         speculation=speculation,
         draft_model=draft_model,
+        adapter=adapter,
+        strict=strict,
     ) as loaded:
         load_s = time.perf_counter() - start_s
         if as_json or no_stream or params.n > 1:

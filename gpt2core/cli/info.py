@@ -19,19 +19,27 @@ from gpt2core.cli.console import (
 
 @click.command(short_help="Describe a checkpoint.")
 @click.argument("model", default="demo")
-@options(*checkpoint_options, json_option)
-def info(model: str, revision: str | None, offline: bool, as_json: bool) -> None:
+@options(*checkpoint_options)
+@click.option("--strict", is_flag=True, help="Refuse a config.json with fields that are not known.")
+@options(json_option)
+def info(model: str, revision: str | None, offline: bool, strict: bool, as_json: bool) -> None:
     """Describe MODEL: the demo model, a folder, or a model's id on the hub."""
-    from gpt2core.checkpoint.open import read_config
+    from gpt2core._json import read_json_object
+    from gpt2core.checkpoint.open import Source, locate, read_config
+    from gpt2core.config import unread_fields
     from gpt2core.tokenizer.tokenizer import Tokenizer
 
     folder = find(model, revision=revision, offline=offline)
-    config = read_config(folder)
-    tokenizer = Tokenizer.from_folder(folder)
+    located = locate(Source(folder, local_files_only=offline))
+    config = read_config(located.base, strict=strict)
+    tokenizer = Tokenizer.from_folder(located.tokenizer)
     document = {
         "model": model,
         "folder": str(folder),
+        "base": str(located.base),
+        "adapter": None if located.adapter is None else str(located.adapter),
         "config": dataclasses.asdict(config),
+        "unread_fields": unread_fields(read_json_object(located.base / "config.json")),
         "parameters": config.parameters,
         "float32_nbytes": 4 * config.parameters,
         "cache_nbytes_per_sequence": config.cache_nbytes(1, config.n_positions),
@@ -49,12 +57,15 @@ def _files(folder: Path) -> dict[str, int]:
 
 
 def _rows(document: dict[str, Any]) -> list[tuple[str, ...]]:
+    from gpt2core.config import unread_text
+
     config, tokenizer = document["config"], document["tokenizer"]
     parameters = document["parameters"]
     cache_nbytes = document["cache_nbytes_per_sequence"]
     rows: list[tuple[str, ...]] = [
         ("model", document["model"]),
         ("folder", document["folder"]),
+        *([("adapter of", document["base"])] if document["base"] != document["folder"] else ()),
         ("parameters", f"{parameters:,} ({format_nbytes(document['float32_nbytes'])} as float32)"),
         (
             "KV cache",
@@ -64,6 +75,8 @@ def _rows(document: dict[str, Any]) -> list[tuple[str, ...]]:
         ("tokenizer", f"{tokenizer['vocab_size']} tokens, {len(tokenizer['special_ids'])} of them special"),
     ]
     rows += [("config", ""), *((f"  {name}", _shown(value)) for name, value in config.items())]
+    if document["unread_fields"]:
+        rows.append(("not read", unread_text(document["unread_fields"])))
     rows += [("files", ""), *((f"  {name}", format_nbytes(size)) for name, size in document["files"].items())]
     return rows
 

@@ -7,6 +7,7 @@ import click
 
 from gpt2core.cli.console import (
     Status,
+    adapter_option,
     checkpoint_options,
     find,
     format_nbytes,
@@ -18,7 +19,7 @@ from gpt2core.cli.console import (
 @click.command(short_help="Round a model's weights to fewer bits.")
 @click.argument("model")
 @click.argument("folder", metavar="OUT", type=click.Path(file_okay=False, path_type=Path))
-@options(*checkpoint_options)
+@options(*checkpoint_options, adapter_option)
 @click.option(
     "--precision",
     type=click.Choice(["int8", "int4", "bfloat16"]),
@@ -39,6 +40,7 @@ def quantize(
     folder: Path,
     revision: str | None,
     offline: bool,
+    adapter: str | None,
     precision: str,
     group_size: str,
     force: bool,
@@ -52,7 +54,9 @@ def quantize(
     from gpt2core.errors import CheckpointError, RequestError
     from gpt2core.quantization.rounding import quantize as rounded
 
-    checkpoint = open_checkpoint(find(model, revision=revision, offline=offline))
+    checkpoint = open_checkpoint(
+        find(model, revision=revision, offline=offline), adapter=adapter, local_files_only=offline
+    )
     if folder.exists() and folder.resolve() == checkpoint.folder.resolve():
         raise RequestError(f"OUT is the model's own folder {folder}; name another one")
     there = [name for name in (WEIGHTS, *SMALL_FILES) if (folder / name).exists()]
@@ -64,7 +68,7 @@ def quantize(
         weights = rounded(checkpoint.stored, precision, group_size=int(group_size))
         save_checkpoint(folder, weights)
     for name in SMALL_FILES:
-        if name != "config.json" and (checkpoint.folder / name).is_file():
-            shutil.copyfile(checkpoint.folder / name, folder / name)
+        if name != "config.json" and (checkpoint.tokenizer_folder / name).is_file():
+            shutil.copyfile(checkpoint.tokenizer_folder / name, folder / name)
     before, after = checkpoint.stored.nbytes, weights.nbytes
     write(f"{folder}: {format_nbytes(after)}, {after / before:.2f} of float32's {format_nbytes(before)}\n")

@@ -8,12 +8,15 @@ import click
 from gpt2core.cli.console import model_options, options, speculation_options
 from gpt2core.errors import BackendUnavailableError, RequestError
 
-PACKAGES = ("fastapi", "prometheus_client", "pydantic", "pydantic_settings", "starlette", "uvicorn")
+PACKAGES = ("fastapi", "jinja2", "prometheus_client", "pydantic", "pydantic_settings", "starlette", "uvicorn")
 
 
 @click.command(short_help="Run an HTTP server.")
 @options(*model_options, *speculation_options)
 @click.option("--served-name", metavar="NAME", help="The model's name in the API.  [default: from --model]")
+@click.option(
+    "--chat-template", metavar="FILE|dialogpt|plain", help="How chats become prompts.  [default: the model's]"
+)
 @click.option("--host", metavar="ADDRESS", help="Where to listen.  [default: 127.0.0.1]")
 @click.option("--port", type=click.IntRange(0, 65535), help="0 takes a free one.  [default: 8000]")
 @click.option(
@@ -43,7 +46,7 @@ def serve(context: click.Context, /, **given: Any) -> None:
         from pydantic import ValidationError
 
         from gpt2core.serve.server import run
-        from gpt2core.serve.settings import Settings
+        from gpt2core.serve.settings import Settings, describe_faults
     except ModuleNotFoundError as error:
         if error.name not in PACKAGES:
             raise
@@ -55,6 +58,7 @@ def serve(context: click.Context, /, **given: Any) -> None:
     try:
         settings = Settings(**chosen)
     except ValidationError as error:
-        faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
-        raise RequestError("; ".join(faults)) from None
+        names = {str(option.name): option.opts[-1] for option in context.command.params}
+        options = {name: names[name] for name in chosen}
+        raise RequestError(describe_faults(error, options)) from None
     run(settings)

@@ -88,7 +88,6 @@ class DraftModel:
     def __init__(self, backend: Backend, config: ModelConfig, slots: int, chunk_tokens: int) -> None:
         check_draft(config, backend.config)
         self._backend = backend
-        self._eos = config.eos_token_ids
         self._slots = slots
         self._capacity = min(config.n_positions, backend.config.n_positions)
         self._chunk_tokens = chunk_tokens
@@ -141,7 +140,7 @@ class DraftModel:
                 request.params,
                 token_ids=[*request.token_ids, *row.proposal],
                 prompt_tokens=request.prompt_tokens,
-                eos_token_ids=self._eos,
+                eos_token_ids=request.end_token_ids,
                 seed=request.seed,
                 choice=request.choice,
             )
@@ -149,7 +148,7 @@ class DraftModel:
             return False
         row.proposal.append(token_id)
         row.start, row.tokens = end, [token_id]
-        return len(row.proposal) < row.count and token_id not in self._eos
+        return len(row.proposal) < row.count and token_id not in request.end_token_ids
 
 
 @dataclass(slots=True)

@@ -12,26 +12,30 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
-from typing import Final
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from typing import Any, Final
 
 import numpy as np
 
 from gpt2core._shapes import Float32
-from gpt2core.backends.base import Backend, Cache
+from gpt2core.backends.base import Backend, Cache, Embeds
 from gpt2core.batch import Batch
 from gpt2core.engine.draft import draft_nbytes, make_speculation
 from gpt2core.engine.guarded import GuardedScheduler
+from gpt2core.engine.pacing import Pacer
 from gpt2core.engine.request import LogitsReader, PromptLogprobs, Request, Update
 from gpt2core.engine.rows import Drawn, Row, RowFailed, build_batch, count_accepted, draw_row, fail_row
 from gpt2core.engine.scheduler import Scheduler, Step
 from gpt2core.engine.speculation import SpeculationMode
-from gpt2core.errors import BackendError, RequestError
+from gpt2core.errors import BackendError, NumericalError, RequestError
 from gpt2core.prompts import check_token_ids, encode_prompt
 from gpt2core.sampling.params import SamplingParams
 from gpt2core.tokenizer.stream import TextStream
 from gpt2core.tokenizer.tokenizer import Tokenizer
 
+_READ_ONLY: Final = SamplingParams(max_new_tokens=0)
+_ERRAND_S: Final = 0.005
 CACHE_NBYTES: Final = 4 * 2**30
 """Default limit on the KV cache of one engine, bytes."""
 
@@ -95,6 +99,7 @@ class Engine:
         self._cache: Cache | None = None
         self._closed = False
         self._eos = frozenset(self.config.eos_token_ids)
+        self._errands: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._stepping = threading.Lock()  # one step at a time; held while the backend computes
 
     @property
@@ -151,7 +156,7 @@ class Engine:
             RequestError: the prompt is empty or holds what is not a token id; stop strings or echo are asked
                 for without a tokenizer.
             ContextLengthError: prompt and new tokens exceed the context.
-            InvalidSamplingError: `logit_bias` names an id outside the vocabulary.
+            InvalidSamplingError: `logit_bias` or `stop_token_ids` name an id outside the vocabulary.
         """
         ids = check_token_ids(prompt_ids, self.config.vocab_size)
         params.check_vocabulary(self.config.vocab_size)
@@ -187,6 +192,7 @@ class Engine:
         ids, max_new_tokens = self.check(prompt_ids, params)
         scored = on_logits is None and params.echo and params.logprobs is not None
         seed = int.from_bytes(os.urandom(8)) >> 1 if params.seed is None else params.seed
+        end_token_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos)
         now_s = time.perf_counter()
         requests = [
             Request(
@@ -197,7 +203,7 @@ class Engine:
                 params=params,
                 seed=seed,
                 max_new_tokens=max_new_tokens,
-                eos_token_ids=self._eos,
+                end_token_ids=end_token_ids,
                 stream=TextStream(self.tokenizer.stream_decoder(), params.stop) if self.tokenizer else None,
                 echo=self.tokenizer.decode(ids) if self.tokenizer and params.echo else "",
                 logits_from=0 if scored else None if on_logits is None else logits_from,
@@ -226,11 +232,76 @@ class Engine:
         (`KeyboardInterrupt`) during the pass propagates and changes nothing: the next step repeats it.
         """
         with self._stepping:
+            self._run_errand()
+            begun_s = time.perf_counter()
             planned = self._next_batch()
             if planned is None:
                 return []
             rows, batch = planned
-            return self._guarded.change(self._commit, rows, self._draw(rows, batch))
+            updates = self._guarded.change(self._commit, rows, self._draw(rows, batch))
+            self._scheduler.note_time(time.perf_counter() - begun_s)
+            return updates
+
+    def pace_prompts(self, stretch: float) -> None:
+        """From now on read prompts in parts so small that texts which are written meanwhile do not stutter.
+
+        The parts are chosen by measured time, and their sizes may change the last bits of a prompt's numbers
+        on a backend whose products depend on the number of rows, so this is off by default.
+
+        Args:
+            stretch: how many times as long as a step without prompts one with prompts may take.
+
+        Raises:
+            RequestError: `stretch` is not a number above 1.
+        """
+        if not (math.isfinite(stretch) and stretch > 1):
+            raise RequestError(f"stretch is {stretch!r}; it must be a number above 1")
+        self._scheduler.pacer = Pacer(stretch)
+
+    def hidden_states(self, token_ids: Iterable[int]) -> Float32[np.ndarray, "T D"]:
+        """What the logits of one sequence are made from, (T, D): computed between two steps.
+
+        Raises:
+            RequestError: no tokens, more than the context, or what is not a token id; the backend lacks the
+                capability `Embeds`, or the engine is closed.
+            BackendError: the backend failed; `NumericalError` if what it returned is not finite.
+        """
+        backend = self.backend
+        if not isinstance(backend, Embeds):
+            raise RequestError(
+                f"backend {backend.name!r} gives no hidden states; take one with the capability Embeds, as "
+                "'numpy' or 'torch'"
+            )
+        ids, _ = self.check(token_ids, _READ_ONLY)
+        errand: Future[Float32[np.ndarray, "T D"]] = Future()
+        self._errands.append((errand, lambda: backend.hidden_states(ids)))
+        while not errand.done():  # a lock is not fair: steps, one after the other, may run this errand too
+            if self._stepping.acquire(timeout=_ERRAND_S):
+                try:
+                    self._run_errand()
+                finally:
+                    self._stepping.release()
+        hidden = errand.result()
+        if not np.isfinite(hidden).all():
+            raise NumericalError(
+                f"backend {backend.name!r} returned hidden states that are not finite; check the checkpoint "
+                "with `gpt2core verify`, or take another backend"
+            )
+        return hidden
+
+    def _run_errand(self) -> None:
+        """Do one thing that waits for the backend to be free."""
+        if not self._errands:
+            return
+        errand, work = self._errands.popleft()
+        if not errand.set_running_or_notify_cancel():
+            return
+        try:
+            if self._closed:
+                raise RequestError("this model is closed; load it again")
+            errand.set_result(work())
+        except BaseException as error:
+            errand.set_exception(error)
 
     def close(self) -> None:
         """Cancel whatever waits or runs, once a step under way has ended, and let go of the cache."""

@@ -77,7 +77,7 @@ class Request:
     params: SamplingParams
     seed: int
     max_new_tokens: int
-    eos_token_ids: frozenset[int]
+    end_token_ids: frozenset[int]  # each ends the text: the end-of-text tokens, and `stop_token_ids`
     stream: TextStream | None  # None without a tokenizer: then there is no text
     echo: str  # the prompt's text, when the parameters ask for it
     logits_from: int | None = None  # first prompt position whose logits `on_logits` reads
@@ -93,6 +93,7 @@ class Request:
     finish_reason: FinishReason | None = None
     error: Gpt2CoreError | None = None
     submitted_s: float = 0.0
+    started_s: float | None = None  # when it got its slot
     first_token_s: float | None = None
     last_token_s: float | None = None
     finished_s: float | None = None
@@ -130,14 +131,14 @@ class Request:
         return self._record(None, self.echo, logprobs, "length", now_s)
 
     def take_token(self, token_id: int, logprobs: tuple[TokenLogprob, ...], now_s: float) -> Update:
-        """Append a drawn token; end at an end-of-text token, a stop string or the last token allowed."""
+        """Append a drawn token; end at a token that ends it, a stop string or the last token allowed."""
         self.token_ids.append(token_id)
         self.last_token_s = now_s
         if self.first_token_s is None:
             self.first_token_s = now_s
         text = ""
         reason: FinishReason | None = None
-        if token_id in self.eos_token_ids:
+        if token_id in self.end_token_ids:
             reason = "stop"
         elif self.stream is not None:
             text = self.stream.push(token_id)

@@ -112,7 +112,7 @@ def draw_row(
                         "another backend"
                     )
                 )
-        return _read_row(row, mine, backend.config.eos_token_ids)
+        return _read_row(row, mine)
     except Gpt2CoreError as error:
         return RowFailed(error)
     except Exception as error:
@@ -147,7 +147,7 @@ def _finite_rows(row: Row, logits: Float32[np.ndarray, "n V"]) -> int:
     return int(finite.argmin()) if row.proposed else 0
 
 
-def _read_row(row: Row, logits: Float32[np.ndarray, "n V"], eos_token_ids: Sequence[int]) -> list[Drawn]:
+def _read_row(row: Row, logits: Float32[np.ndarray, "n V"]) -> list[Drawn]:
     """Hand the row's logits to who reads them, and draw its token, or tokens as far as they were proposed.
 
     None in the middle of a prompt. Each token is drawn as if it were the only one: the proposal decides only
@@ -159,36 +159,31 @@ def _read_row(row: Row, logits: Float32[np.ndarray, "n V"], eos_token_ids: Seque
     if not row.draws:
         return []
     if not row.proposed:
-        return [_draw(request, request.token_ids, logits[-1], eos_token_ids)]
+        return [_draw(request, request.token_ids, logits[-1])]
     drawn: list[Drawn] = []
     token_ids = request.token_ids.copy()
     for i, own in enumerate(logits):
         try:
-            drawn.append(_draw(request, token_ids, own, eos_token_ids))
+            drawn.append(_draw(request, token_ids, own))
         except Gpt2CoreError:
             if not drawn:
                 raise
             break  # the next step meets it first, unless the text has ended by then
         token_id = drawn[-1][0]
-        if i == len(row.proposed) or token_id != row.proposed[i] or token_id in eos_token_ids:
+        if i == len(row.proposed) or token_id != row.proposed[i] or token_id in request.end_token_ids:
             break
         token_ids.append(token_id)
     return drawn
 
 
-def _draw(
-    request: Request,
-    token_ids: list[int],
-    logits: Float32[np.ndarray, "V"],
-    eos_token_ids: Sequence[int],
-) -> Drawn:
+def _draw(request: Request, token_ids: list[int], logits: Float32[np.ndarray, "V"]) -> Drawn:
     params = request.params
     token_id = sample_token(
         logits,
         params,
         token_ids=token_ids,
         prompt_tokens=request.prompt_tokens,
-        eos_token_ids=eos_token_ids,
+        eos_token_ids=request.end_token_ids,
         seed=request.seed,
         choice=request.choice,
     )

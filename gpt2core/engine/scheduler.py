@@ -10,15 +10,18 @@ What it guarantees, whatever arrives:
   by an equal share of the budget or all that it needs: a short prompt does not wait for a long one beside it.
 - Waiting requests get slots in the order in which they came; each slot comes free, since no request
   outlives the context. So nobody starves.
-- A step takes at most `step_tokens` tokens, or two per slot where that is more.
+- A step takes at most `step_tokens` tokens, or two per slot where that is more; with a `Pacer`, beside rows
+  that decode, at most as many prompt tokens as it says, or one per prompt where that is more.
 """
 
 import heapq
+import time
 from bisect import insort
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gpt2core.engine.pacing import Pacer
 from gpt2core.engine.request import Request
 
 
@@ -44,6 +47,8 @@ class Scheduler:
         self._slots = slots
         self._step_tokens = step_tokens
         self._free = list(range(slots))  # a heap; lowest slot first: keeps cache[:B] a view
+        self.pacer: Pacer | None = None
+        self._planned = (0, 0)  # rows that decode in the last step, and prompt tokens
         self.waiting: deque[Request] = deque()
         self.prefilling: list[Request] = []  # in order of arrival
         self.decoding: list[Request] = []  # by slot: lets a backend see that its rows are cache[:B]
@@ -62,14 +67,25 @@ class Scheduler:
         while self.waiting and self._free:
             request = self.waiting[0]
             self.prefilling.append(request)
+            request.started_s = time.perf_counter()
             request.slot = heapq.heappop(self._free)
             self.waiting.popleft()  # last: `repair` can tell how far an interrupted admission came
+        self._planned = len(self.decoding), 0
         if not self.prefilling:
             return Step([], self.decoding.copy())
         # The floor of one token per slot is what keeps decoding rows from starving prefill.
         budget = max(self._step_tokens - len(self.decoding), self._slots)
+        limit = None if self.pacer is None else self.pacer.limit(len(self.decoding))
+        if limit is not None:
+            budget = max(min(budget, limit), len(self.prefilling))
         shares = fair_shares(budget, [request.prefill_tokens for request in self.prefilling])
+        self._planned = len(self.decoding), sum(shares)
         return Step(list(zip(self.prefilling, shares, strict=True)), self.decoding.copy())
+
+    def note_time(self, elapsed_s: float) -> None:
+        """Learn how long the step took that was planned last."""
+        if self.pacer is not None:
+            self.pacer.observe(*self._planned, elapsed_s)
 
     def begin_decoding(self, request: Request) -> None:
         """The prompt is in the cache: from the next step on the request takes one token a step."""

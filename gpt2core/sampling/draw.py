@@ -3,7 +3,7 @@
 # V vocabulary, K kept tokens
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -63,7 +63,7 @@ def transform_logits(
     *,
     token_ids: Sequence[int],
     prompt_tokens: int,
-    eos_token_ids: Sequence[int],
+    eos_token_ids: Collection[int],
 ) -> Float64[np.ndarray, "V"]:
     """The logits whose softmax the next token is drawn from; a token that cannot be drawn has -inf.
 
@@ -109,7 +109,7 @@ def sample_token(
     *,
     token_ids: Sequence[int],
     prompt_tokens: int,
-    eos_token_ids: Sequence[int],
+    eos_token_ids: Collection[int],
     seed: int,
     choice: int,
 ) -> int:

@@ -16,6 +16,7 @@ MAX_LOGPROBS: Final = 20
 MAX_LOGIT_BIAS: Final = 1024
 MAX_STOPS: Final = 16
 MAX_STOP_CHARACTERS: Final = 1024
+MAX_STOP_TOKEN_IDS: Final = 128
 
 
 class _FrozenBias(Mapping[int, float]):
@@ -52,7 +53,7 @@ class SamplingParams:
     Attributes:
         max_new_tokens: at most so many tokens, from 0; None = what `max_length` leaves, or else 100 as far as
             the context reaches.
-        min_new_tokens: the end-of-text token is not drawn before so many tokens.
+        min_new_tokens: no token that ends the text is drawn before so many tokens.
         max_length: at most so many tokens with the prompt; not together with `max_new_tokens`.
         temperature: 0 = greedy, the likeliest token (then `top_k`, `top_p` and `min_p` change nothing).
         top_k: only the k likeliest tokens; None or 0 = all.
@@ -64,6 +65,9 @@ class SamplingParams:
         frequency_penalty: the same, times how often the token was generated; in [-2, 2].
         logit_bias: token id -> added to its logit, in [-100, 100]; at most 1024 tokens.
         stop: literal strings that end the text and are not part of it; one string or up to 16.
+        stop_token_ids: tokens that end the text as the end-of-text token does: counted, but not part of it;
+            at most 128.
+        ignore_eos: the end-of-text token does not end the text.
         n: how many texts per prompt, 1 to 128.
         seed: in [0, 2**63); None = a fresh one.
         logprobs: also report the logarithm of each token's probability, and those of so many of the
@@ -87,6 +91,8 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = _FrozenBias({})
     stop: str | Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
     n: int = 1
     seed: int | None = None
     logprobs: int | None = None
@@ -120,11 +126,13 @@ class SamplingParams:
         real("frequency_penalty", -2, 2, remedy="; 0 turns it off")
         object.__setattr__(self, "logit_bias", _bias(self.logit_bias))
         object.__setattr__(self, "stop", _stops(self.stop))
+        object.__setattr__(self, "stop_token_ids", _stop_token_ids(self.stop_token_ids))
         integer("n", 1, MAX_N)
         integer("seed", 0, MAX_SEED, optional=True)
         integer("logprobs", 0, MAX_LOGPROBS, optional=True)
-        if not isinstance(self.echo, bool):
-            raise InvalidSamplingError(f"echo is {in_short(self.echo)}; it must be True or False")
+        for name in ("echo", "ignore_eos"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise InvalidSamplingError(f"{name} is {in_short(value)}; it must be True or False")
         if self.max_new_tokens is not None and self.max_length is not None:
             raise InvalidSamplingError(
                 f"max_new_tokens {self.max_new_tokens} and max_length {self.max_length} (prompt + new) are "
@@ -185,17 +193,18 @@ class SamplingParams:
         return most
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Refuse a `logit_bias` for tokens that the model does not have.
+        """Refuse a `logit_bias` or `stop_token_ids` with tokens that the model does not have.
 
         Raises:
             InvalidSamplingError: naming the first such token id.
         """
-        for token_id in self.logit_bias:
-            if token_id >= vocab_size:
-                raise InvalidSamplingError(
-                    f"logit_bias names token {token_id}; this model's vocabulary has {vocab_size} tokens, "
-                    f"0 to {vocab_size - 1}"
-                )
+        for name, token_ids in (("logit_bias", self.logit_bias), ("stop_token_ids", self.stop_token_ids)):
+            for token_id in token_ids:
+                if token_id >= vocab_size:
+                    raise InvalidSamplingError(
+                        f"{name} names token {token_id}; this model's vocabulary has {vocab_size} tokens, "
+                        f"0 to {vocab_size - 1}"
+                    )
 
 
 def _integer(name: str, value: object, least: int, most: int) -> int:
@@ -261,3 +270,13 @@ def _stops(value: object) -> tuple[str, ...]:
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise InvalidSamplingError(f"stop[{i}] holds a lone surrogate, which no text contains; remove it")
     return tuple(value)
+
+
+def _stop_token_ids(value: object) -> tuple[int, ...]:
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes | bytearray | memoryview):
+        raise InvalidSamplingError(f"stop_token_ids is {in_short(value)}; it must be a list of token ids")
+    if len(value) > MAX_STOP_TOKEN_IDS:
+        raise InvalidSamplingError(
+            f"stop_token_ids has {len(value)} tokens; at most {MAX_STOP_TOKEN_IDS} are allowed"
+        )
+    return tuple(_integer("a token id in stop_token_ids", token_id, 0, MAX_COUNT) for token_id in value)

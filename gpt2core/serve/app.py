@@ -1,15 +1,17 @@
 """`create_app`: the parts put together."""
 
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import Depends, FastAPI
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-from gpt2core import GPT2, Gpt2CoreError
-from gpt2core.serve import apidocs, completions, generate, logs, playground
+from gpt2core import GPT2, Gpt2CoreError, RequestError
+from gpt2core.serve import apidocs, chat, completions, generate, logs, playground
 from gpt2core.serve.auth import require_key
 from gpt2core.serve.driver import Driver
 from gpt2core.serve.errors import Disconnected, Refusal, answer_error
@@ -18,7 +20,7 @@ from gpt2core.serve.health import health_router, metrics_router
 from gpt2core.serve.metrics import Metrics
 from gpt2core.serve.openapi import describe
 from gpt2core.serve.service import Service
-from gpt2core.serve.settings import Settings
+from gpt2core.serve.settings import Settings, describe_faults, find_typos
 
 
 def load_model(settings: Settings) -> GPT2:
@@ -38,6 +40,24 @@ def load_model(settings: Settings) -> GPT2:
     )
 
 
+def read_environment() -> Settings:
+    """The settings that the environment holds.
+
+    Raises:
+        RequestError: one of them is wrong.
+    """
+    try:
+        return Settings()
+    except ValidationError as error:
+        raise RequestError(describe_faults(error, {})) from None
+
+
+def warn_of_typos() -> None:
+    """Log each variable that looks like a setting and is none."""
+    for name, near in find_typos(os.environ).items():
+        logs.event("warning", "unknown_setting", variable=name, did_you_mean=near)
+
+
 def create_app(settings: Settings | None = None, *, load: Callable[[Settings], GPT2] = load_model) -> FastAPI:
     """The server as an ASGI app; the model is loaded in the background when the app starts.
 
@@ -46,11 +66,13 @@ def create_app(settings: Settings | None = None, *, load: Callable[[Settings], G
         load: loads the model, which belongs to the app then.
 
     Raises:
-        RequestError: the API keys cannot be read.
+        RequestError: the API keys or the chat template cannot be read, or a variable of the environment is
+            wrong.
     """
     if settings is None:
-        settings = Settings()
+        settings = read_environment()
         logs.configure(settings.log_level)
+        warn_of_typos()
     metrics = Metrics()
     driver = Driver(lambda: load(settings), settings, metrics)
     service = Service(driver, settings)
@@ -79,6 +101,7 @@ def create_app(settings: Settings | None = None, *, load: Callable[[Settings], G
     app.include_router(metrics_router(metrics), dependencies=keyed)
     app.include_router(generate.router(service), dependencies=keyed)
     app.include_router(completions.router(service), dependencies=keyed)
+    app.include_router(chat.router(service), dependencies=keyed)
     app.include_router(apidocs.router(describe_once), dependencies=keyed)
     if settings.playground:
         app.include_router(playground.routes(), dependencies=keyed)
@@ -92,7 +115,7 @@ def create_app(settings: Settings | None = None, *, load: Callable[[Settings], G
             allow_methods=["GET", "POST"],
             allow_headers=["Authorization", "Content-Type", "X-Request-ID"],
         )
-    app.add_middleware(Guard, settings=settings, metrics=metrics)
+    app.add_middleware(Guard, settings=settings, metrics=metrics, driver=driver)
     metrics.gauge("gpt2core_requests_running", "Requests that hold a place.", lambda: driver.requests)
     metrics.gauge("gpt2core_queue_depth", "Texts that wait for a slot.", lambda: driver.waiting)
     metrics.gauge("gpt2core_cache_use", "Part of the KV cache that holds tokens.", lambda: driver.cache_use)

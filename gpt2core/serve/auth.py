@@ -9,6 +9,7 @@ from fastapi import Request
 
 from gpt2core.serve.errors import Refusal
 from gpt2core.serve.settings import Settings
+from gpt2core.serve.state import Client, find_state
 
 
 def require_key(settings: Settings) -> Callable[[Request], Coroutine[Any, Any, None]]:
@@ -18,9 +19,10 @@ def require_key(settings: Settings) -> Callable[[Request], Coroutine[Any, Any, N
     async def authorize(request: Request) -> None:
         if not keys:
             return
-        given = _read_key(request.headers.get("authorization", ""))
-        matches = [hmac.compare_digest(given, key) for key in keys]  # all of them: the time tells nothing
-        if any(matches):
+        number = find_key(keys, request.headers.get("authorization", ""))
+        if number is not None:
+            state = find_state(request.scope)
+            state.client = Client(state.client.address, number)
             return
         schemes = 'Bearer realm="gpt2core"'
         if request.method == "GET":  # a page: a browser asks for the key, by the first scheme only
@@ -34,6 +36,13 @@ def require_key(settings: Settings) -> Callable[[Request], Coroutine[Any, Any, N
         )
 
     return authorize
+
+
+def find_key(keys: tuple[bytes, ...], header: str) -> int | None:
+    """Which of the keys an `Authorization` header brings, from 1; None: none of them."""
+    given = _read_key(header)
+    matches = [hmac.compare_digest(given, key) for key in keys]  # all of them: the time tells nothing
+    return 1 + matches.index(True) if any(matches) else None
 
 
 def _read_key(header: str) -> bytes:

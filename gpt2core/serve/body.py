@@ -69,6 +69,7 @@ _FAULTS = {
     "too_short": "is empty",
     "string_unicode": "holds a lone surrogate, which is no character",
     "none_required": "is not supported",
+    "literal_error": "is not supported",
     "greater_than": "is too small",
     "greater_than_equal": "is too small",
     "less_than": "is too large",

@@ -2,6 +2,8 @@
 
 import codecs
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from fastapi import APIRouter
@@ -9,11 +11,12 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import Response
 
 from gpt2core import Request, Tokenizer, TokenLogprob, Update, __version__
+from gpt2core.serve.answer_schemas import Completion, ModelCard, ModelList
 from gpt2core.serve.body import read_body
 from gpt2core.serve.errors import Refusal, invalid, json_object, json_response, json_text, to_refusal
 from gpt2core.serve.events import EventStream, event
 from gpt2core.serve.openapi import answers, takes
-from gpt2core.serve.schemas import Completion, CompletionRequest, ModelCard, ModelList
+from gpt2core.serve.schemas import CompletionRequest, OpenAIOptions
 from gpt2core.serve.service import Job, Service
 from gpt2core.serve.state import find_state
 
@@ -61,17 +64,16 @@ def router(service: Service) -> APIRouter:
     async def completions(request: HttpRequest) -> Response:
         """Continue prompts, given as texts or as token ids; `echo` with `logprobs` scores them."""
         asked = await read_body(request, CompletionRequest, service.settings)
-        if asked.model != name:
-            raise _unknown_model(name)
-        try:
-            job = await service.accept(request, asked.prompts, asked.params(), stream=bool(asked.stream))
-        except Exception as error:
-            refusal = to_refusal(error)
-            if refusal.status != 422:
-                raise
-            message = refusal.message.replace("max_new_tokens", "max_tokens")  # as it is called here
-            raise invalid(message, param=refusal.param, code=refusal.code) from None
-        answer = _Answer(service, job, asked, created=int(time.time()))
+        check_model(asked.model, name)
+        with openai_names():
+            job = await service.accept(
+                request,
+                asked.prompts,
+                asked.params(),
+                stream=bool(asked.stream),
+                allow_special=bool(asked.allow_special),
+            )
+        answer = _Answer(service, job, asked)
         if asked.stream:
             return EventStream(job, answer.chunk, answer.closing)
         try:
@@ -96,8 +98,7 @@ def router(service: Service) -> APIRouter:
     )
     async def model(model: str) -> Response:
         """Say what a model of this server is."""
-        if model != name:
-            raise _unknown_model(name)
+        check_model(model, name)
         return json_response(card())
 
     return routes
@@ -106,7 +107,7 @@ def router(service: Service) -> APIRouter:
 class _Answer:
     """The shapes of the answer."""
 
-    def __init__(self, service: Service, job: Job, asked: CompletionRequest, *, created: int) -> None:
+    def __init__(self, service: Service, job: Job, asked: CompletionRequest) -> None:
         engine = service.driver.engine
         assert engine is not None
         assert engine.tokenizer is not None
@@ -114,36 +115,34 @@ class _Answer:
         self._n = asked.n or 1
         self._tokenizer = engine.tokenizer
         self._with_logprobs = asked.logprobs is not None
-        self._with_usage = asked.stream_options is not None and asked.stream_options.include_usage
+        self._usage = StreamedUsage(job, asked)
+        self._with_token_ids = bool(asked.return_token_ids)
         self._lists: dict[Request, LogprobLists] = {}
-        self._head: dict[str, Any] = {
-            "id": f"cmpl-{find_state(job.request.scope).request_id}",
-            "object": "text_completion",
-            "created": created,
-            "model": service.settings.name,
-            "system_fingerprint": f"gpt2core-{__version__}-{engine.backend.name}",
-        }
+        self._begun: set[Request] = set()  # whose stream has told its prompt's token ids
+        self._head = answer_head(service, job, "cmpl", "text_completion")
 
     def chunk(self, update: Update) -> bytes:
         """One event per token that says something."""
-        if not (update.text or update.finish_reason or update.logprobs):
-            return b""
         request = update.request
+        token_ids = self._with_token_ids and update.token_id is not None
+        if not (update.text or update.finish_reason or update.logprobs or token_ids):
+            return b""
         logprobs = None
         if self._with_logprobs:
             lists = self._lists.setdefault(request, LogprobLists(self._tokenizer))
             logprobs = lists.take(update.logprobs)
         index = request.prompt * self._n + request.choice
         choice = _choice(update.text, index, logprobs, update.finish_reason)
-        usage: dict[str, Any] = {"usage": None} if self._with_usage else {}
-        return event(self._head | {"choices": [choice]} | usage)
+        if self._with_token_ids:
+            first = request not in self._begun
+            self._begun.add(request)
+            choice["prompt_token_ids"] = request.token_ids[: request.prompt_tokens] if first else None
+            choice["token_ids"] = [] if update.token_id is None else [update.token_id]
+        return event(self._head | {"choices": [choice]} | self._usage.of_chunk())
 
     def closing(self) -> list[bytes]:
         """The tokens are counted at the end, where that was asked for."""
-        if not self._with_usage:
-            return []
-        usage = self._job.usage(self._job.generated_tokens())
-        return [event(self._head | {"choices": [], "usage": usage})]
+        return [event(self._head | {"choices": []} | usage) for usage in self._usage.at_end()]
 
     def whole(self) -> bytes:
         """The answer without a stream; of `best_of` texts the likeliest per token."""
@@ -157,10 +156,36 @@ class _Answer:
                 if self._with_logprobs:
                     logprobs = LogprobLists(self._tokenizer).take(request.logprobs)
                 choice = _choice(request.text, prompt * self._n + i, logprobs, request.finish_reason)
+                if self._with_token_ids:
+                    choice["prompt_token_ids"] = request.token_ids[: request.prompt_tokens]
+                    choice["token_ids"] = request.generated
                 choices.append(json_text(choice))
         usage = self._job.usage(self._job.generated_tokens())
         head = {name: json_text(value) for name, value in self._head.items()}
         return json_object({**head, "choices": choices, "usage": json_text(usage)})
+
+
+class StreamedUsage:
+    """How many tokens a stream has, where and as often as `stream_options` ask for it."""
+
+    def __init__(self, job: Job, asked: OpenAIOptions) -> None:
+        options = asked.stream_options
+        self._job = job
+        self._wanted = options is not None and bool(options.include_usage)
+        self._always = options is not None and self._wanted and bool(options.continuous_usage_stats)
+
+    def of_chunk(self) -> dict[str, Any]:
+        """What an event with text says of it."""
+        if not self._wanted:
+            return {}
+        return {"usage": self._count() if self._always else None}
+
+    def at_end(self) -> list[dict[str, Any]]:
+        """What the event at the end says of it; none where it is not wanted."""
+        return [{"usage": self._count()}] if self._wanted else []
+
+    def _count(self) -> dict[str, int]:
+        return self._job.usage(self._job.generated_tokens())
 
 
 class LogprobLists:
@@ -212,6 +237,37 @@ def _mean_logprob(request: Request) -> float:
     return sum(own) / max(1, count)
 
 
-def _unknown_model(name: str) -> Refusal:
-    message = f"this server has no such model; it has {name!r}"
-    return Refusal(404, "not_found_error", "model_not_found", message, param="model")
+def answer_head(service: Service, job: Job, prefix: str, kind: str) -> dict[str, Any]:
+    """What every answer, and every event of a stream, begins with."""
+    engine = service.driver.engine
+    assert engine is not None
+    return {
+        "id": f"{prefix}-{find_state(job.request.scope).request_id}",
+        "object": kind,
+        "created": int(time.time()),
+        "model": service.settings.name,
+        "system_fingerprint": f"gpt2core-{__version__}-{engine.backend.name}",
+    }
+
+
+def check_model(asked: str | None, name: str) -> None:
+    """Refuse another model than the one there is."""
+    if asked not in (None, name):
+        message = f"this server has no such model; it has {name!r}"
+        raise Refusal(404, "not_found_error", "model_not_found", message, param="model")
+
+
+@contextmanager
+def openai_names(prompt: str = "prompt") -> Iterator[None]:
+    """Let errors name the parameters as OpenAI's API does, and what is to be continued `prompt`."""
+    try:
+        yield
+    except Exception as error:
+        refusal = to_refusal(error)
+        if refusal.status != 422:
+            raise
+        message = refusal.message
+        for ours, theirs in (("max_new_tokens", "max_tokens"), ("min_new_tokens", "min_tokens")):
+            message = message.replace(ours, theirs)
+        param = prompt if refusal.param == "prompt" else refusal.param
+        raise invalid(message, param=param, code=refusal.code) from None

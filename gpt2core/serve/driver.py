@@ -11,16 +11,29 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final, Literal
 
-from gpt2core import GPT2, BackendError, Engine, NumericalError, Request, SamplingParams, Update
+from gpt2core import (
+    GPT2,
+    BackendError,
+    Engine,
+    NumericalError,
+    Request,
+    SamplingParams,
+    Update,
+    __version__,
+)
 from gpt2core.serve import logs
-from gpt2core.serve.errors import Refusal, engine_failed, unavailable
+from gpt2core.serve.errors import engine_failed, unavailable
 from gpt2core.serve.metrics import Metrics
+from gpt2core.serve.places import Places
 from gpt2core.serve.settings import Settings
+from gpt2core.serve.state import Client
 from gpt2core.serve.ticket import Ticket
 
 State = Literal["loading", "ready", "draining", "failed", "closed"]
 JOIN_S: Final = 5.0
 LOOK_S: Final = 0.1
+REFUSALS_S: Final = 1.0
+"""Between two lines about refused requests."""
 
 
 class Driver:
@@ -35,11 +48,12 @@ class Driver:
         self._inbox: deque[tuple[Ticket, list[list[int]], SamplingParams]] = deque()
         self._bell = threading.Event()
         self._stopping = False
-        self._places = 0  # requests of all tickets
+        self.places: Places | None = None  # once the model is loaded
         self._watch: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop
         self._thread: threading.Thread
         self.state: State = "loading"
+        self.leaving = False  # it still works, and nobody should send it anything new
         self.failure: BaseException | None = None
         self.model: GPT2 | None = None
         self.engine: Engine | None = None
@@ -53,26 +67,22 @@ class Driver:
         self._thread.start()
         self._watch = asyncio.create_task(self._look())
 
-    def reserve(self, count: int, begun_s: float) -> Ticket:
-        """A place for `count` requests.
+    def reserve(self, client: Client, count: int, begun_s: float, route: str = "none") -> Ticket:
+        """A place for `count` requests of `route`.
 
         Raises:
-            Refusal: 503 while nothing can run, 429 when the queue is full.
+            Refusal: 503 while nothing can run, 429 when the queue is full, or the client's part of it.
         """
         self.check_ready()
-        assert self.engine is not None
-        if self._places and self._places + count > self.engine.slots + self._settings.max_queue:
-            raise Refusal(
-                429,
-                "rate_limit_error",
-                "queue_full",
-                f"the queue of {self._settings.max_queue} texts is full; try again a little later",
-                headers={"Retry-After": "1"},
-            )
+        assert self.places is not None
+        refusal = self.places.refuse(client, count)
+        if refusal is not None:
+            raise refusal
         deadline_s = self._settings.deadline_s
         ticket = Ticket(count, begun_s=begun_s, deadline_s=deadline_s, release=self._release)
+        ticket.client, ticket.route = client, route
         self._tickets.add(ticket)
-        self._places += count
+        self.places.take(client, count)
         return ticket
 
     def submit(
@@ -97,6 +107,21 @@ class Driver:
         if self.state != "ready":
             raise unavailable("draining", "the server is stopping; ask another one")
 
+    def check_staying(self) -> None:
+        """Refuse to be called ready: it cannot work now, or soon no more.
+
+        Raises:
+            Refusal: 503, saying why.
+        """
+        self.check_ready()
+        if self.leaving:
+            raise unavailable("draining", "the server will stop; ask another one")
+
+    def leave(self, lame_duck_s: float) -> None:
+        """Accept what comes, but say that it is not ready."""
+        self.leaving = True
+        logs.event("info", "leaving", lame_duck_s=lame_duck_s)
+
     def drain(self) -> None:
         """Accept nothing more; what runs has `drain_s` to end."""
         if self.state in ("loading", "ready"):
@@ -115,6 +140,7 @@ class Driver:
         self._bell.set()
         if self._watch is not None:
             self._watch.cancel()
+        self._tell_refusals()
         end = self._loop.time() + JOIN_S  # a step, or loading, cannot be interrupted
         while self._thread.is_alive() and self._loop.time() < end:
             await asyncio.sleep(0.005)
@@ -127,8 +153,9 @@ class Driver:
     @property
     def waiting(self) -> int:
         """How many texts wait for a slot."""
-        running = 0 if self.engine is None else self.engine.running
-        return max(0, self._places - running)
+        if self.engine is None or self.places is None:
+            return 0
+        return max(0, self.places.used - self.engine.running)
 
     @property
     def cache_use(self) -> float:
@@ -147,30 +174,55 @@ class Driver:
             self._ticket_of.pop(request, None)
         if ticket in self._tickets:
             self._tickets.remove(ticket)
-            self._places -= ticket.count
+            assert self.places is not None
+            assert ticket.client is not None
+            self.places.take(ticket.client, -ticket.count)
 
     def _end_all(self, why: str) -> None:
         for ticket in list(self._tickets):
             ticket.fail(unavailable("draining", f"the server is stopping, and {why}"))
 
-    def _deliver(self, updates: list[Update]) -> None:
+    def _deliver(self, updates: list[Update], now_s: float) -> None:
         rows = len({update.request for update in updates})  # with speculation one may have several
         self._metrics.count_step(rows, sum(update.token_id is not None for update in updates))
         for update in updates:
             ticket = self._ticket_of.get(update.request)
             if ticket is None:  # cancelled meanwhile
                 continue
-            if ticket.waits_for_token and update.token_id is not None:
-                ticket.waits_for_token = False
-                self._metrics.ttft_s.observe(time.perf_counter() - ticket.begun_s)
+            if update.token_id is not None:
+                self._measure(ticket, update.request, now_s)
             if update.finish_reason is not None:
-                self._metrics.count_text(update.request)
+                self._metrics.count_text(update.request, ticket.route)
             ticket.take(update)
+
+    def _measure(self, ticket: Ticket, request: Request, now_s: float) -> None:
+        """Note what a client feels of a token that came at `now_s`."""
+        measured = self._metrics.of_route(ticket.route)
+        if ticket.waits_for_token:
+            ticket.waits_for_token = False
+            measured.ttft_s.observe(now_s - ticket.begun_s)
+            if request.started_s is not None:
+                measured.queue_s.observe(max(0.0, request.started_s - ticket.begun_s))
+        before_s = ticket.token_s.get(request)
+        if before_s is not None:
+            measured.gap_s.observe(now_s - before_s)
+        ticket.token_s[request] = now_s
 
     def _become_ready(self) -> None:
         if self.state == "loading":
             self.state = "ready"
             assert self.engine is not None
+            self.places = Places(
+                self.engine.slots + self._settings.max_queue,
+                running=self.engine.slots,
+                share=self._settings.client_share,
+            )
+            self._metrics.describe_server(
+                version=__version__,
+                model=self._settings.name,
+                backend=self.engine.backend.name,
+                precision=str(getattr(self.engine.backend, "precision", self._settings.precision)),
+            )
             logs.event("info", "ready", model=self._settings.name, backend=self.engine.backend.name)
 
     def _fail(self, error: BaseException) -> None:
@@ -184,12 +236,21 @@ class Driver:
 
     async def _look(self) -> None:
         """Measure how late the event loop wakes up, and see whether the engine thread still lives."""
+        told_s = 0.0
         while True:
             due_s = time.perf_counter() + LOOK_S
             await asyncio.sleep(LOOK_S)
             self._metrics.observe_lag(max(0.0, time.perf_counter() - due_s))
+            if due_s - told_s >= REFUSALS_S:
+                told_s = due_s
+                self._tell_refusals()
             if not self._thread.is_alive():
                 self._fail(BackendError("the engine thread has ended"))
+
+    def _tell_refusals(self) -> None:
+        requests, clients = (0, 0) if self.places is None else self.places.pop_refusals()
+        if requests:
+            logs.event("warning", "refused", status=429, requests=requests, clients=clients)
 
     # On the engine thread
 
@@ -199,6 +260,7 @@ class Driver:
             self.model = self._load()
             engine = self.model.engine
             _warm_up(engine)
+            engine.pace_prompts(self._settings.max_stretch)
             self.engine = engine
             self._call(self._become_ready)
             self._drive(engine)
@@ -220,7 +282,7 @@ class Driver:
                 continue
             updates = engine.step()
             if updates:
-                self._call(self._deliver, updates)
+                self._call(self._deliver, updates, time.perf_counter())
             for update in updates:
                 if isinstance(update.error, BackendError) and not isinstance(update.error, NumericalError):
                     raise update.error  # what made one pass fail may make each fail: let it be restarted

@@ -113,6 +113,17 @@ def invalid(message: str, *, param: str | None = None, code: str = "invalid_valu
     return Refusal(422, "invalid_request_error", code, message, param=param)
 
 
+def headers_too_large(most_nbytes: int, most_lines: int) -> Refusal:
+    """The headers are more than is taken."""
+    return Refusal(
+        431,
+        "invalid_request_error",
+        "headers_too_large",
+        f"the request's headers have more than {most_nbytes} bytes or {most_lines} lines; send less",
+        headers={"Connection": "close"},
+    )
+
+
 def unavailable(code: str, message: str) -> Refusal:
     """The server cannot work now."""
     return Refusal(503, "unavailable_error", code, message, headers={"Retry-After": "5"})

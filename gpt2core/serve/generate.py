@@ -8,11 +8,12 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import Response
 
 from gpt2core import Request, Tokenizer, TokenLogprob, Update
+from gpt2core.serve.answer_schemas import GenerateResponse
 from gpt2core.serve.body import read_body
 from gpt2core.serve.errors import json_object, json_text
 from gpt2core.serve.events import EventStream, event
 from gpt2core.serve.openapi import answers, takes
-from gpt2core.serve.schemas import GenerateRequest, GenerateResponse
+from gpt2core.serve.schemas import GenerateRequest
 from gpt2core.serve.service import Job, Service
 
 EXAMPLES = {

@@ -11,14 +11,16 @@ import time
 import uuid
 from typing import Final
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gpt2core.serve import logs
-from gpt2core.serve.errors import CLIENT_GONE, Refusal, to_refusal
+from gpt2core.serve.auth import find_key
+from gpt2core.serve.driver import Driver
+from gpt2core.serve.errors import CLIENT_GONE, Disconnected, Refusal, headers_too_large, to_refusal
 from gpt2core.serve.metrics import Metrics
-from gpt2core.serve.settings import Settings
-from gpt2core.serve.state import RequestState
+from gpt2core.serve.settings import LOOPBACK_HOSTS, Settings
+from gpt2core.serve.state import Client, RequestState
 
 SECURITY_HEADERS: Final = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
@@ -30,8 +32,16 @@ SECURITY_HEADERS: Final = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
+_RAW_SECURITY_HEADERS: Final = [
+    (name.lower().encode(), value.encode()) for name, value in SECURITY_HEADERS.items()
+]
 DISCARD_NBYTES: Final = 8 * 2**20
 DISCARD_S: Final = 1.0
+PROBES: Final = ("/livez", "/readyz")
+PROBE_HOSTS: Final = frozenset(LOOPBACK_HOSTS)
+"""A container's own health check asks by these, whatever names its clients use."""
+GENERATING: Final = frozenset({"/generate", "/v1/completions", "/v1/chat/completions"})
+"""Where a POST needs a place."""
 METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _HOST: Final = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(?::\d{1,5})?")
@@ -40,8 +50,10 @@ _HOST: Final = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(?::\d{1,5})?")
 class Guard:
     """The outermost middleware."""
 
-    def __init__(self, app: ASGIApp, *, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, *, settings: Settings, metrics: Metrics, driver: Driver) -> None:
         self._app = app
+        self._driver = driver
+        self._keys = settings.api_keys
         self._settings = settings
         self._metrics = metrics
         self._host_names = settings.host_names
@@ -56,15 +68,45 @@ class Guard:
             await receive()
             await send({"type": "websocket.close", "code": 1000})
             return
-        exchange = Exchange(scope, receive, send, self._settings, self._metrics)
-        refusal = self.refuse(exchange.headers)
-        await exchange.run(self._app if refusal is None else refusal.response())
+        exchange = Exchange(scope, receive, send, self._settings, self._metrics, self._driver)
+        refusal = self.refuse(scope["path"], exchange.headers)
+        if refusal is not None:
+            await exchange.run(refusal.response())
+        elif (refusal := self.refuse_early(scope, exchange)) is not None:
+            exchange.route = scope["path"]
+            await exchange.run(_ReadAndRefuse(refusal))
+        else:
+            await exchange.run(self._app)
 
-    def refuse(self, headers: Headers) -> Refusal | None:
-        """Why a request of these headers is not let in."""
+    def refuse_early(self, scope: Scope, exchange: "Exchange") -> Refusal | None:
+        """Why a request for texts cannot have a single place: then nothing needs to look at its body.
+
+        Who asks again and again while the queue is full costs the others a third of what it does when the
+        routes refuse it: docs/robustness.md.
+        """
+        places = self._driver.places
+        if places is None or scope["method"] != "POST" or scope["path"] not in GENERATING:
+            return None
+        if self._driver.state != "ready":
+            return None
+        if self._keys:
+            number = find_key(self._keys, exchange.headers.get("authorization", ""))
+            if number is None:  # the route says so
+                return None
+            exchange.state.client = Client(exchange.state.client.address, number)
+        return places.refuse(exchange.state.client)
+
+    def refuse(self, path: str, headers: Headers) -> Refusal | None:
+        """Why a request is not let in."""
+        lines = headers.raw
+        header_nbytes = sum(len(name) + len(value) + 4 for name, value in lines)  # 4: ": " and the end
+        settings = self._settings
+        if len(lines) > settings.max_headers or header_nbytes > settings.max_header_nbytes:
+            return headers_too_large(settings.max_header_nbytes, settings.max_headers)
         host = headers.getlist("host")
         name = _HOST.fullmatch(host[0]) if len(host) == 1 else None
-        if name is None or not self._host_names & {name[1].lower(), "*"}:
+        names = self._host_names | PROBE_HOSTS if path in PROBES else self._host_names
+        if name is None or not names & {name[1].lower(), "*"}:
             return Refusal(
                 400,
                 "invalid_request_error",
@@ -88,9 +130,17 @@ class Exchange:
     """One request and its answer."""
 
     def __init__(
-        self, scope: Scope, receive: Receive, send: Send, settings: Settings, metrics: Metrics
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        settings: Settings,
+        metrics: Metrics,
+        driver: Driver,
     ) -> None:
         self.headers = Headers(scope=scope)
+        self.route: str | None = None  # where no route was looked for
+        self._driver = driver
         self._scope = scope
         self._receive = receive
         self._send = send
@@ -101,8 +151,9 @@ class Exchange:
         self._status: int | None = None
         given = self.headers.get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        self._state = RequestState(request_id, begun_s=time.perf_counter())
-        self._state.attach(scope)
+        address = scope["client"][0] if scope.get("client") else None
+        self.state = RequestState(request_id, begun_s=time.perf_counter(), client=Client(address))
+        self.state.attach(scope)
 
     async def run(self, app: ASGIApp) -> None:
         """Let `app` answer; count and log."""
@@ -112,7 +163,7 @@ class Exchange:
             if self._status is not None:
                 raise  # uvicorn then cuts the connection: nobody may take it for the answer's end
             logs.event(
-                "error", "request_failed", error=logs.describe_error(error), request_id=self._state.request_id
+                "error", "request_failed", error=logs.describe_error(error), request_id=self.state.request_id
             )
             await to_refusal(error).response()(self._scope, self._receive, self.send)
         finally:
@@ -126,7 +177,7 @@ class Exchange:
         length = self.headers.get("content-length", "")
         if length.isdecimal() and (len(length) > 18 or int(length) > settings.max_body_nbytes):
             raise _too_large(settings.max_body_nbytes)
-        left_s = self._state.begun_s + settings.receipt_s - time.perf_counter()
+        left_s = self.state.begun_s + settings.receipt_s - time.perf_counter()
         try:
             async with asyncio.timeout(left_s):
                 message = await self._receive()
@@ -135,6 +186,8 @@ class Exchange:
             raise Refusal(
                 408, "timeout_error", "slow_body", message_text, headers={"Connection": "close"}
             ) from None
+        if message["type"] == "http.disconnect":  # before its body was here
+            raise Disconnected
         self._received_nbytes += len(message.get("body", b""))
         if self._received_nbytes > settings.max_body_nbytes:
             raise _too_large(settings.max_body_nbytes)
@@ -145,10 +198,11 @@ class Exchange:
         """Pass a message of the answer on, with the headers that every answer has."""
         if message["type"] == "http.response.start":
             self._status = message["status"]
-            headers = MutableHeaders(scope=message)
-            for name, value in SECURITY_HEADERS.items():
-                headers.setdefault(name, value)
-            headers["X-Request-ID"] = self._state.request_id
+            headers = [(name.lower(), value) for name, value in message.get("headers", [])]
+            given = {name for name, _ in headers}
+            headers += [pair for pair in _RAW_SECURITY_HEADERS if pair[0] not in given]
+            headers.append((b"x-request-id", self.state.request_id.encode()))
+            message = {**message, "headers": headers}
         elif not message.get("more_body", False) and self._unread():
             await self._send({**message, "more_body": True})
             await self._discard()
@@ -172,22 +226,50 @@ class Exchange:
                         return
 
     def _record(self) -> None:
-        elapsed_s = time.perf_counter() - self._state.begun_s
+        elapsed_s = time.perf_counter() - self.state.begun_s
         # Never the path itself: that is the client's.
-        route = getattr(self._scope.get("route"), "path", "none")
+        route = self.route
+        if route is None:
+            route = str(getattr(self._scope.get("route"), "path", "none"))
         method = self._scope["method"] if self._scope["method"] in METHODS else "other"
         status = self._status or CLIENT_GONE
         self._metrics.count_request(method, route, status, elapsed_s)
+        level = "info"
+        if route in (*PROBES, "/metrics"):
+            level = "debug"
+        elif status == 429 and self._driver.places is not None:
+            self._driver.places.count_refusal(self.state.client)
+            level = "debug"
         logs.event(
-            "info" if route not in ("/livez", "/readyz", "/metrics") else "debug",
+            level,
             "request",
-            request_id=self._state.request_id,
+            request_id=self.state.request_id,
+            client=self.state.client.address,
+            key=self.state.client.key,
             method=method,
             route=route,
             status=status,
             elapsed_ms=round(1000 * elapsed_s, 3),
-            **self._state.log_fields,
+            **self.state.log_fields,
         )
+
+
+class _ReadAndRefuse:
+    """Answers with a refusal once the body is in, so that the connection can be kept; does not look at it."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        self._refusal = refusal
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refusal = self._refusal
+        try:
+            while (await receive()).get("more_body", False):
+                pass
+        except Refusal as other:  # it is too large or too slow as well
+            refusal = other
+        except Disconnected:
+            return
+        await refusal.response()(scope, receive, send)
 
 
 def _too_large(most_nbytes: int) -> Refusal:

@@ -4,11 +4,11 @@ from fastapi import APIRouter
 from fastapi.responses import PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from gpt2core.serve.answer_schemas import Health
 from gpt2core.serve.driver import Driver
 from gpt2core.serve.errors import engine_failed, json_response
 from gpt2core.serve.metrics import Metrics
 from gpt2core.serve.openapi import answers
-from gpt2core.serve.schemas import Health
 
 
 def health_router(driver: Driver) -> APIRouter:
@@ -26,7 +26,7 @@ def health_router(driver: Driver) -> APIRouter:
     @routes.get("/readyz", summary="Can it take requests?", responses=responses, response_model=None)
     async def readyz() -> Response:
         """Say 503 while the model is being loaded, while the server stops, and when the engine has failed."""
-        driver.check_ready()
+        driver.check_staying()
         return json_response({"status": "ready"})
 
     return routes

@@ -45,7 +45,9 @@ def configure(level: str) -> None:
 
 def event(level: str, name: str, **fields: Any) -> None:
     """Write one event."""
-    LOGGER.log(_LEVELS[level.upper()], name, extra={"fields": fields})
+    number = _LEVELS[level.upper()]
+    if LOGGER.isEnabledFor(number):
+        LOGGER.log(number, name, extra={"fields": fields})
 
 
 def describe_error(error: BaseException) -> str:

@@ -9,10 +9,10 @@ from pydantic import BaseModel
 
 from gpt2core import __version__
 from gpt2core.serve.errors import ErrorBody
-from gpt2core.serve.schemas import LIMITS, CompletionRequest, GenerateRequest
+from gpt2core.serve.schemas import LIMITS, ChatRequest, CompletionRequest, GenerateRequest
 from gpt2core.serve.settings import Settings
 
-REQUESTS: tuple[type[BaseModel], ...] = (GenerateRequest, CompletionRequest)
+REQUESTS: tuple[type[BaseModel], ...] = (GenerateRequest, CompletionRequest, ChatRequest)
 _REF = "#/components/schemas/{model}"
 _MEANING = {
     400: "Malformed JSON or UTF-8, an unknown Host, or (below /v1) a bad parameter",

@@ -17,7 +17,7 @@ from starlette.types import Message, Receive, Scope, Send
 from gpt2core import BackendError, BackendUnavailableError, RequestError
 from gpt2core.serve import logs
 from gpt2core.serve.app import create_app
-from gpt2core.serve.settings import LOOPBACK_HOSTS, Settings
+from gpt2core.serve.settings import LOOPBACK_HOSTS, Settings, describe_faults
 
 try:
     from ray import serve
@@ -74,8 +74,7 @@ class Arguments(BaseModel):
         try:
             settings = Settings(**given)
         except ValidationError as error:
-            faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
-            raise RequestError("; ".join(faults)) from None
+            raise RequestError(describe_faults(error, {name: name for name in given})) from None
         beyond = set(settings.allowed_hosts) - set(LOOPBACK_HOSTS)
         if beyond and not settings.api_keys and not settings.insecure_no_auth:
             raise RequestError(

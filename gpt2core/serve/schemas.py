@@ -1,10 +1,11 @@
-"""What requests and answers look like; every field has bounds, and an unknown one is refused.
+"""What requests look like; every field has bounds, and an unknown one is refused.
 
 The bounds here are the library's. A `Settings` object, given as validation context, sets lower ones; those
 are refused by a `Refusal`, which pydantic lets pass.
 """
 
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
@@ -15,6 +16,8 @@ from gpt2core.serve.settings import Settings
 Text = Annotated[str, Field(min_length=1)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Nothing = Annotated[list[Any], Field(max_length=0)] | None
+StopTokenIds = Annotated[list[TokenId], Field(max_length=128)]
 Bias = dict[Annotated[str, Field(pattern=r"^[0-9]{1,10}$")], Annotated[float, Field(ge=-100, le=100)]]
 Stops = (
     Annotated[str, Field(min_length=1, max_length=1024)]
@@ -24,6 +27,7 @@ LIMITS: dict[str, tuple[str, str]] = {
     "n": ("maximum", "max_n"),
     "best_of": ("maximum", "max_n"),
     "logprobs": ("maximum", "max_logprobs"),
+    "top_logprobs": ("maximum", "max_logprobs"),
     "logit_bias": ("maxProperties", "max_logit_bias"),
 }
 """Field -> its bound's name in JSON Schema, and the setting that is this bound."""
@@ -33,6 +37,17 @@ class Options(BaseModel):
     """What both ways of generating share."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
+    PROMPT: ClassVar[str] = "prompt"
+
+    @property
+    def prompts(self) -> Sequence[Any]:
+        """What is to be continued, one by one."""
+        raise NotImplementedError
+
+    @property
+    def choices(self) -> int:
+        """How many texts are generated for each prompt."""
+        return getattr(self, "best_of", None) or getattr(self, "n", None) or 1
 
     @model_validator(mode="after")
     def _within_limits(self, info: ValidationInfo) -> Self:
@@ -41,20 +56,27 @@ class Options(BaseModel):
             return self
         for name, (_, setting) in LIMITS.items():
             value, most = getattr(self, name, None), getattr(settings, setting)
+            if isinstance(value, bool):
+                continue
             size = value if isinstance(value, int) else len(value or ())
             if size > most:
                 raise invalid(f"{name} is more than {most}, this server's limit", param=name)
-        stops = as_list(getattr(self, "stop", None))
+        stops = [stop for stop in as_list(getattr(self, "stop", None)) if stop]
         if len(stops) > settings.max_stops:
             message = f"stop has {len(stops)} strings; at most {settings.max_stops} are allowed"
             raise invalid(message, param="stop")
         if any(len(stop.encode()) > settings.max_stop_nbytes for stop in stops):
             message = f"a stop string has more than {settings.max_stop_nbytes} bytes; shorten it"
             raise invalid(message, param="stop")
-        prompts = as_list(getattr(self, "prompt", None))
-        if len(prompts) > settings.max_prompts and not isinstance(prompts[0], int):
-            message = f"there are {len(prompts)} prompts; at most {settings.max_prompts} are allowed"
-            raise invalid(message, param="prompt")
+        prompts = len(self.prompts)
+        if prompts > settings.max_prompts:
+            message = f"there are {prompts} prompts; at most {settings.max_prompts} are allowed"
+            raise invalid(message, param=self.PROMPT)
+        texts = prompts * self.choices
+        most = settings.max_batch + settings.max_queue
+        if texts > most:
+            message = f"the request asks for {texts} texts; this server holds at most {most}; ask for fewer"
+            raise invalid(message, param=self.PROMPT)
         return self
 
 
@@ -92,6 +114,10 @@ class GenerateRequest(Options):
         default=None, description="token id -> added to its logit, from -100 to 100"
     )
     stop: Stops | None = Field(default=None, description="a string that ends the text, or a list of such")
+    stop_token_ids: StopTokenIds = Field(default=[], description="token ids that end the text, at most 128")
+    ignore_eos: bool = Field(
+        default=False, description="true or false: whether the text goes on after the end-of-text token"
+    )
     n: Annotated[int, Field(ge=1, le=128)] = Field(default=1, description="how many texts per prompt, from 1")
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] | None = Field(
         default=None, description="from 0 to 2**63 - 1: the same seed gives the same text"
@@ -123,49 +149,35 @@ class GenerateRequest(Options):
 
 
 class StreamOptions(BaseModel):
-    """`stream_options` of OpenAI's API."""
+    """`stream_options` of OpenAI's API, and of vLLM's."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    include_usage: bool = Field(default=False, description="whether a last event counts the tokens")
-
-
-class CompletionRequest(Options):
-    """`POST /v1/completions`."""
-
-    model: Annotated[str, Field(min_length=1, max_length=256)] = Field(
-        description="a name that GET /v1/models lists"
+    include_usage: bool | None = Field(default=False, description="whether a last event counts the tokens")
+    continuous_usage_stats: bool | None = Field(
+        default=False, description="whether, with include_usage, every event counts the tokens so far"
     )
-    prompt: (
-        Text
-        | Annotated[list[Text], Field(min_length=1)]
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)]
-    ) = Field(description="a text, a list of texts, token ids, or a list of lists of token ids; none empty")
-    max_tokens: Count | None = Field(default=16, description="at most so many new tokens, from 0")
+    include_obfuscation: bool | None = Field(default=None, description="is not used")
+
+
+class OpenAIOptions(Options):
+    """What `/v1/completions` and `/v1/chat/completions` share: OpenAI's names, and vLLM's for the rest."""
+
+    model: Annotated[str, Field(min_length=1, max_length=256)] | None = Field(
+        default=None, description="a name that GET /v1/models lists; null is the one model there is"
+    )
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(default=1.0, description="from 0 to 2")
     top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(
         default=1.0, description="above 0 and at most 1"
     )
-    n: Annotated[int, Field(ge=1, le=128)] | None = Field(
-        default=1, description="how many texts per prompt, from 1"
+    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = Field(
+        default=None, description="only the k likeliest tokens; 0 and -1 are all"
     )
-    best_of: Annotated[int, Field(ge=1, le=128)] | None = Field(
-        default=None,
-        description="from n: generate so many texts and return the n likeliest per token; not streamed",
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        default=0.0, description="from 0 to 1: only tokens this many times as likely as the likeliest"
     )
-    stop: Stops | None = Field(default=None, description="a string that ends the text, or a list of such")
-    echo: bool | None = Field(
-        default=False, description="true or false: whether the text begins with the prompt"
-    )
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = Field(
-        default=None, description="report each token's log probability, and of so many alternatives, from 0"
-    )
-    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] | None = Field(
-        default=None, description="from 0 to 2**63 - 1"
-    )
-    logit_bias: Bias | None = Field(
-        default=None, description="token id -> added to its logit, from -100 to 100"
+    repetition_penalty: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
+        default=1.0, description="above 0; above 1 makes tokens that occurred less likely"
     )
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = Field(
         default=0.0, description="from -2 to 2"
@@ -173,15 +185,88 @@ class CompletionRequest(Options):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = Field(
         default=0.0, description="from -2 to 2"
     )
+    logit_bias: Bias | None = Field(
+        default=None, description="token id -> added to its logit, from -100 to 100"
+    )
+    min_tokens: Count | None = Field(default=0, description="no end of the text before so many new tokens")
+    stop: Stops | Literal[""] | None = Field(
+        default=None, description="a string that ends the text, or a list of such"
+    )
+    stop_token_ids: StopTokenIds | None = Field(
+        default=None, description="token ids that end the text, at most 128"
+    )
+    ignore_eos: bool | None = Field(
+        default=False, description="true or false: whether the text goes on after the end-of-text token"
+    )
+    n: Annotated[int, Field(ge=1, le=128)] | None = Field(
+        default=1, description="how many texts per prompt, from 1"
+    )
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] | None = Field(
+        default=None, description="from 0 to 2**63 - 1"
+    )
     stream: bool | None = Field(
         default=False, description="true or false: whether the text comes as server-sent events"
     )
     stream_options: StreamOptions | None = Field(default=None, description="an object with include_usage")
-    suffix: None = Field(
-        default=None, description="these models cannot fill in before a suffix; leave it out"
+    return_token_ids: bool | None = Field(
+        default=False, description="true or false: whether the answer has the token ids, the prompt's too"
     )
     user: Annotated[str, Field(max_length=256)] | None = Field(
         default=None, description="a text; is not used"
+    )
+
+    @model_validator(mode="after")
+    def _streams(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            message = "stream_options is for streams; leave it out, or ask for stream: true"
+            raise invalid(message, param="stream_options")
+        return self
+
+    def sampling(self) -> dict[str, Any]:
+        """What they say, as `SamplingParams` names it."""
+        return {
+            "temperature": 1.0 if self.temperature is None else self.temperature,
+            "top_p": self.top_p or 1.0,
+            "top_k": max(0, self.top_k or 0),
+            "min_p": self.min_p or 0.0,
+            "repetition_penalty": self.repetition_penalty or 1.0,
+            "presence_penalty": self.presence_penalty or 0.0,
+            "frequency_penalty": self.frequency_penalty or 0.0,
+            "logit_bias": parse_bias(self.logit_bias),
+            "min_new_tokens": self.min_tokens or 0,
+            "stop": tuple(stop for stop in as_list(self.stop) if stop),
+            "stop_token_ids": self.stop_token_ids or (),
+            "ignore_eos": bool(self.ignore_eos),
+            "n": self.choices,
+            "seed": self.seed,
+        }
+
+
+class CompletionRequest(OpenAIOptions):
+    """`POST /v1/completions`."""
+
+    prompt: (
+        Text
+        | Annotated[list[Text], Field(min_length=1)]
+        | Annotated[list[TokenId], Field(min_length=1)]
+        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)]
+    ) = Field(description="a text, a list of texts, token ids, or a list of lists of token ids; none empty")
+    max_tokens: Count | None = Field(default=16, description="at most so many new tokens, from 0")
+    best_of: Annotated[int, Field(ge=1, le=128)] | None = Field(
+        default=None,
+        description="from n: generate so many texts and return the n likeliest per token; not streamed",
+    )
+    echo: bool | None = Field(
+        default=False, description="true or false: whether the text begins with the prompt"
+    )
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = Field(
+        default=None, description="report each token's log probability, and of so many alternatives, from 0"
+    )
+    allow_special: bool | None = Field(
+        default=False, description="true or false: whether <|endoftext|> in the prompt is that token"
+    )
+    suffix: Literal[""] | None = Field(
+        default=None, description="these models cannot fill in before a suffix; leave it out"
     )
 
     @model_validator(mode="after")
@@ -192,9 +277,6 @@ class CompletionRequest(Options):
         if self.stream and best_of > n:
             message = "best_of above n cannot be streamed: the best are known at the end only"
             raise invalid(message, param="best_of")
-        if self.stream_options is not None and not self.stream:
-            message = "stream_options is for streams; leave it out, or ask for stream: true"
-            raise invalid(message, param="stream_options")
         return self
 
     @property
@@ -205,123 +287,112 @@ class CompletionRequest(Options):
         return as_list(self.prompt)
 
     def params(self) -> SamplingParams:
-        """As the library has them; of `best_of` texts the logprobs are needed in any case."""
+        """As the library has them; of `best_of` texts the logprobs are needed in any case.
+
+        Raises:
+            InvalidSamplingError: two of them contradict.
+        """
         ranked = self.best_of is not None and self.best_of > (self.n or 1)
         return SamplingParams(
+            **self.sampling(),
             max_new_tokens=16 if self.max_tokens is None else self.max_tokens,
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=self.top_p or 1.0,
-            n=self.best_of or self.n or 1,
-            stop=tuple(as_list(self.stop)),
             echo=bool(self.echo),
             logprobs=0 if ranked and self.logprobs is None else self.logprobs,
-            seed=self.seed,
-            logit_bias=parse_bias(self.logit_bias),
-            presence_penalty=self.presence_penalty or 0.0,
-            frequency_penalty=self.frequency_penalty or 0.0,
         )
 
 
-class TopLogprob(BaseModel):
-    """A token that could have been drawn."""
+class TextPart(BaseModel):
+    """A part of a message."""
 
-    token: str
-    token_id: int
-    logprob: float
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
-
-class TokenInfo(BaseModel):
-    """A token of the text; the first of an echoed prompt has no logprob."""
-
-    token: str
-    token_id: int
-    logprob: float | None
-    top_logprobs: list[TopLogprob]
-
-
-class GeneratedText(BaseModel):
-    """One text."""
-
+    type: Literal["text"]
     text: str
-    finish_reason: Literal["stop", "length"]
-    prompt_tokens: int
-    completion_tokens: int
-    index: int
-    choice: int
-    seed: int
-    logprobs: list[TokenInfo] | None = None
 
 
-class Usage(BaseModel):
-    """Tokens of the whole request."""
+class ChatMessage(BaseModel):
+    """One turn of a chat; what answers of OpenAI's API hold beside it may stand there if it is empty."""
 
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+    refusal: None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: Nothing = None
+    annotations: Nothing = None
 
-class GenerateResponse(BaseModel):
-    """The answer of `POST /generate`, and the last event of its stream."""
-
-    generated_text: str
-    generations: list[GeneratedText]
-    model: str
-    backend: str
-    seed: int
-    elapsed_s: float
-    usage: Usage
-
-
-class CompletionLogprobs(BaseModel):
-    """As OpenAI's completions have them: lists side by side."""
-
-    tokens: list[str]
-    token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float] | None]
-    text_offset: list[int]
+    def spelled(self) -> dict[str, str]:
+        """As a template takes it."""
+        content = self.content
+        text = content if isinstance(content, str) else "\n".join(part.text for part in content)
+        return {"role": self.role, "content": text} | ({"name": self.name} if self.name else {})
 
 
-class CompletionChoice(BaseModel):
-    """One text."""
+class ResponseFormat(BaseModel):
+    """`response_format` of OpenAI's API: text only."""
 
-    text: str
-    index: int
-    logprobs: CompletionLogprobs | None
-    finish_reason: Literal["stop", "length"] | None
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
-
-class Completion(BaseModel):
-    """The answer of `POST /v1/completions`."""
-
-    id: str
-    object: Literal["text_completion"]
-    created: int
-    model: str
-    choices: list[CompletionChoice]
-    usage: Usage
+    type: Literal["text"]
 
 
-class ModelCard(BaseModel):
-    """A model of this server."""
+class ChatRequest(OpenAIOptions):
+    """`POST /v1/chat/completions`."""
 
-    id: str
-    object: Literal["model"]
-    created: int
-    owned_by: str
-    context: int | None
+    PROMPT = "messages"
 
+    messages: Annotated[list[ChatMessage], Field(min_length=1)] = Field(
+        description="the chat so far: role (system, developer, user or assistant) and content, a text"
+    )
+    max_completion_tokens: Count | None = Field(
+        default=None, description="at most so many new tokens; unset: as many as fit the context"
+    )
+    max_tokens: Count | None = Field(default=None, description="the same by its older name")
+    logprobs: bool | None = Field(
+        default=False, description="true or false: whether to report each token's log probability"
+    )
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = Field(
+        default=None, description="with logprobs: those of so many alternatives too"
+    )
+    add_generation_prompt: bool | None = Field(
+        default=True, description="true or false: whether the prompt ends where the assistant begins"
+    )
+    response_format: ResponseFormat | None = Field(default=None, description="type text is the only one")
+    tools: Nothing = Field(default=None, description="these models call no tools; leave it out")
+    tool_choice: Literal["none"] | None = Field(default=None, description="none, or leave it out")
+    store: Literal[False] | None = Field(default=None, description="nothing is stored; leave it out")
 
-class ModelList(BaseModel):
-    """The answer of `GET /v1/models`."""
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
+            message = "max_tokens and max_completion_tokens differ; leave one of them out"
+            raise invalid(message, param="max_completion_tokens")
+        if self.top_logprobs is not None and not self.logprobs:
+            message = "top_logprobs is for logprobs: true; leave it out, or ask for logprobs"
+            raise invalid(message, param="top_logprobs")
+        return self
 
-    object: Literal["list"]
-    data: list[ModelCard]
+    @property
+    def prompts(self) -> list[list[ChatMessage]]:
+        """The one chat."""
+        return [self.messages]
 
+    def params(self, context: int) -> SamplingParams:
+        """As the library has them, for a model whose context is `context`.
 
-class Health(BaseModel):
-    """The answer of `/livez` and `/readyz`."""
-
-    status: str
+        Raises:
+            InvalidSamplingError: two of them contradict.
+        """
+        most = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        return SamplingParams(
+            **self.sampling(),
+            max_new_tokens=most,
+            max_length=context if most is None else None,
+            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+        )
 
 
 def as_list(value: Any) -> list[Any]:

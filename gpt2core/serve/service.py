@@ -1,7 +1,7 @@
 """What the routes share: a request becomes token ids off the event loop, then a ticket of the engine."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -16,7 +16,8 @@ from gpt2core.serve.settings import Settings
 from gpt2core.serve.state import find_state
 from gpt2core.serve.ticket import Ticket
 
-Prompt = str | list[int]
+Prompt = str | list[int] | Callable[[], list[int]]
+"""A text, its token ids, or what gives them and may take long."""
 T = TypeVar("T")
 TOKENIZER_THREADS = 2
 
@@ -32,7 +33,7 @@ class Service:
     async def accept(
         self,
         request: HttpRequest,
-        prompts: list[Prompt],
+        prompts: Sequence[Prompt],
         params: SamplingParams,
         *,
         stream: bool,
@@ -43,7 +44,9 @@ class Service:
         Raises:
             Refusal: it cannot run.
         """
-        ticket = self.driver.reserve(len(prompts) * params.n, find_state(request.scope).begun_s)
+        state = find_state(request.scope)
+        route = request.scope["route"].path
+        ticket = self.driver.reserve(state.client, len(prompts) * params.n, state.begun_s, route)
         try:
             ids = await self.in_thread(lambda: self._encode(prompts, params, allow_special))
             self.driver.submit(ticket, ids, params, stream=stream)
@@ -63,13 +66,14 @@ class Service:
         """Let go of the threads."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _encode(self, prompts: list[Prompt], params: SamplingParams, special: bool) -> list[list[int]]:
+    def _encode(self, prompts: Sequence[Prompt], params: SamplingParams, special: bool) -> list[list[int]]:
         engine = self.driver.engine
         assert engine is not None
         result = []
         for i, prompt in enumerate(prompts):
             try:
-                result.append(engine.encode(prompt, params, allow_special=special))
+                given = prompt() if callable(prompt) else prompt
+                result.append(engine.encode(given, params, allow_special=special))
             except RequestError as error:
                 refusal = to_refusal(error)
                 where = f"prompt {i} of the list: " if len(prompts) > 1 else ""

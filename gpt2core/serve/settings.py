@@ -1,12 +1,14 @@
 """Every limit and option of the server; each is also an environment variable, `GPT2CORE_` and its name."""
 
+import difflib
 import ipaddress
 import os
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from gpt2core.errors import RequestError
@@ -42,6 +44,9 @@ class Settings(BaseSettings):
         pattern=r"^[\w./:-]{1,128}$",
         description="The model's name in the API; unset: from `model`.",
     )
+    chat_template: str | None = Field(
+        default=None, description="Of chats: a file, `dialogpt` or `plain`; unset: the checkpoint's own."
+    )
 
     host: str = Field(default="127.0.0.1", description="Address to listen on.")
     port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
@@ -57,9 +62,16 @@ class Settings(BaseSettings):
         default=(), description="Foreign origins whose pages may call (CORS), with commas between."
     )
 
+    max_connections: int = Field(
+        default=4096, ge=1, description="Most connections; fewer where the system allows fewer open files."
+    )
+    max_header_nbytes: int = Field(
+        default=32 * 1024, ge=1024, le=2**20, description="Longest headers of a request."
+    )
+    max_headers: int = Field(default=100, ge=8, le=10_000, description="Most header lines of a request.")
     max_body_nbytes: int = Field(default=256 * 1024, ge=1, description="Largest request body.")
     max_json_depth: int = Field(default=32, ge=1, le=200, description="Deepest nesting of a request's JSON.")
-    max_prompts: int = Field(default=8, ge=1, description="Most prompts of one request.")
+    max_prompts: int = Field(default=64, ge=1, description="Most prompts of one request.")
     max_n: int = Field(default=4, ge=1, le=128, description="Most choices per prompt, `best_of` included.")
     max_stops: int = Field(default=4, ge=0, le=16, description="Most stop strings.")
     max_stop_nbytes: int = Field(
@@ -69,12 +81,36 @@ class Settings(BaseSettings):
     max_logit_bias: int = Field(default=300, ge=0, le=1024, description="Most entries of `logit_bias`.")
     max_batch: int = Field(default=32, ge=1, description="Most texts that are generated at once.")
     max_queue: int = Field(default=64, ge=0, description="Most texts that wait for their turn.")
+    client_share: float = Field(
+        default=0.5,
+        gt=0,
+        le=1,
+        description="Part of all places that one client (address and key) may hold, running and waiting.",
+    )
+    max_stretch: float = Field(
+        default=2,
+        gt=1,
+        le=1000,
+        description="How many times longer prompts may make a step for the texts that are written.",
+    )
     cache_nbytes: int = Field(
         default=4 * 2**30, ge=1, description="Limit on the KV cache; may lower `max_batch`."
     )
     deadline_s: float = Field(default=120, gt=0, le=86400, description="Longest time for one request.")
     receipt_s: float = Field(
         default=15, gt=0, le=3600, description="Longest time in which a request must arrive."
+    )
+    stall_s: float = Field(
+        default=15, gt=0, le=3600, description="Longest time in which a client may leave its answer unread."
+    )
+    keep_alive_s: float = Field(
+        default=5, gt=0, le=3600, description="How long a connection is kept without a request."
+    )
+    lame_duck_s: float = Field(
+        default=0,
+        ge=0,
+        le=3600,
+        description="After SIGTERM, how long requests are still taken while `/readyz` says 503.",
     )
     drain_s: float = Field(default=30, ge=0, le=3600, description="Time for running requests after SIGTERM.")
     playground: bool = Field(default=True, description="Serve the playground page at `/`.")
@@ -91,11 +127,12 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.max_prompts * self.max_n > self.max_batch + self.max_queue:
+        given = "max_prompts" in self.model_fields_set  # else fewer are taken, without a word
+        if given and self.max_prompts > self.max_batch + self.max_queue:
             raise ValueError(
-                f"max_prompts {self.max_prompts} times max_n {self.max_n} is more than max_batch "
-                f"{self.max_batch} and max_queue {self.max_queue} together, so the largest request could "
-                "never run; raise max_queue or lower max_prompts"
+                f"max_prompts {self.max_prompts} is more than max_batch {self.max_batch} and max_queue "
+                f"{self.max_queue} together, so the largest request could never run; raise max_queue or "
+                "lower max_prompts"
             )
         return self
 
@@ -146,6 +183,45 @@ class Settings(BaseSettings):
             f"host is {self.host!r}, which others can reach, and there is no API key; give --api-key-file "
             "(or GPT2CORE_API_KEY), or --insecure-no-auth if something else guards the port"
         )
+
+
+LIBRARY_VARIABLES = frozenset(
+    ("CACHE", "CC", "CFLAGS", "DEBUG", "NO_SKIPS", "ONNX_SPINNING", "TORCH_COMPILE", "VENV")
+)
+"""Other variables of this project, which are no settings of the server."""
+
+
+def find_typos(environment: Mapping[str, str]) -> dict[str, str | None]:
+    """Variables that look like settings and are none -> the setting that may be meant."""
+    prefix = str(Settings.model_config["env_prefix"])
+    known = [prefix + name.upper() for name in Settings.model_fields]
+    others = {prefix + name for name in LIBRARY_VARIABLES}
+    found: dict[str, str | None] = {}
+    for name in environment:
+        if name.upper().startswith(prefix) and name.upper() not in others and name.upper() not in known:
+            found[name] = next(iter(difflib.get_close_matches(name.upper(), known, n=1)), None)
+    return found
+
+
+def describe_faults(error: ValidationError, given: Mapping[str, str]) -> str:
+    """What is wrong with settings, each by the name under which it came.
+
+    Args:
+        error: what making `Settings` raised.
+        given: the settings that came otherwise than by their variables -> how they are called there.
+    """
+    faults = []
+    for fault in error.errors(include_url=False):
+        name = ".".join(map(str, fault["loc"]))
+        message = fault["msg"].removeprefix("Value error, ")
+        if not name:  # of several together
+            faults.append(message)
+            continue
+        value = "" if name == "api_key" else f" is {fault['input']!r}"
+        known = name in Settings.model_fields and name not in given
+        name = f"GPT2CORE_{name.upper()}" if known else given.get(name, name)
+        faults.append(f"{name}{value}: {message}")
+    return "; ".join(faults)
 
 
 def is_loopback(host: str) -> bool:

@@ -8,12 +8,21 @@ from starlette.types import Scope
 _KEY: Final = "gpt2core.request"
 
 
+@dataclass(frozen=True, slots=True)
+class Client:
+    """Who asks: an address, and which key it brought; without an address nobody can be told apart."""
+
+    address: str | None
+    key: int | None = None  # from 1; None until a route has asked for it
+
+
 @dataclass(slots=True)
 class RequestState:
     """Made by the guard, for the routes and the log."""
 
     request_id: str
     begun_s: float  # of `time.perf_counter()`
+    client: Client
     log_fields: dict[str, Any] = field(default_factory=dict)  # that routes add to the request's log line
 
     def attach(self, scope: Scope) -> None:

@@ -11,6 +11,7 @@ from typing import Self
 
 from gpt2core import Request, Update
 from gpt2core.serve.errors import deadline_exceeded
+from gpt2core.serve.state import Client
 
 
 class Ticket:
@@ -19,11 +20,14 @@ class Ticket:
     def __init__(self, count: int, *, begun_s: float, deadline_s: float, release: Callable[["Ticket"], None]):
         loop = asyncio.get_running_loop()
         self.count = count
+        self.client: Client | None = None  # who holds the places
         self.begun_s = begun_s
         self.requests: list[Request] = []
         self.cancelled = False
         self.stream = False
+        self.route = "none"
         self.waits_for_token = True
+        self.token_s: dict[Request, float] = {}  # when each text's last token came
         self._open = count
         self._updates: list[Update] = []
         self._error: BaseException | None = None

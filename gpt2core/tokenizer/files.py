@@ -6,7 +6,7 @@ from typing import Any, Final, TypeVar
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from gpt2core._json import parse_json_object, shown
+from gpt2core._json import check_no_pointer, parse_json_object, shown
 from gpt2core.errors import CheckpointError
 
 _T = TypeVar("_T")
@@ -53,6 +53,44 @@ def read_tokenizer(folder: Path) -> Tokenizer:
             tokenizer.add_special_tokens([token])
             known.add(token.content)
     return tokenizer
+
+
+def read_special_tokens(folder: Path, tokenizer: Tokenizer) -> dict[str, str]:
+    """Names of special tokens, as `eos_token`, with what they spell; as in transformers, GPT-2 has a default.
+
+    Raises:
+        CheckpointError: a file is broken; names it and the remedy.
+    """
+    found = {}
+    if tokenizer.token_to_id("<|endoftext|>") is not None:
+        found = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        config = _read_object(folder / file)
+        for name in _SPECIAL_NAMES:
+            value = config.get(name)
+            content = value.get("content") if isinstance(value, dict) else value
+            if isinstance(content, str) and content:
+                found[name] = content
+    return found
+
+
+def read_chat_template(folder: Path) -> str | None:
+    """The chat template of `chat_template.jinja`, or else of `tokenizer_config.json`; of several "default".
+
+    Raises:
+        CheckpointError: a file is broken; names it and the remedy.
+    """
+    file = folder / "chat_template.jinja"
+    if file.exists():
+        try:
+            return _read(file).decode()
+        except UnicodeDecodeError as error:
+            raise _broken(file, f"is not UTF-8: {error}") from error
+    template = _read_object(folder / "tokenizer_config.json").get("chat_template")
+    if isinstance(template, list):
+        named = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
 
 
 def _read_tokenizer_json(file: Path) -> Tokenizer:
@@ -165,6 +203,7 @@ def _read(file: Path) -> bytes:
         raise _broken(file, f"cannot be read: {error.strerror}") from error
     if not data:
         raise _broken(file, "is empty")
+    check_no_pointer(file, data)
     if len(data) > _MAX_NBYTES:
         raise _broken(file, f"is larger than {_MAX_NBYTES} bytes, the limit for a tokenizer's file")
     return data

@@ -8,9 +8,10 @@ import json
 import operator
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 import tokenizers
@@ -19,7 +20,7 @@ from tokenizers.pre_tokenizers import ByteLevel as ByteLevelSplit
 
 from gpt2core._json import shown
 from gpt2core.errors import RequestError, UnsupportedCheckpointError
-from gpt2core.tokenizer.files import is_library_error, read_tokenizer
+from gpt2core.tokenizer.files import is_library_error, read_chat_template, read_special_tokens, read_tokenizer
 from gpt2core.tokenizer.stream import ByteStreamDecoder, StreamDecoder, TextStreamDecoder
 
 MAX_TOKEN_ID: Final = 2**31 - 1
@@ -32,11 +33,20 @@ class Tokenizer:
 
     Attributes:
         special_ids: the special tokens, as `<|endoftext|>`; user text never becomes one of them by itself.
+        special_tokens: names of special tokens, as "eos_token", with what they spell.
+        chat_template: how the messages of a chat become a prompt, in Jinja; None where the checkpoint has
+            none.
     """
 
     special_ids: frozenset[int]
 
-    def __init__(self, inner: tokenizers.Tokenizer) -> None:
+    def __init__(
+        self,
+        inner: tokenizers.Tokenizer,
+        *,
+        special_tokens: Mapping[str, str] = MappingProxyType({}),
+        chat_template: str | None = None,
+    ) -> None:
         """Wrap a `tokenizers.Tokenizer`, which then belongs to this object.
 
         Raises:
@@ -51,6 +61,8 @@ class Tokenizer:
         _check_decoder(inner.decoder)
         inner.encode_special_tokens = True  # means: special tokens in text are encoded as text
         self._inner = inner
+        self.special_tokens = dict(special_tokens)
+        self.chat_template = chat_template
         self._with_special: tokenizers.Tokenizer | None = None
         self._with_special_lock = threading.Lock()
         self._byte_level = isinstance(inner.decoder, ByteLevel)
@@ -74,12 +86,15 @@ class Tokenizer:
             CheckpointError: the files are missing or broken; names file and remedy.
             UnsupportedCheckpointError: the decoder is of a kind whose text cannot be streamed.
         """
-        return cls(read_tokenizer(Path(folder)))
+        folder = Path(folder)
+        inner = read_tokenizer(folder)
+        special_tokens = read_special_tokens(folder, inner)
+        return cls(inner, special_tokens=special_tokens, chat_template=read_chat_template(folder))
 
-    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
+    def encode(self, text: str, *, allow_special: bool = False, begin: bool = True) -> list[int]:
         """The token ids of `text`; special tokens that it spells out stay text unless `allow_special`.
 
-        A tokenizer whose template begins each text with a token begins it here too.
+        A tokenizer whose template begins each text with a token begins it here too, unless `begin` is False.
 
         Raises:
             RequestError: `text` is not a string of Unicode characters, or the vocabulary cannot express it.
@@ -97,7 +112,7 @@ class Tokenizer:
             self._check_alphabet(text, allow_special)
         inner = self._special_encoder() if allow_special else self._inner
         try:
-            return inner.encode(text).ids
+            return inner.encode(text, add_special_tokens=begin).ids
         except BaseException as error:
             if not is_library_error(error):
                 raise

@@ -106,7 +106,7 @@ def verify(
     )
     weights, config = checkpoint.weights, checkpoint.config
     began = time.perf_counter()
-    texts = texts_of(_story_ids(checkpoint.folder), config.vocab_size, config.n_positions)
+    texts = texts_of(_story_ids(checkpoint.tokenizer_folder), config.vocab_size, config.n_positions)
     prompt_ids = texts[0][: min(PROMPT_TOKENS, config.n_positions // 2)]
     tokens = min(tokens, config.n_positions - len(prompt_ids)) if prompt_ids else 0
     traced_ids = texts[0][:TRACED_TOKENS]

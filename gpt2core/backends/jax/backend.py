@@ -26,6 +26,7 @@ from gpt2core.backends.jax.step import make_step, make_trace
 from gpt2core.batch import Batch, whole_sequence
 from gpt2core.config import ModelConfig
 from gpt2core.errors import BackendError, RequestError
+from gpt2core.kernels import layer_norm
 from gpt2core.trace import Trace
 from gpt2core.weights import Weights
 
@@ -124,6 +125,7 @@ class JaxBackend:
         self._placement = choose_placement(device, mesh, devices)
         self._keep_compiled = keep_compiled
         with _own_settings():
+            self._ln_f = weights.ln_f.weight.copy(), weights.ln_f.bias.copy()
             self._module: Gpt2Module | None = Gpt2Module(weights, self._placement.put)
         self._graph, state = nnx.split(self._module)
         leaves, self._treedef = jax.tree.flatten(state)
@@ -184,6 +186,12 @@ class JaxBackend:
             )
         except RuntimeError as error:
             raise BackendError(f"the jax backend failed on {self._placement.devices[0]}: {error}") from error
+
+    def hidden_states(self, token_ids: Sequence[int]) -> Float32[np.ndarray, "T D"]:
+        """See `gpt2core.backends.base.Embeds.hidden_states`; costs what `trace` does."""
+        return layer_norm(
+            self.trace(token_ids).hidden_states[-1], *self._ln_f, self.config.layer_norm_epsilon
+        )
 
     def close(self) -> None:
         """Let go of the weights and the compiled steps."""

@@ -19,7 +19,7 @@ from gpt2core.backends._shared.memory import private_memory
 from gpt2core.backends._shared.threads import check_threads
 from gpt2core.backends.native.build import load_library
 from gpt2core.backends.native.library import declare
-from gpt2core.backends.native.packing import CCache, CTrace, PackedModel
+from gpt2core.backends.native.packing import CCache, CModel, CTrace, PackedModel
 from gpt2core.batch import Batch, whole_sequence
 from gpt2core.errors import BackendError, BackendUnavailableError, RequestError
 from gpt2core.quantization.rounding import PRECISIONS
@@ -154,30 +154,38 @@ class NativeBackend:
         logits = self._logits(batch, self.new_cache(1, count), notes)
         return Trace(hidden_states, attentions, logits)
 
-    def _logits(self, batch: Batch, cache: NativeCache, trace: CTrace | None) -> Float32[np.ndarray, "M V"]:
+    def hidden_states(self, token_ids: Sequence[int]) -> Float32[np.ndarray, "T D"]:
+        """See `gpt2core.backends.base.Embeds.hidden_states`."""
+        if self._packed is None:
+            raise RequestError(_CLOSED)
+        batch = whole_sequence(self.config, token_ids)
+        return self._logits(batch, self.new_cache(1, len(token_ids)), None, self._packed.without_head())
+
+    def _logits(
+        self, batch: Batch, cache: NativeCache, trace: CTrace | None, model: CModel | None = None
+    ) -> Float32[np.ndarray, "M V"]:
         packed = self._packed
         if packed is None:
             raise RequestError(_CLOSED)
-        logits = np.empty((len(batch.logits_at), self.config.vocab_size), np.float32)
+        model = packed.model if model is None else model
+        logits = np.empty((len(batch.logits_at), model.vocabulary), np.float32)
         firsts = batch.firsts
         pieces = np.stack([firsts, batch.lengths, batch.starts, batch.slots], 1)  # (B, 4)
         if len(batch.tokens) <= _MOST_TOKENS:
-            self._pass(packed, cache, batch.tokens, pieces, batch.logits_at, logits, trace)
+            self._pass(model, cache, batch.tokens, pieces, batch.logits_at, logits, trace)
             return logits
         for first in range(0, len(batch.tokens), _MOST_TOKENS):
             last = min(first + _MOST_TOKENS, len(batch.tokens))
             here = np.flatnonzero((batch.logits_at >= first) & (batch.logits_at < last))
             part = np.empty((len(here), logits.shape[1]), np.float32)
             wanted = (batch.logits_at[here] - first).astype(np.int32)
-            self._pass(
-                packed, cache, batch.tokens[first:last], _cut(pieces, first, last), wanted, part, trace
-            )
+            self._pass(model, cache, batch.tokens[first:last], _cut(pieces, first, last), wanted, part, trace)
             logits[here] = part
         return logits
 
     def _pass(
         self,
-        packed: PackedModel,
+        model: CModel,
         cache: NativeCache,
         tokens: np.ndarray,
         pieces: np.ndarray,
@@ -190,7 +198,7 @@ class NativeBackend:
             if not self._end_team.alive:
                 raise RequestError(_CLOSED)
             failed = self._library.forward(
-                *(self._team, byref(packed.model), byref(cache.there)),
+                *(self._team, byref(model), byref(cache.there)),
                 *(tokens.ctypes.data, len(tokens), pieces.ctypes.data, len(pieces)),
                 *(wanted.ctypes.data, len(wanted), logits.ctypes.data),
                 None if trace is None else byref(trace),

@@ -101,6 +101,7 @@ class PackedModel:
     def __init__(self, weights: Weights, library: Any) -> None:
         self._library, self._wide = library, library.strip_width()
         self._kept: list[Any] = []
+        self._bare: CModel | None = None
         self._arena = _Arena(sum(self._packed_nbytes(m) for m in _matrices(weights)))
         config = weights.config
         with giving_back(array for _, array in weights.named()):
@@ -119,6 +120,17 @@ class PackedModel:
             self._norm(weights.ln_f),
             head,
         )
+
+    def without_head(self) -> CModel:
+        """The model with an identity for its head: its logits are the hidden states that the head reads."""
+        if self._bare is None:
+            width = self.model.width
+            identity, arena = np.eye(width, dtype=np.float32), self._arena
+            self._arena = self._kept_arena = _Arena(self._packed_nbytes(identity))
+            head, self._arena = self._matrix(identity), arena
+            self._bare = CModel.from_buffer_copy(self.model)
+            self._bare.vocabulary, self._bare.head = width, head
+        return self._bare
 
     def _address(self, array: np.ndarray) -> int:
         self._kept.append(array)

@@ -109,13 +109,23 @@ class NumpyBackend:
             logits = self._logits(self._weights, batch, self.new_cache(1, len(token_ids)), notes)
         return Trace(np.stack(notes.hidden_states), np.stack(notes.attentions), logits)
 
+    def hidden_states(self, token_ids: Sequence[int]) -> Float32[np.ndarray, "T D"]:
+        """See `gpt2core.backends.base.Embeds.hidden_states`."""
+        if self._weights is None:
+            raise RequestError("the numpy backend is closed; load the model again")
+        batch = whole_sequence(self.config, token_ids)
+        with self._threads, np.errstate(all="ignore"):
+            return self._hidden(self._weights, batch, self.new_cache(1, len(token_ids)), None)
+
     def _logits(
-        self,
-        weights: Weights,
-        batch: Batch,
-        cache: NumpyCache,
-        notes: "_Notes | None",
+        self, weights: Weights, batch: Batch, cache: NumpyCache, notes: "_Notes | None"
     ) -> Float32[np.ndarray, "M V"]:
+        return multiply(self._hidden(weights, batch, cache, notes), weights.lm_head.T)
+
+    def _hidden(
+        self, weights: Weights, batch: Batch, cache: NumpyCache, notes: "_Notes | None"
+    ) -> Float32[np.ndarray, "M D"]:
+        """What the head reads, of the wanted tokens."""
         config, epsilon = self.config, self.config.layer_norm_epsilon
         plan = plan_attention(batch)
         x = look_up(weights.wte, batch.tokens)  # (N, D)
@@ -129,7 +139,7 @@ class NumpyBackend:
             y = _attention(qkv, cache.kv[i], plan, config.attention_scale(i))  # (N, D)
             if i == config.n_layer - 1:  # from here on only the wanted tokens matter
                 if len(batch.logits_at) == 0:
-                    return np.empty((0, config.vocab_size), np.float32)
+                    return np.empty((0, config.n_embd), np.float32)
                 x, y = x[batch.logits_at], y[batch.logits_at]  # (M, D)
             x += linear(y, block.attn_c_proj)
             if notes is not None:
@@ -141,8 +151,7 @@ class NumpyBackend:
             x += linear(h, block.mlp_c_proj)
             if notes is not None:
                 notes.hidden_states.append(x.copy())
-        x = kernels.layer_norm(x, weights.ln_f.weight, weights.ln_f.bias, epsilon)
-        return multiply(x, weights.lm_head.T)
+        return kernels.layer_norm(x, weights.ln_f.weight, weights.ln_f.bias, epsilon)
 
     def close(self) -> None:
         """Let go of the weights."""

@@ -20,6 +20,7 @@ from gpt2core.backends.onnx.passes import OnnxCache, Settings
 from gpt2core.backends.onnx.runs import Run, plan_runs
 from gpt2core.batch import Batch, whole_sequence
 from gpt2core.errors import BackendError, BackendUnavailableError, RequestError
+from gpt2core.kernels import layer_norm
 from gpt2core.trace import Trace
 from gpt2core.weights import Weights, look_up
 
@@ -145,6 +146,13 @@ class OnnxBackend:
             logits, *noted = self._tracer[0].run(None, feeds)
         sums, probabilities = noted[: 2 * config.n_layer], noted[2 * config.n_layer :]
         return Trace(np.stack([embedded, *sums]), np.concatenate(probabilities), logits)
+
+    def hidden_states(self, token_ids: Sequence[int]) -> Float32[np.ndarray, "T D"]:
+        """See `gpt2core.backends.base.Embeds.hidden_states`; costs what `trace` does."""
+        if self._weights is None:
+            raise RequestError("the onnx backend is closed; load the model again")
+        norm, epsilon = self._weights.ln_f, self.config.layer_norm_epsilon
+        return layer_norm(self.trace(token_ids).hidden_states[-1], norm.weight, norm.bias, epsilon)
 
     def close(self) -> None:
         """Let go of the sessions and the weights."""

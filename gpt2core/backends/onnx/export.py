@@ -47,8 +47,8 @@ def write_export(checkpoint: Checkpoint, folder: Path, *, form: str, force: bool
         scratch.mkdir(parents=True)
         write_model(checkpoint.weights, scratch, form=form)
         for name in SMALL_FILES:
-            if (checkpoint.folder / name).is_file():
-                shutil.copyfile(checkpoint.folder / name, scratch / name)
+            if (checkpoint.tokenizer_folder / name).is_file():
+                shutil.copyfile(checkpoint.tokenizer_folder / name, scratch / name)
         if not (scratch / TOKENIZER).exists() and (scratch / "vocab.json").exists():
             read_tokenizer(scratch).save(str(scratch / TOKENIZER))
         shutil.copyfile(run_exported.__file__, scratch / SCRIPT)

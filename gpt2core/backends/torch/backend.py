@@ -148,6 +148,15 @@ class TorchBackend:
             logits = self._logits(self._model, batch, self.new_cache(1, len(token_ids)), notes)
             return notes.trace(logits)
 
+    def hidden_states(self, token_ids: Sequence[int]) -> Float32[np.ndarray, "T D"]:
+        """See `gpt2core.backends.base.Embeds.hidden_states`."""
+        if self._model is None:
+            raise RequestError("the torch backend is closed; load the model again")
+        batch = whole_sequence(self.config, token_ids)
+        with self._running():
+            hidden = self._hidden(self._model, batch, self.new_cache(1, len(token_ids)), None)
+            return hidden.float().cpu().numpy()
+
     @contextmanager
     def _running(self) -> Iterator[None]:
         """No gradients, this backend's threads, and PyTorch's errors as one of this library's."""
@@ -165,6 +174,13 @@ class TorchBackend:
                 torch.set_num_threads(before)
 
     def _logits(self, model: _Model, batch: Batch, cache: TorchCache, notes: Notes | None) -> Tensor:
+        h = self._hidden(model, batch, cache, notes)
+        if len(h) == 0:
+            return h.new_empty(0, self.config.vocab_size)
+        return model.lm_head(h)  # (M, V)
+
+    def _hidden(self, model: _Model, batch: Batch, cache: TorchCache, notes: Notes | None) -> Tensor:
+        """What the head reads, of the wanted tokens, (M, D)."""
         config, width, epsilon = self.config, (self.config.n_embd,), self.config.layer_norm_epsilon
         plan = plan_attention(batch)
         wanted = self._index(batch.logits_at)
@@ -179,7 +195,7 @@ class TorchBackend:
             y = attend(qkv, cache.kv[i], places, plan.prefill, layer.scale)  # (N, D)
             if i == config.n_layer - 1:  # from here on only the wanted tokens matter
                 if len(wanted) == 0:
-                    return x.new_empty(0, config.vocab_size)
+                    return x.new_empty(0, config.n_embd)
                 x, y = x[wanted], y[wanted]  # (M, D)
             x, h = added(x, layer.attn_c_proj(y), *layer.ln_2, epsilon)
             if notes is not None:
@@ -189,7 +205,7 @@ class TorchBackend:
             x, h = added(x, layer.mlp_c_proj(layer.c_fc(h)), *following, epsilon)
             if notes is not None:
                 notes.add_hidden_state(x)
-        return model.lm_head(h)  # (M, V)
+        return h
 
     def _embedded(self, model: _Model, batch: Batch) -> Tensor:
         if isinstance(model.wte, Tensor):
