@@ -33,9 +33,11 @@ def main() -> None:
             print(*shape.values(), precision, flush=True)
     for name in ACTIVATIONS:
         check(random_weights(random_config(**SHAPES[2], activation_function=name)))
-    weights = random_weights(random_config(**SHAPES[1]))
-    weights = replace(weights, wpe=np.where(np.arange(33)[:, None] < 20, weights.wpe, np.float32(np.nan)))
-    assert np.isnan(logits(NativeBackend(weights, threads=2), list(range(25)))[20:]).all()
+    for precision in ("float32", *PRECISIONS):
+        weights = random_weights(random_config(**SHAPES[1]))
+        weights = weights if precision == "float32" else quantize(weights, precision)
+        weights = replace(weights, wpe=np.where(np.arange(33)[:, None] < 20, weights.wpe, np.float32(np.nan)))
+        assert np.isnan(logits(NativeBackend(weights, threads=2), list(range(25)))[20:]).all(), precision
     take_turns(NativeBackend(random_weights(random_config(**SHAPES[1])), threads=3))
     if "--no-fork" not in sys.argv:  # a child of several threads is more than ThreadSanitizer follows
         fork(NativeBackend(random_weights(random_config(**SHAPES[1])), threads=3))

@@ -359,4 +359,4 @@ def test_two_processes_that_build_at_once_do_no_harm(sources, compiler, cache):
 
 def test_the_librarys_own_kernels_compile_without_a_warning(monkeypatch):
     monkeypatch.setenv("GPT2CORE_CFLAGS", "-Wall -Wextra -Werror -O1")
-    assert load_library().lanes() >= 1
+    assert load_library().gpt2core_lanes() >= 1

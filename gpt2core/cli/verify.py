@@ -1,6 +1,7 @@
 """`gpt2core verify`: do all backends compute the same, and what the reference computes?"""
 
 import sys
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -54,9 +55,21 @@ if TYPE_CHECKING:
     show_default=True,
     help="For each engine.",
 )
+@click.option(
+    "--bits",
+    is_flag=True,
+    help="Only hash the demo model's logits on `native`, and say whether they are those of every machine.",
+)
 @json_option
 def verify(
-    model: str, *, revision: str | None, offline: bool, backends: str | None, as_json: bool, **limits: Any
+    model: str,
+    *,
+    revision: str | None,
+    offline: bool,
+    backends: str | None,
+    bits: bool,
+    as_json: bool,
+    **limits: Any,
 ) -> None:
     """Run MODEL on every engine, each in a process of its own, and compare.
 
@@ -64,6 +77,9 @@ def verify(
     held against a float64 reference. Then texts are drawn at temperature 0.8, and their tokens compared
     between engines. Ends with 1 if an engine fails.
     """
+    if bits:
+        _verify_bits(threads=limits["threads"], as_json=as_json)
+        return
     from gpt2core.verify import verify as run
 
     folder = find(model, revision=revision, offline=offline)
@@ -77,6 +93,23 @@ def verify(
     if not report.passed:
         failed = [one for one in report.backends if one.status == "failed"]
         print(f"gpt2core: {', '.join(one.backend for one in failed)} failed", file=sys.stderr)
+        raise click.exceptions.Exit(1)
+
+
+def _verify_bits(*, threads: int | None, as_json: bool) -> None:
+    from gpt2core.verify.bits import verify_bits
+
+    reports = list(verify_bits(threads=threads))
+    if as_json:
+        write_json({"bits": [asdict(one) | {"passed": one.passed} for one in reports]})
+    else:
+        rows = [(one.precision, one.digest, "same" if one.passed else f"NOT {one.golden}") for one in reports]
+        write_table([("precision", "hash", "every machine"), *rows])
+    if not all(one.passed for one in reports):
+        print(
+            "gpt2core: native's logits are not those of other machines; see docs/reproducibility.md",
+            file=sys.stderr,
+        )
         raise click.exceptions.Exit(1)
 
 

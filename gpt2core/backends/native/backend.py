@@ -7,9 +7,9 @@ import os
 import threading
 import weakref
 from collections.abc import Sequence
-from ctypes import POINTER, Structure, byref, c_long, c_void_p
+from ctypes import byref, c_void_p
 from dataclasses import dataclass
-from typing import Any, Final, final
+from typing import Final, final
 
 import numpy as np
 
@@ -18,7 +18,8 @@ from gpt2core._shapes import Float32
 from gpt2core.backends._shared.memory import private_memory
 from gpt2core.backends._shared.threads import check_threads
 from gpt2core.backends.native.build import load_library
-from gpt2core.backends.native.packing import CModel, PackedModel
+from gpt2core.backends.native.library import declare
+from gpt2core.backends.native.packing import CCache, CModel, CTrace, PackedModel
 from gpt2core.batch import Batch, whole_sequence
 from gpt2core.errors import BackendError, BackendUnavailableError, RequestError
 from gpt2core.quantization.rounding import PRECISIONS
@@ -29,18 +30,6 @@ _CLOSED: Final = "the native backend is closed; load the model again"
 _COST_OF_TOKEN: Final = {"float32": 0.06, "bfloat16": 0.1, "int8": 0.08, "int4": 0.13}
 _MOST_TOKENS: Final = 512
 """Of one pass in C: what it works with stays small, and products gain nothing from more."""
-
-
-class _CCache(Structure):
-    """`Cache` of gpt2.c."""
-
-    _fields_ = [("keys", c_void_p), ("values", c_void_p), ("slots", c_long), ("capacity", c_long)]
-
-
-class _CTrace(Structure):
-    """`Trace` of gpt2.c."""
-
-    _fields_ = [("hidden_states", c_void_p), ("attentions", c_void_p), ("tokens", c_long)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +55,7 @@ class NativeCache:
         each = layout.layers * slots * layout.heads * positions * layout.itemsize
         self._memory = private_memory(each * sum(widths))
         start = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
-        self.there = _CCache(start, start + each * widths[0], slots, positions)
+        self.there = CCache(start, start + each * widths[0], slots, positions)
 
     @property
     def nbytes(self) -> int:
@@ -107,7 +96,7 @@ class NativeBackend:
             )
         self.config = weights.config
         self.precision = weights.precision
-        self._library = _declared(load_library())
+        self._library = declare(load_library())
         self._layout = _Layout(
             layers=self.config.n_layer,
             heads=self.config.n_head,
@@ -161,7 +150,7 @@ class NativeBackend:
         count = len(token_ids)
         hidden_states = np.zeros((2 * config.n_layer + 1, count, config.n_embd), np.float32)
         attentions = np.zeros((config.n_layer, config.n_head, count, count), np.float32)
-        notes = _CTrace(hidden_states.ctypes.data, attentions.ctypes.data, count)
+        notes = CTrace(hidden_states.ctypes.data, attentions.ctypes.data, count)
         logits = self._logits(batch, self.new_cache(1, count), notes)
         return Trace(hidden_states, attentions, logits)
 
@@ -173,7 +162,7 @@ class NativeBackend:
         return self._logits(batch, self.new_cache(1, len(token_ids)), None, self._packed.without_head())
 
     def _logits(
-        self, batch: Batch, cache: NativeCache, trace: _CTrace | None, model: CModel | None = None
+        self, batch: Batch, cache: NativeCache, trace: CTrace | None, model: CModel | None = None
     ) -> Float32[np.ndarray, "M V"]:
         packed = self._packed
         if packed is None:
@@ -202,7 +191,7 @@ class NativeBackend:
         pieces: np.ndarray,
         wanted: np.ndarray,
         logits: np.ndarray,
-        trace: _CTrace | None,
+        trace: CTrace | None,
     ) -> None:
         tokens, pieces, wanted = map(np.ascontiguousarray, (tokens, pieces, wanted))
         with self._lock:
@@ -256,23 +245,3 @@ def _cut(pieces: np.ndarray, first: int, last: int) -> np.ndarray:
     counts = np.minimum(pieces[:, 0] + pieces[:, 1], last) - begins
     cut = np.stack([begins - first, counts, pieces[:, 2] + begins - pieces[:, 0], pieces[:, 3]], 1)
     return cut[counts > 0].astype(np.int32)
-
-
-def _declared(library: Any) -> Any:
-    """The kernels with the types of what they take and give."""
-    library.lanes.restype = library.strip_width.restype = c_long
-    library.activation_named.argtypes = [ctypes.c_char_p]
-    library.team_new.restype = c_void_p
-    library.team_free.argtypes = [c_void_p]
-    library.forward.argtypes = [
-        *(c_void_p, POINTER(CModel), POINTER(_CCache)),
-        *(c_void_p, c_long, c_void_p, c_long, c_void_p, c_long, c_void_p),
-        POINTER(_CTrace),
-    ]
-    for name in ("pack_float32", "pack_bfloat16"):
-        getattr(library, name).argtypes = [c_void_p, *[c_long] * 4, c_void_p]
-        getattr(library, name).restype = None
-    library.pack_int8.argtypes = [c_void_p, *[c_long] * 5, c_void_p]
-    library.pack_int4.argtypes = [c_void_p, *[c_long] * 2, c_void_p]
-    library.pack_int8.restype = library.pack_int4.restype = None
-    return library

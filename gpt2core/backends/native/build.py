@@ -27,7 +27,7 @@ KERNELS: Final = pathlib.Path(__file__).parent / "kernels"
 FLAGS_VARIABLE: Final = "GPT2CORE_CFLAGS"
 """The environment variable with further flags for the compiler; the last one wins."""
 COMPILE_TIMEOUT_S: Final = 120.0
-_FLAGS: Final = ("-O3", "-std=gnu11", "-fno-math-errno", "-fPIC", "-shared", "-pthread")
+_FLAGS: Final = ("-O3", "-std=gnu11", "-fno-math-errno", "-ffp-contract=off", "-fPIC", "-shared", "-pthread")
 _FOR_THIS_PROCESSOR: Final = {
     "x86_64": "-march=native",
     "aarch64": "-mcpu=native",

@@ -1,6 +1,7 @@
 """A model's weights in the layout of the C kernels, as structures that C reads.
 
-The structures have the fields of those in `kernels/products.h` and `kernels/gpt2.c`, in the same order.
+The structures have the fields of those in `kernels/products.h` and `kernels/gpt2.c`, in the same order, which
+`library.py` checks when the kernels are loaded.
 """
 
 # V vocabulary, D width, I inputs, O outputs, G groups of inputs
@@ -8,7 +9,7 @@ The structures have the fields of those in `kernels/products.h` and `kernels/gpt
 import ctypes
 import mmap
 from collections.abc import Iterator
-from ctypes import POINTER, Structure, c_float, c_int, c_long, c_void_p
+from ctypes import POINTER, Structure, c_float, c_int, c_int64, c_void_p
 from typing import Any, Final
 
 import numpy as np
@@ -29,8 +30,8 @@ class CMatrix(Structure):
     _fields_ = [
         ("kind", c_int),
         ("group", c_int),
-        ("inputs", c_long),
-        ("outputs", c_long),
+        ("inputs", c_int64),
+        ("outputs", c_int64),
         ("values", c_void_p),
         ("scale", c_void_p),
         ("zero", c_void_p),
@@ -67,7 +68,7 @@ class CModel(Structure):
     """`Model` of gpt2.c."""
 
     _fields_ = [
-        *((name, c_long) for name in ("layers", "heads", "width", "mlp", "vocabulary")),
+        *((name, c_int64) for name in ("layers", "heads", "width", "mlp", "vocabulary")),
         ("epsilon", c_float),
         *((name, c_int) for name in ("activation", "table_kind", "bfloat16_cache")),
         *((name, c_void_p) for name in ("wte", "wte_scale", "wpe")),
@@ -75,6 +76,18 @@ class CModel(Structure):
         ("ln_f", CNorm),
         ("head", CMatrix),
     ]
+
+
+class CCache(Structure):
+    """`Cache` of gpt2.c."""
+
+    _fields_ = [("keys", c_void_p), ("values", c_void_p), ("slots", c_int64), ("capacity", c_int64)]
+
+
+class CTrace(Structure):
+    """`Trace` of gpt2.c."""
+
+    _fields_ = [("hidden_states", c_void_p), ("attentions", c_void_p), ("tokens", c_int64)]
 
 
 class PackedModel:

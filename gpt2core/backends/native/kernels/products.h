@@ -4,26 +4,23 @@
    (float32, bfloat16), of four inputs (int8) or of eight (int4) lie side by side for all its outputs, so that a
    product reads memory once and straight ahead.
 
-   Each sum is taken by one register in the order of the inputs, whatever the number of rows: a row's result
-   does not depend, to the last bit, on the rows beside it. */
+   Each sum is taken by one lane in the order of the inputs, whatever the number of rows, lanes or threads: a row's
+   result does not depend, to the last bit, on the rows beside it, nor on the processor. */
 
 #ifndef GPT2CORE_PRODUCTS_H
 #define GPT2CORE_PRODUCTS_H
 
 #include "activations.h"
+#include "integer_products.h"
 #include "team.h"
-
-#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
-#include <immintrin.h>
-#endif
 
 enum { FLOAT32, BFLOAT16, INT8, INT4 };
 
 typedef struct {
   int kind;
-  int group;   /* inputs that share a scale; int8: all */
-  long inputs; /* rounded up to whole groups for int8 and int4 */
-  long outputs;
+  int group;      /* inputs that share a scale; int8: all */
+  int64_t inputs; /* rounded up to whole groups for int8 and int4 */
+  int64_t outputs;
   const void *values; /* strips */
   const float *scale; /* int8 (strips, WIDE), int4 (strips, groups, WIDE) */
   const float *zero;  /* int4: as scale */
@@ -32,7 +29,7 @@ typedef struct {
 /* Rows to be multiplied: as they are, or rounded to int8 with a scale for each group of inputs. */
 typedef struct {
   const float *x;
-  long stride;
+  int64_t stride;
   const int8_t *rounded; /* (rows, inputs) */
   const float *scale;    /* (rows, groups) */
   const float *sum;      /* (rows, groups) of the rounded numbers */
@@ -40,151 +37,161 @@ typedef struct {
 
 typedef struct {
   float *y;
-  long stride;
+  int64_t stride;
   int exact; /* nothing may be written behind a row's outputs */
   int add;   /* to what is there */
   const float *bias;
   Activation *activation;
 } Result;
 
-INLINE i32v dot4(i32v sum, u8v weights, int32_t four) { /* unsigned weights times four signed inputs */
-#if defined(__AVX512VNNI__)
-  return (i32v)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)weights, _mm512_set1_epi32(four));
-#elif defined(__AVXVNNI__)
-  return (i32v)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)weights, _mm256_set1_epi32(four));
-#else
-  u32v w = (u32v)weights;
-  sum += (i32v)(w & 255) * (int32_t)(int8_t)four;
-  sum += (i32v)(w >> 8 & 255) * (int32_t)(int8_t)(four >> 8);
-  sum += (i32v)(w >> 16 & 255) * (int32_t)(int8_t)(four >> 16);
-  return sum + (i32v)(w >> 24) * (four >> 24);
-#endif
-}
-
-INLINE int32_t four_at(const int8_t *p) {
+INLINE int32_t load_four(const int8_t *p) {
   int32_t four;
   memcpy(&four, p, 4);
   return four;
 }
 
-#define MOST_ROWS 8 /* of a tile; its sums stay in registers, since all loops over them are unrolled */
-#define MOST_PANELS 4
-typedef f32v Tile[MOST_ROWS][MOST_PANELS];
-#define EACH(i, count) _Pragma("GCC unroll 8") for (int i = 0; i < (count); i++)
+#define MAX_ROWS 8 /* of a tile; its accumulators stay in registers, since all loops over them are unrolled */
+#define MAX_PANELS 4
+typedef f32v Tile[MAX_ROWS][MAX_PANELS];
 
-/* Where to ask for memory before it is needed, and how far to go on with each step of a sum. */
+/* A vector in a register of its own: with 16 registers gcc would rather load weights anew for each row. */
+#if LANES == 8 && defined(__x86_64__) && !defined(__clang__)
+#define KEEP_IN_REGISTER(x) __asm__("" : "+x"(x))
+#else
+#define KEEP_IN_REGISTER(x) (void)(x)
+#endif
+
+/* Where to prefetch from, and how far to go on with each step of a sum. */
 typedef struct {
   const char *from;
-  long step;
-  int far; /* into the second cache: more can be on its way there at once */
-} Soon;
-INLINE void ask(Soon soon, long step) {
-  const char *line = soon.from + step * soon.step;
-  if (soon.far) {
-    EACH(i, 2) __builtin_prefetch(line + 64 * i, 0, 1);
+  int64_t step_nbytes;
+  int second_level; /* into the second cache: more can be on its way to it at once */
+} Prefetch;
+#define LINE_NBYTES 64
+#define STEP_LINES ((4 * WIDE + LINE_NBYTES - 1) / LINE_NBYTES)
+INLINE void prefetch(Prefetch ahead, int64_t step) {
+  const char *line = ahead.from + step * ahead.step_nbytes;
+  if (ahead.second_level) {
+    EACH(i, 2) __builtin_prefetch(line + LINE_NBYTES * i, 0, 1);
   } else {
-    EACH(i, STRIP) __builtin_prefetch(line + 64 * i);
+    EACH(i, STEP_LINES) __builtin_prefetch(line + LINE_NBYTES * i);
   }
 }
 
 /* sums[row][panel] of `rows` rows with `panels` vectors of outputs, `apart` elements from one another; `step`
-   elements lie between the weights of one input and those of the next. */
-#define SUMS(name, type, load)                                                                                 \
-  INLINE void name(const int rows, const int panels, const float *x, long stride, long inputs, const type *w,  \
-                   long step, long apart, Soon soon, Tile sums) {                                              \
-    EACH(r, rows)                                                                                              \
-      EACH(p, panels) sums[r][p] = splat(0);                                                                   \
-    for (long k = 0; k < inputs; k++) {                                                                        \
-      f32v weights[MOST_PANELS];                                                                               \
-      EACH(p, panels) weights[p] = load(w + k * step + p * apart);                                             \
-      ask(soon, k);                                                                                            \
-      EACH(r, rows)                                                                                            \
-        EACH(p, panels) sums[r][p] += weights[p] * x[r * stride + k];                                          \
-    }                                                                                                          \
+   elements lie between the weights of one input and those of the next. With `triangle` row r has r inputs more than
+   the first. */
+#define ACCUMULATE(name, type, load_weights)                                                                    \
+  INLINE void name(const int rows, const int panels, const int triangle, const float *x, int64_t stride,        \
+                   int64_t inputs, const type *w, int64_t step, int64_t apart, Prefetch ahead, Tile sums) {     \
+    EACH(r, rows)                                                                                               \
+      EACH(p, panels) sums[r][p] = splat(0);                                                                    \
+    for (int64_t k = 0; k < inputs; k++) {                                                                      \
+      f32v weights[MAX_PANELS];                                                                                 \
+      EACH(p, panels) {                                                                                         \
+        weights[p] = load_weights(w + k * step + p * apart);                                                    \
+        KEEP_IN_REGISTER(weights[p]);                                                                           \
+      }                                                                                                         \
+      prefetch(ahead, k);                                                                                       \
+      EACH(r, rows) {                                                                                           \
+        const f32v input = splat(x[r * stride + k]);                                                            \
+        EACH(p, panels) sums[r][p] = multiply_add(weights[p], input, sums[r][p]);                               \
+      }                                                                                                         \
+    }                                                                                                           \
+    if (triangle)                                                                                               \
+      EACH(extra, rows - 1)                                                                                     \
+        EACH(r, rows)                                                                                           \
+          if (r > extra) {                                                                                      \
+            const f32v input = splat(x[r * stride + inputs + extra]);                                           \
+            EACH(p, panels)                                                                                     \
+              sums[r][p] = multiply_add(load_weights(w + (inputs + extra) * step + p * apart), input, sums[r][p]); \
+          }                                                                                                     \
   }
-SUMS(sums_float32, float, load)
-SUMS(sums_bfloat16, uint16_t, widened)
+ACCUMULATE(accumulate_float32, float, load)
+ACCUMULATE(accumulate_bfloat16, uint16_t, load_bfloat16)
 
-INLINE void sums_int8(const int rows, const Matrix *m, const Rows *in, long row, long strip, Soon soon, Tile sums) {
+INLINE void accumulate_int8(const int rows, const Matrix *m, const Rows *in, int64_t row, int64_t strip,
+                            Prefetch ahead, Tile sums) {
   const uint8_t *w = (const uint8_t *)m->values + strip * m->inputs * WIDE;
   const int8_t *x = in->rounded + row * m->inputs;
-  i32v whole[MOST_ROWS][STRIP];
+  i32v accumulators[MAX_ROWS][STRIP];
   EACH(r, rows)
-    EACH(p, STRIP) whole[r][p] = (i32v){0};
-  for (long k = 0; k < m->inputs; k += 4) {
-    u8v weights[STRIP];
-    EACH(p, STRIP) weights[p] = *(const u8u *)(w + k * WIDE + 4 * LANES * p);
-    ask(soon, k / 4);
+    EACH(p, STRIP) accumulators[r][p] = (i32v){0};
+  for (int64_t k = 0; k < m->inputs; k += 4) {
+    Int8Weights weights[STRIP];
+    EACH(p, STRIP) weights[p] = int8_weights(*(const u8u *)(w + k * WIDE + 4 * LANES * p));
+    prefetch(ahead, k / 4);
     EACH(r, rows) {
-      int32_t four = four_at(x + r * m->inputs + k);
-      EACH(p, STRIP) whole[r][p] = dot4(whole[r][p], weights[p], four);
+      const int32_t four = load_four(x + r * m->inputs + k);
+      EACH(p, STRIP) accumulators[r][p] = dot_int8(accumulators[r][p], &weights[p], four);
     }
   }
   EACH(r, rows) {
-    int32_t offset = 128 * (int32_t)in->sum[row + r]; /* the weights are kept 128 too large */
+    const int32_t offset = INT8_OFFSET * (int32_t)in->sum[row + r];
     EACH(p, STRIP)
-      sums[r][p] = __builtin_convertvector(whole[r][p] - offset, f32v) *
+      sums[r][p] = __builtin_convertvector(accumulators[r][p] - offset, f32v) *
                    (load(m->scale + strip * WIDE + LANES * p) * in->scale[row + r]);
   }
 }
 
-INLINE void sums_int4(const int rows, const Matrix *m, const Rows *in, long row, long strip, Soon soon, Tile sums) {
-  const long groups = m->inputs / m->group;
+INLINE void accumulate_int4(const int rows, const Matrix *m, const Rows *in, int64_t row, int64_t strip,
+                            Prefetch ahead, Tile sums) {
+  const int64_t groups = m->inputs / m->group;
   const uint8_t *w = (const uint8_t *)m->values + strip * m->inputs / 2 * WIDE;
   EACH(r, rows)
     EACH(p, STRIP) sums[r][p] = splat(0);
-  for (long g = 0; g < groups; g++) {
+  for (int64_t g = 0; g < groups; g++) {
     const int8_t *x = in->rounded + row * m->inputs + g * m->group;
-    i32v whole[MOST_ROWS][STRIP];
+    i32v accumulators[MAX_ROWS][STRIP];
     EACH(r, rows)
-      EACH(p, STRIP) whole[r][p] = (i32v){0};
-    for (long k = 0; k < m->group; k += 8, w += 4 * WIDE) {
+      EACH(p, STRIP) accumulators[r][p] = (i32v){0};
+    for (int64_t k = 0; k < m->group; k += 8, w += 4 * WIDE) {
       u8v low[STRIP], high[STRIP];
       EACH(p, STRIP) {
         u8v both = *(const u8u *)(w + 4 * LANES * p);
         low[p] = both & 15;
         high[p] = (u8v)((u32v)both >> 4) & 15;
       }
-      ask(soon, (g * m->group + k) / 8);
+      prefetch(ahead, (g * m->group + k) / 8);
       EACH(r, rows) {
-        int32_t four = four_at(x + r * m->inputs + k), more = four_at(x + r * m->inputs + k + 4);
-        EACH(p, STRIP) {
-          whole[r][p] = dot4(whole[r][p], low[p], four);
-          whole[r][p] = dot4(whole[r][p], high[p], more);
-        }
+        const int32_t low_four = load_four(x + r * m->inputs + k), high_four = load_four(x + r * m->inputs + k + 4);
+        EACH(p, STRIP)
+          accumulators[r][p] = dot_int4_pair(accumulators[r][p], low[p], high[p], low_four, high_four);
       }
     }
     EACH(p, STRIP) {
-      long at = (strip * groups + g) * WIDE + LANES * p;
-      f32v scale = load(m->scale + at), zero = load(m->zero + at);
+      const int64_t at = (strip * groups + g) * WIDE + LANES * p;
+      const f32v scale = load(m->scale + at), zero = load(m->zero + at);
       EACH(r, rows) {
-        float x_scale = in->scale[(row + r) * groups + g], x_sum = in->sum[(row + r) * groups + g];
-        sums[r][p] += (__builtin_convertvector(whole[r][p], f32v) - zero * x_sum) * (scale * x_scale);
+        const float x_scale = in->scale[(row + r) * groups + g], x_sum = in->sum[(row + r) * groups + g];
+        const f32v whole = __builtin_convertvector(accumulators[r][p], f32v);
+        sums[r][p] = multiply_add(multiply_add(-zero, splat(x_sum), whole), scale * x_scale, sums[r][p]);
       }
     }
   }
 }
 
-INLINE void tile(const int kind, const int rows, const Matrix *m, const Rows *in, long row, long strip, Soon soon,
-                 const Result *out) {
+INLINE void multiply_tile(const int kind, const int rows, const Matrix *m, const Rows *in, int64_t row, int64_t strip,
+                          Prefetch ahead, const Result *out) {
   Tile sums;
   const float *x = in->x + row * in->stride;
-  const long first = strip * m->inputs * WIDE; /* weight */
+  const int64_t first = strip * m->inputs * WIDE; /* weight */
   if (kind == FLOAT32)
-    sums_float32(rows, STRIP, x, in->stride, m->inputs, (const float *)m->values + first, WIDE, LANES, soon, sums);
+    accumulate_float32(rows, STRIP, 0, x, in->stride, m->inputs, (const float *)m->values + first, WIDE, LANES, ahead,
+                       sums);
   else if (kind == BFLOAT16)
-    sums_bfloat16(rows, STRIP, x, in->stride, m->inputs, (const uint16_t *)m->values + first, WIDE, LANES, soon,
-                  sums);
+    accumulate_bfloat16(rows, STRIP, 0, x, in->stride, m->inputs, (const uint16_t *)m->values + first, WIDE, LANES,
+                        ahead, sums);
   else if (kind == INT8)
-    sums_int8(rows, m, in, row, strip, soon, sums);
+    accumulate_int8(rows, m, in, row, strip, ahead, sums);
   else
-    sums_int4(rows, m, in, row, strip, soon, sums);
+    accumulate_int4(rows, m, in, row, strip, ahead, sums);
   EACH(r, rows) {
     float *y = out->y + (row + r) * out->stride + strip * WIDE;
     EACH(p, STRIP) {
       f32v value = sums[r][p];
       if (out->bias) value += load(out->bias + strip * WIDE + LANES * p);
-      long left = m->outputs - strip * WIDE - LANES * p;
+      const int64_t left = m->outputs - strip * WIDE - LANES * p;
       if (out->exact && left < LANES) {
         if (left > 0) memcpy(y + LANES * p, &value, 4 * left);
         continue;
@@ -196,44 +203,45 @@ INLINE void tile(const int kind, const int rows, const Matrix *m, const Rows *in
   }
 }
 
-#define AHEAD 2048 /* bytes */
+#define PREFETCH_NBYTES 2048 /* ahead, within a strip */
 
 /* Bytes of a strip's weights for one step of a sum. */
-INLINE long step_nbytes(const int kind) { return kind == BFLOAT16 ? 2 * WIDE : 4 * WIDE; }
-INLINE long steps(const int kind, const Matrix *m) {
+INLINE int64_t step_nbytes(const int kind) { return kind == BFLOAT16 ? 2 * WIDE : 4 * WIDE; }
+INLINE int64_t steps(const int kind, const Matrix *m) {
   return kind == INT4 ? m->inputs / 8 : kind == INT8 ? m->inputs / 4 : m->inputs;
 }
 
-/* All rows with one strip, then with the next: a strip stays in the cache meanwhile, and the next is asked for
-   by parts. */
-#define PRODUCT(name, kind)                                                                                       \
-  static void name(const Matrix *m, const Rows *in, long rows, const Result *out, Share strips) {                 \
-    const long count = steps(kind, m), nbytes = count * step_nbytes(kind);                                        \
-    const long tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;                                                        \
-    for (long strip = strips.first; strip < strips.last; strip++) {                                               \
-      const char *here = (const char *)m->values + strip * nbytes;                                                \
-      for (long t = 0; t < tiles; t++) {                                                                          \
-        const Soon soon = tiles == 1 ? (Soon){here + AHEAD, step_nbytes(kind), 0}                                 \
-                                     : (Soon){here + nbytes + nbytes * t / tiles, step_nbytes(kind) / tiles, 0};  \
-        const Share mine = part_of(rows, t, tiles);                                                               \
-        switch (mine.last - mine.first) {                                                                         \
-          case 1: tile(kind, 1, m, in, mine.first, strip, soon, out); break;                                      \
-          case 2: tile(kind, 2, m, in, mine.first, strip, soon, out); break;                                      \
-          case 3: tile(kind, 3, m, in, mine.first, strip, soon, out); break;                                      \
-          case 4: tile(kind, 4, m, in, mine.first, strip, soon, out); break;                                      \
-          WIDE_CASES(kind)                                                                                        \
-        }                                                                                                         \
-      }                                                                                                           \
-    }                                                                                                             \
+/* All rows with one strip, then with the next: a strip stays in the cache meanwhile, and the next is prefetched by
+   parts. */
+#define PRODUCT(name, kind)                                                                                           \
+  static void name(const Matrix *m, const Rows *in, int64_t rows, const Result *out, Range strips) {                  \
+    const int64_t count = steps(kind, m), nbytes = count * step_nbytes(kind);                                         \
+    const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;                                                         \
+    for (int64_t strip = strips.first; strip < strips.last; strip++) {                                                \
+      const char *here = (const char *)m->values + strip * nbytes;                                                    \
+      for (int64_t t = 0; t < tiles; t++) {                                                                           \
+        const Prefetch ahead =                                                                                        \
+            tiles == 1 ? (Prefetch){here + PREFETCH_NBYTES, step_nbytes(kind), 0}                                     \
+                       : (Prefetch){here + nbytes + nbytes * t / tiles, step_nbytes(kind) / tiles, 0};                \
+        const Range tile = part_of(rows, t, tiles);                                                                   \
+        switch (tile.last - tile.first) {                                                                             \
+          case 1: multiply_tile(kind, 1, m, in, tile.first, strip, ahead, out); break;                                \
+          case 2: multiply_tile(kind, 2, m, in, tile.first, strip, ahead, out); break;                                \
+          case 3: multiply_tile(kind, 3, m, in, tile.first, strip, ahead, out); break;                                \
+          case 4: multiply_tile(kind, 4, m, in, tile.first, strip, ahead, out); break;                                \
+          FURTHER_CASES(kind)                                                                                         \
+        }                                                                                                             \
+      }                                                                                                               \
+    }                                                                                                                 \
   }
 #if TILE_ROWS == 8
-#define WIDE_CASES(kind)                                              \
-  case 5: tile(kind, 5, m, in, mine.first, strip, soon, out); break;  \
-  case 6: tile(kind, 6, m, in, mine.first, strip, soon, out); break;  \
-  case 7: tile(kind, 7, m, in, mine.first, strip, soon, out); break;  \
-  case 8: tile(kind, 8, m, in, mine.first, strip, soon, out); break;
+#define FURTHER_CASES(kind)                                                     \
+  case 5: multiply_tile(kind, 5, m, in, tile.first, strip, ahead, out); break;  \
+  case 6: multiply_tile(kind, 6, m, in, tile.first, strip, ahead, out); break;  \
+  case 7: multiply_tile(kind, 7, m, in, tile.first, strip, ahead, out); break;  \
+  case 8: multiply_tile(kind, 8, m, in, tile.first, strip, ahead, out); break;
 #else
-#define WIDE_CASES(kind)
+#define FURTHER_CASES(kind)
 #endif
 
 PRODUCT(product_float32, FLOAT32)
@@ -242,49 +250,52 @@ PRODUCT(product_int8, INT8)
 PRODUCT(product_int4, INT4)
 
 /* A stage: `rows` times `m`. */
-static void multiply(Member *me, const Matrix *m, const Rows *in, long rows, const Result *out) {
-  static void (*const products[])(const Matrix *, const Rows *, long, const Result *, Share) = {
+static void multiply(Member *me, const Matrix *m, const Rows *in, int64_t rows, const Result *out) {
+  static void (*const products[])(const Matrix *, const Rows *, int64_t, const Result *, Range) = {
       product_float32, product_bfloat16, product_int8, product_int4};
-  const int fineness = rows > TILE_ROWS ? 2 : 4; /* the next strip is asked for, and had better be one's own */
-  STAGE(me, rows ? (m->outputs + WIDE - 1) / WIDE : 0, fineness, mine)
-  products[m->kind](m, in, rows, out, mine);
+  const int fineness = rows > TILE_ROWS ? 2 : 4; /* the next strip is prefetched, and had better be one's own */
+  STAGE(me, rows ? (m->outputs + WIDE - 1) / WIDE : 0, fineness, strips)
+  products[m->kind](m, in, rows, out, strips);
 }
 
-/* Round a row to int8, each group by its largest number; what is not finite makes its group's scale so. */
-static void round_row(const float *x, long count, const Matrix *m, int8_t *rounded, float *scales, float *sums) {
-  for (long first = 0; first < m->inputs; first += m->group) {
-    long last = first + m->group < count ? first + m->group : count;
-    u32v most = {0};
-    long k = first;
+#define SMALLEST_ROUNDED 0x1p-100f /* 127 divided by less might not be finite */
+
+/* Round a row to int8, each group by its largest number. A group of numbers below SMALLEST_ROUNDED counts as zeros; one
+   with a number that is not finite too, and its scale is NaN. */
+static void round_row(const float *x, int64_t count, const Matrix *m, int8_t *rounded, float *scales, float *sums) {
+  for (int64_t first = 0; first < m->inputs; first += m->group) {
+    const int64_t last = first + m->group < count ? first + m->group : count;
+    u32v lane_max_bits = {0}; /* of absolute values: as whole numbers they are in order, and NaN is the largest */
+    int64_t k = first;
     for (; k + LANES <= last; k += LANES) {
-      u32v size = (u32v)absolute(load(x + k)); /* as whole numbers, NaN is the largest */
-      most = (u32v)(((i32v)(size > most) & (i32v)size) | (~(i32v)(size > most) & (i32v)most));
+      u32v bits = (u32v)absolute(load(x + k));
+      lane_max_bits = (u32v)blend((i32v)(bits > lane_max_bits), (f32v)bits, (f32v)lane_max_bits);
     }
-    uint32_t largest_bits = 0;
-    for (int i = 0; i < LANES; i++) largest_bits = most[i] > largest_bits ? most[i] : largest_bits;
+    uint32_t max_bits = 0;
+    for (int i = 0; i < LANES; i++) max_bits = lane_max_bits[i] > max_bits ? lane_max_bits[i] : max_bits;
     for (; k < last; k++) {
-      uint32_t bits;
-      memcpy(&bits, x + k, 4);
-      bits &= 0x7fffffff;
-      largest_bits = bits > largest_bits ? bits : largest_bits;
+      const uint32_t bits = bits_of_float(x[k]) & 0x7fffffff;
+      max_bits = bits > max_bits ? bits : max_bits;
     }
-    float largest;
-    memcpy(&largest, &largest_bits, 4);
-    float factor = largest > 0 ? 127 / largest : 0;
-    const float whole = 12582912.0f; /* adding it rounds to the nearest whole number */
-    int32_t sum = 0;
-    i32v part = {0};
+    const float largest = float_of_bits(max_bits);
+    if (!(largest >= SMALLEST_ROUNDED && largest <= FLT_MAX)) {
+      memset(rounded + first, 0, m->group);
+      *scales++ = largest <= FLT_MAX ? 0 : NAN;
+      *sums++ = 0;
+      continue;
+    }
+    const float factor = 127 / largest;
+    i32v partial_sums = {0};
     for (k = first; k + LANES <= last; k += LANES) {
-      i32v q = (i32v)(load(x + k) * factor + whole) - 0x4b400000;
-      part += q;
+      i32v q = (i32v)multiply_add(load(x + k), splat(factor), splat(ROUNDING_MAGIC)) - (int32_t)ROUNDING_MAGIC_BITS;
+      partial_sums += q;
       *(i8u *)(rounded + k) = __builtin_convertvector(q, i8v);
     }
-    for (int i = 0; i < LANES; i++) sum += part[i];
+    int32_t sum = 0;
+    for (int i = 0; i < LANES; i++) sum += partial_sums[i];
     for (; k < last; k++) {
-      float shifted = x[k] * factor + whole;
-      int32_t bits;
-      memcpy(&bits, &shifted, 4);
-      rounded[k] = (int8_t)(bits - 0x4b400000);
+      const float shifted = multiply_add_1(x[k], factor, ROUNDING_MAGIC);
+      rounded[k] = (int8_t)(bits_of_float(shifted) - ROUNDING_MAGIC_BITS);
       sum += rounded[k];
     }
     for (; k < first + m->group; k++) rounded[k] = 0;

@@ -1,21 +1,60 @@
-/* Vectors of floats in the compilers' own notation, so that one source serves every processor. */
+/* Vectors of floats in the compilers' own notation, so that one source serves every processor, and the few
+   operations that all arithmetic is made of.
+
+   The same numbers come out, to the last bit, on every processor and from every compiler (docs/reproducibility.md).
+   For that
+   - a product that is added to something is one `multiply_add`, rounded once, and nothing else is fused;
+   - a sum across a row is taken by LOGICAL_LANES lanes and folded as a tree, whatever a register holds;
+   - beside + - * / and square roots, which IEEE 754 fixes, no function of the C library is used. */
 
 #ifndef GPT2CORE_VECTORS_H
 #define GPT2CORE_VECTORS_H
 
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__AVX512F__)
-#define LANES 16 /* floats per vector */
-#define TILE_ROWS 8 /* rows that share the weights they are multiplied with: 8 x 3 sums in 32 registers */
-#else
+#if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)
+#error "gpt2core's kernels give wrong numbers under -ffast-math, -Ofast and -ffinite-math-only; leave these flags out"
+#endif
+#if FLT_EVAL_METHOD != 0 && FLT_EVAL_METHOD != 16 /* 16 concerns half precision alone */
+#error "gpt2core's kernels need float arithmetic that is rounded to float (on x86: -mfpmath=sse)"
+#endif
+_Static_assert(sizeof(void *) == 8, "gpt2core's kernels need a 64-bit system");
+
+#ifdef __clang__
+#pragma STDC FP_CONTRACT OFF /* gcc takes -ffp-contract=off instead; the self-test knows whether it was given */
+#endif
+
+#if defined(__x86_64__) && !defined(GPT2CORE_SCALAR)
+#include <immintrin.h>
+#elif defined(__aarch64__) && !defined(GPT2CORE_SCALAR)
+#include <arm_neon.h>
+#endif
+
+/* floats per register, and rows of a tile: its TILE_ROWS x STRIP accumulators fill the registers */
+#if defined(GPT2CORE_SCALAR)
+#define LANES 1
+#define TILE_ROWS 4
+#elif defined(__AVX512F__)
+#define LANES 16
+#define TILE_ROWS 8
+#elif defined(__AVX__)
 #define LANES 8
+#define TILE_ROWS 4
+#elif defined(__aarch64__)
+#define LANES 4
+#define TILE_ROWS 8
+#else
+#define LANES 4
 #define TILE_ROWS 4
 #endif
 #define STRIP 3               /* vectors of outputs that are summed at once */
 #define WIDE (STRIP * LANES) /* outputs of a strip */
+
+#define LOGICAL_LANES 16 /* of sums across a row: part of the arithmetic's definition */
+#define PARTS (LOGICAL_LANES / LANES)
 
 typedef float f32v __attribute__((vector_size(4 * LANES)));
 typedef int32_t i32v __attribute__((vector_size(4 * LANES)));
@@ -30,59 +69,104 @@ typedef u8v u8u __attribute__((aligned(1), may_alias));
 
 #define INLINE static inline __attribute__((always_inline))
 
+/* A loop that is unrolled as a whole, so that arrays indexed by it are registers; `count` <= 8 is a constant once
+   the function is inlined. */
+#ifdef __clang__
+#define EACH(i, count) _Pragma("clang loop unroll(full)") for (int i = 0; i < (count); i++)
+#else
+#define EACH(i, count) _Pragma("GCC unroll 16") for (int i = 0; i < (count); i++)
+#endif
+
 INLINE f32v load(const float *p) { return *(const f32u *)p; }
 INLINE void store(float *p, f32v x) { *(f32u *)p = x; }
 INLINE f32v splat(float x) { return x - (f32v){0}; }
-INLINE f32v either(i32v which, f32v yes, f32v no) { return (f32v)((which & (i32v)yes) | (~which & (i32v)no)); }
-INLINE f32v larger(f32v x, f32v y) { return either(x > y, x, y); }
-INLINE f32v smaller(f32v x, f32v y) { return either(x < y, x, y); }
+INLINE f32v blend(i32v condition, f32v yes, f32v no) {
+  return (f32v)((condition & (i32v)yes) | (~condition & (i32v)no));
+}
+INLINE f32v larger(f32v x, f32v y) { return blend(x > y, x, y); }
+INLINE f32v smaller(f32v x, f32v y) { return blend(x < y, x, y); }
 INLINE f32v absolute(f32v x) { return (f32v)((i32v)x & 0x7fffffff); }
-INLINE f32v widened(const uint16_t *p) { /* bfloat16 */
+INLINE f32v load_bfloat16(const uint16_t *p) {
   return (f32v)(__builtin_convertvector(*(const u16u *)p, u32v) << 16);
 }
-INLINE float total(f32v x) {
-  float sum = 0;
-  for (int i = 0; i < LANES; i++) sum += x[i];
-  return sum;
+INLINE float float_of_bits(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+INLINE uint32_t bits_of_float(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  return bits;
 }
 
-/* e**x within 2 units in the last place: x = n ln 2 + r, a polynomial for e**r (Cephes, expf), n as an exponent.
-   Below -87.3 it stays at 1e-38, above 88 at 1.7e38. */
-INLINE f32v exponential(f32v x) {
-  const float whole = 12582912.0f; /* 1.5 * 2**23: adding it rounds to a whole number */
-  x = either(x < -87.3f, splat(-87.3f), either(x > 88.0f, splat(88.0f), x));
-  f32v shifted = x * 1.44269504f + whole;
-  f32v n = shifted - whole;
-  f32v r = x - n * 0.693359375f;
-  r = r - n * -2.12194440e-4f;
-  f32v y = splat(1.9875691500e-4f);
-  y = y * r + 1.3981999507e-3f;
-  y = y * r + 8.3334519073e-3f;
-  y = y * r + 4.1665795894e-2f;
-  y = y * r + 1.6666665459e-1f;
-  y = y * r + 5.0000001201e-1f;
-  y = y * r * r + r + 1.0f;
-  i32v exponent = (i32v)shifted - 0x4b400000;
-  return y * (f32v)((exponent + 127) << 23);
+/* x y + z, rounded once. */
+#if defined(GPT2CORE_UNFUSED) /* fast where hardware cannot do it, and without the promise of portable bits */
+INLINE f32v multiply_add(f32v x, f32v y, f32v z) { return x * y + z; }
+#elif LANES == 16
+INLINE f32v multiply_add(f32v x, f32v y, f32v z) { return (f32v)_mm512_fmadd_ps((__m512)x, (__m512)y, (__m512)z); }
+#elif LANES == 8 && defined(__FMA__)
+INLINE f32v multiply_add(f32v x, f32v y, f32v z) { return (f32v)_mm256_fmadd_ps((__m256)x, (__m256)y, (__m256)z); }
+#elif LANES == 4 && defined(__FMA__)
+INLINE f32v multiply_add(f32v x, f32v y, f32v z) { return (f32v)_mm_fmadd_ps((__m128)x, (__m128)y, (__m128)z); }
+#elif LANES == 4 && defined(__aarch64__)
+INLINE f32v multiply_add(f32v x, f32v y, f32v z) {
+  return (f32v)vfmaq_f32((float32x4_t)z, (float32x4_t)x, (float32x4_t)y);
+}
+#elif defined(__FMA__) || defined(__aarch64__) || defined(__FP_FAST_FMAF)
+INLINE f32v multiply_add(f32v x, f32v y, f32v z) {
+  f32v result;
+  EACH(i, LANES) result[i] = __builtin_fmaf(x[i], y[i], z[i]);
+  return result;
+}
+#else
+#define SOFTWARE_FMA
+typedef double f64v __attribute__((vector_size(8 * LANES)));
+typedef int64_t i64v __attribute__((vector_size(8 * LANES)));
+/* In double precision and integers, after Boldo and Melquiond, "Emulation of FMA and correctly rounded sums: proved
+   algorithms using rounding to odd" (IEEE Trans. Computers 57, 2008):
+   1. A product of two floats has at most 48 significant bits and an exponent of -298 to 256: a double holds it.
+   2. `error` is exactly what rounding took from `sum` (Knuth's TwoSum; no sum of such numbers overflows).
+   3. Where that is not zero, the true sum lies between `sum` and its neighbor on the error's side. One of the two has
+      an odd significand: that is the true sum "rounded to odd".
+   4. A number rounded to odd with 53 bits, then to nearest with p <= 51 bits, equals the true one rounded to nearest
+      with p bits: an inexact sum never looks like the middle between two floats, since that would end in zeros. A
+      float has p <= 24, below 2**-126 fewer, and a double's own exponents reach far below: subnormal floats need no
+      care, and neither does overflow, which the last conversion decides.
+   With infinities and NaN `error` is NaN, both comparisons are false, and `sum` is right as it is. */
+INLINE f32v multiply_add(f32v x, f32v y, f32v z) {
+  f64v product = __builtin_convertvector(x, f64v) * __builtin_convertvector(y, f64v);
+  f64v addend = __builtin_convertvector(z, f64v), sum = product + addend;
+  f64v part = sum - product;
+  f64v error = (product - (sum - part)) + (addend - part);
+  i64v bits = (i64v)sum, inexact = (error > 0) | (error < 0), even = (bits & 1) - 1;
+  i64v toward_error = ((error > 0) ^ (sum > 0)) | 1; /* 1 away from zero, -1 toward it */
+  return __builtin_convertvector((f64v)(bits + (inexact & even & toward_error)), f32v);
+}
+#endif
+
+INLINE float multiply_add_1(float x, float y, float z) { return multiply_add(splat(x), splat(y), splat(z))[0]; }
+
+INLINE f32v square_root(f32v x) {
+  EACH(i, LANES) x[i] = __builtin_sqrtf(x[i]);
+  return x;
 }
 
-INLINE f32v sigmoid(f32v x) { return 1.0f / (1.0f + exponential(-x)); }
+/* A sum across a row: its number i belongs to lane i modulo LOGICAL_LANES. */
+typedef struct {
+  f32v part[PARTS];
+} Lanes;
 
-/* For |x| < 1 the Maclaurin series (DLMF 7.6.1), elsewhere erfc of Press et al., "Numerical Recipes in C", 6.2. */
-INLINE f32v error_function(f32v x) {
-  static const float series[] = {1.12837917f,     -0.376126389f,   0.112837917f,    -0.0268661706f, 0.00522397762f,
-                                 -8.54832702e-4f, 1.20552935e-4f,  -1.49256504e-5f, 1.64621144e-6f, -1.63651339e-7f,
-                                 1.48071923e-8f,  -1.22905301e-9f, 9.42275905e-11f};
-  static const float tail[] = {-1.26551223f, 1.00002368f,  0.37409196f, 0.09678418f,  -0.18628806f,
-                               0.27886807f,  -1.13520398f, 1.48851587f, -0.82215223f, 0.17087277f};
-  f32v a = absolute(x), near = smaller(a, splat(1.0f)), square = near * near;
-  f32v t = 1.0f / (1.0f + 0.5f * a);
-  f32v s = splat(series[12]), p = splat(tail[9]);
-  for (int i = 11; i >= 0; i--) s = s * square + series[i];
-  for (int i = 8; i >= 0; i--) p = p * t + tail[i];
-  f32v far = 1.0f - t * exponential(p - a * a);
-  far = (f32v)((i32v)far | ((i32v)x & (int32_t)0x80000000));
-  return either(a < 1.0f, x * s, far);
+/* The lanes' sum: the upper half is added to the lower one until one number is left. */
+INLINE float fold(const float lanes[LOGICAL_LANES]) {
+  float sums[LOGICAL_LANES];
+  memcpy(sums, lanes, sizeof sums);
+  for (int half = LOGICAL_LANES / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) sums[i] += sums[i + half];
+  return sums[0];
+}
+INLINE void store_lanes(float to[LOGICAL_LANES], const Lanes *lanes) {
+  EACH(p, PARTS) store(to + p * LANES, lanes->part[p]);
 }
 
 #endif
