@@ -73,7 +73,7 @@ def url(local_ray, folder):
             backend="numpy",
             log_level="warning",
             **{"max_replicas": 2, "cpus": 0.25, "target_ongoing_requests": 4, "upscale_delay_s": 0.5},
-            **{"max_batch": 8, "max_queue": 8, "max_prompts": 2, "max_n": 2},
+            **{"max_batch": 8, "max_queue": 8, "max_prompts": 2, "max_n": 2, "client_share": 1.0},
         )
     )
     serve.run(app, name="app", route_prefix="/")

@@ -12,6 +12,7 @@ from typing import Final
 
 import numpy as np
 
+from gpt2core.backends import load_factory
 from gpt2core.batch import Batch
 from gpt2core.checkpoint.open import open_checkpoint
 from gpt2core.quantization.rounding import quantize
@@ -55,8 +56,7 @@ def verify_bits(*, threads: int | None = None) -> Iterator[BitsReport]:
     Raises:
         BackendUnavailableError: the native backend cannot run here.
     """
-    from gpt2core.backends.native import NativeBackend
-
+    make_backend = load_factory("native")
     golden = json.loads(GOLDEN.read_text(encoding="utf-8"))["demo"]
     weights = open_checkpoint("demo").stored
     assert isinstance(weights, Weights)
@@ -64,7 +64,7 @@ def verify_bits(*, threads: int | None = None) -> Iterator[BitsReport]:
     tokens = [(31 * i + 7) % config.vocab_size for i in range(config.n_positions)]
     for precision in PRECISIONS:
         stored = weights if precision == "float32" else quantize(weights, precision)
-        backend = NativeBackend(stored, threads=threads)
+        backend = make_backend(stored, threads=threads)
         batch = Batch.of([(tokens, 0, 0)], range(len(tokens)))
         logits = backend.forward(batch, backend.new_cache(1, len(tokens)))
         backend.close()

@@ -18,7 +18,7 @@ from typing import Final
 from gpt2core._files import cache_folder
 from gpt2core._machine import describe_processor
 from gpt2core.backends._shared.c_compiler import find_compiler, missing_compiler
-from gpt2core.backends.native.library_cache import find_folder, load_kept, new_scratch, prune, sign
+from gpt2core.backends.native.library_cache import find_folder, load, load_kept, new_scratch, prune, sign
 from gpt2core.errors import BackendUnavailableError
 
 __all__ = ["find_compiler", "load_library"]
@@ -108,7 +108,7 @@ def _built_in(
             made = scratch / name
             _compile([*command, "gpt2.c", "-o", str(made), "-lm"], sources, scratch)
             sign(made)
-            library = ctypes.CDLL(str(made))
+            library = load(str(made))
             if folder is not None:
                 with contextlib.suppress(OSError):  # costs the next process a build, and this one nothing
                     os.replace(made, folder / name)

@@ -28,7 +28,7 @@ class Kernels:
 
     Attributes:
         portable: whether logits have the bits that every processor gives (docs/reproducibility.md); false
-            only where the library was built with GPT2CORE_UNFUSED.
+            only where the library was built with -DGPT2CORE_UNFUSED.
     """
 
     forward: Callable[..., int]

@@ -75,6 +75,23 @@ def sign(path: pathlib.Path) -> None:
         file.write(hashlib.sha256(path.read_bytes()).digest())
 
 
+def load(name: str) -> ctypes.CDLL:
+    """Load a library and keep the thread's floating-point environment.
+
+    gcc links code into what it builds with `-funsafe-math-optimizations` that makes the thread which loads it
+    flush subnormal numbers to zero: NumPy's results would change too, though the library is refused.
+
+    Raises:
+        OSError: it is no library, or must not be executed.
+    """
+    process, environment = ctypes.CDLL(None), ctypes.create_string_buffer(256)  # fenv_t has 32 bytes or fewer
+    process.fegetenv(environment)
+    try:
+        return ctypes.CDLL(name)
+    finally:
+        process.fesetenv(environment)
+
+
 def load_kept(folder: pathlib.Path, name: str) -> ctypes.CDLL | None:
     """The library `name` of `folder`; None where it is missing, damaged, not ours alone or is no library."""
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -94,7 +111,7 @@ def load_kept(folder: pathlib.Path, name: str) -> ctypes.CDLL | None:
             # A file that was cut short would not fail to load, but end the process.
             if hashlib.sha256(content[:-DIGEST_NBYTES]).digest() != content[-DIGEST_NBYTES:]:
                 return None
-            return ctypes.CDLL(_name_of(file.fileno()) or str(folder / name))
+            return load(_name_of(file.fileno()) or str(folder / name))
     except OSError:
         return None
 
