@@ -243,10 +243,10 @@ def test_faults_of_a_quantized_file_are_all_named(tmp_path):
     save_checkpoint(tmp_path, QUANTIZED["int8"])
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"n_layer": 4}))
-    with pytest.raises(CheckpointError, match=r"has 16 faults: .*h.3.ln_1.weight of shape"):
+    with pytest.raises(CheckpointError, match=r"has a fault: config\.json says 4 layers, the file has 3"):
         open_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config | {"n_layer": 2}))
-    with pytest.raises(CheckpointError, match="surplus"):
+    with pytest.raises(CheckpointError, match="2 layers, the file has 3"):
         open_checkpoint(tmp_path)
     for bad in ({"version": 2, "precision": "int8"}, {"version": 1, "precision": "int4"}, "int8", {}):
         (tmp_path / "config.json").write_text(json.dumps(config | {"gpt2core_quantization": bad}))

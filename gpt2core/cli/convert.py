@@ -33,9 +33,11 @@ def convert(model: str, revision: str | None, offline: bool, output: Path | None
 
     folder = Path(model).expanduser()
     if not folder.is_dir():
-        if folder.exists() or not is_hub_id(model):
+        if folder.exists():
+            raise CheckpointError(f"{model} is a file; name the folder that holds it")
+        if not is_hub_id(model):
             raise CheckpointError(
-                f"{model} is no existing folder and no hub id; name the folder that holds it"
+                f"{model} does not exist, and is no hub id (name or owner/name); check the path"
             )
         folder = download_pickles(
             Source(model, revision, local_files_only=offline), progress=sys.stderr.isatty()
