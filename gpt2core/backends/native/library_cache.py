@@ -25,6 +25,7 @@ _MAX_FILES: Final = 32
 _ABANDONED_S: Final = 3600.0  # a build takes seconds, and its compiler is ended after two minutes
 _DESCRIPTORS: Final = "/proc/self/fd/"
 
+_PROCESS: Final = ctypes.CDLL(None)  # fegetenv and fesetenv
 _loads: Final = itertools.count()
 
 
@@ -84,12 +85,12 @@ def load(name: str) -> ctypes.CDLL:
     Raises:
         OSError: it is no library, or must not be executed.
     """
-    process, environment = ctypes.CDLL(None), ctypes.create_string_buffer(256)  # fenv_t has 32 bytes or fewer
-    process.fegetenv(environment)
+    environment = ctypes.create_string_buffer(256)  # fenv_t has 32 bytes or fewer
+    _PROCESS.fegetenv(environment)
     try:
         return ctypes.CDLL(name)
     finally:
-        process.fesetenv(environment)
+        _PROCESS.fesetenv(environment)
 
 
 def load_kept(folder: pathlib.Path, name: str) -> ctypes.CDLL | None:
