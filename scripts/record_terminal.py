@@ -10,6 +10,7 @@ import os
 import pty
 import re
 import shlex
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -45,10 +46,10 @@ def record(command: list[str]) -> list[tuple[float, str]]:
         SystemExit: the command failed; its output is the message.
     """
     started_s = time.monotonic()
-    process, terminal = pty.fork()
-    if process == 0:
-        os.environ.update(COLUMNS=str(COLUMNS), LINES="24", TERM="xterm")
-        os.execvp(command[0], command)
+    terminal, its_end = pty.openpty()
+    environment = os.environ | {"COLUMNS": str(COLUMNS), "LINES": "24", "TERM": "xterm"}
+    process = subprocess.Popen(command, stdin=its_end, stdout=its_end, stderr=its_end, env=environment)
+    os.close(its_end)
     pieces = []
     while True:
         try:
@@ -58,7 +59,8 @@ def record(command: list[str]) -> list[tuple[float, str]]:
         if not piece:
             break
         pieces.append((time.monotonic() - started_s, piece))
-    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    os.close(terminal)
+    code = process.wait()
     text = b"".join(piece for _, piece in pieces).decode()
     if code != 0:
         raise SystemExit(f"{shlex.join(command)} ended with {code}:\n{text}")
