@@ -16,9 +16,9 @@ from gpt2core.bench.compare import bandwidth, plan, rounds, worker
 from gpt2core.bench.compare.plan import Comparison, key_of, plan_lines, weight_nbytes
 from gpt2core.bench.compare.worker import Workload
 from gpt2core.bench.errors import BenchmarkError
+from gpt2core.bench.records import Cell
 from gpt2core.bench.statistics import Interval
-from gpt2core.bench.store.files import read_log
-from gpt2core.bench.store.records import Cell
+from gpt2core.bench.store import read_log
 from gpt2core.bench.tables import PLAIN
 from gpt2core.cli import main
 from gpt2core.testing import VARIANTS, random_checkpoint
