@@ -1,6 +1,6 @@
 """What the tests of the classic benchmark share."""
 
-from gpt2core.bench.store.files import read_log
+from gpt2core.bench.store import read_log
 from gpt2core.bench.sweep import model_target as targets
 from gpt2core.errors import NumericalError
 

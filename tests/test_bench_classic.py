@@ -18,9 +18,9 @@ from gpt2core.bench import BenchmarkError, ClassicSettings, run_classic
 from gpt2core.bench.compare.plan import Comparison
 from gpt2core.bench.compare.recommend import recommend
 from gpt2core.bench.errors import ServerError
-from gpt2core.bench.store.files import read_log
+from gpt2core.bench.store import read_log
 from gpt2core.bench.sweep import model_target as targets
-from gpt2core.bench.sweep.retries import measure_with_retries
+from gpt2core.bench.sweep.model_target import measure_with_retries
 from gpt2core.bench.sweep.summary import summarise
 from gpt2core.bench.sweep.workload import DEFAULT_PROMPTS, WARM_UP, Trial
 from gpt2core.cli import main
@@ -266,7 +266,7 @@ def test_the_limit_of_time_is_looked_at_after_each_token(settings, tmp_path, mon
 
 def test_waits_double_and_a_servers_wish_comes_first(monkeypatch):
     waits: list[float] = []
-    monkeypatch.setattr("gpt2core.bench.sweep.retries.time.sleep", waits.append)
+    monkeypatch.setattr("gpt2core.bench.sweep.model_target.time.sleep", waits.append)
     settings = ClassicSettings(retries=4, backoff_s=1.0)
     errors = [
         OSError(),
@@ -343,7 +343,7 @@ def test_a_missing_package_is_told_before_the_run(settings, tmp_path, monkeypatc
 def test_importing_the_package_loads_nothing_else_and_its_names_are_documented():
     code = "import sys; before = set(sys.modules); import gpt2core.bench; print(*(set(sys.modules) - before))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert {*done.stdout.split()} == {"gpt2core", "gpt2core._version", "gpt2core.bench"}
+    assert {*done.stdout.split()} == {"gpt2core", "gpt2core.bench"}
     assert sorted(bench._MODULE_OF) == sorted(bench.__all__)
     for name in bench.__all__:
         assert getattr(bench, name).__doc__

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from gpt2core.bench import BenchmarkError, ClassicSettings, run_classic
-from gpt2core.bench.store.files import read_log
+from gpt2core.bench.store import read_log
 from gpt2core.bench.sweep import server_target
-from gpt2core.bench.sweep.server_apis import parse_url
+from gpt2core.bench.sweep.server_target import parse_url
 from gpt2core.cli import main
 from gpt2core.errors import RequestError
 

@@ -12,8 +12,8 @@ from matplotlib.image import imread
 from matplotlib.text import Text
 
 from gpt2core.bench import analyse
+from gpt2core.bench.components import component_figure
 from gpt2core.bench.report import comparison_figures, sweep_figures
-from gpt2core.bench.report.breakdown import component_figure
 from gpt2core.bench.report.drawing import COLORS, label, png, wrapped
 
 HARD_PROMPTS = (

@@ -8,10 +8,10 @@ import re
 import pytest
 from bench_synthesis import PROMPTS, classic_folder, comparison_folder
 
+from gpt2core.bench import store as files
 from gpt2core.bench import write_report
 from gpt2core.bench.errors import BenchmarkError
-from gpt2core.bench.store import files
-from gpt2core.bench.store.files import write_atomically
+from gpt2core.bench.store import write_atomically
 from gpt2core.errors import RequestError
 
 COMPONENTS = {
@@ -85,10 +85,10 @@ def test_findings_tables_method_and_environment_are_in_the_page(tmp_path):
     (tmp_path / "components.json").write_text(json.dumps(COMPONENTS))
     text = classic(tmp_path, failed=((0, 50, 0),)).read_text()
     for part in (
-        *("Linear fit over 15 points", "Within a run:", "Effect of the prompt beyond its token count: p = "),
+        *("Linear fit over 15 points", "Within a run:"),
         *("In a galaxy far, far away", "<td>1</td>", "TimeoutError: no answer after 30 s", "by cutting"),
         *(
-            "analysis of covariance",
+            "Theil-Sen",
             "Imaginary CPU @ 3 GHz",
             "3.11.7",
             "0123456789abcdef",

@@ -13,7 +13,7 @@ import pytest
 from bench_faults import cells_of, failing, interrupt_at
 
 from gpt2core.bench import BenchmarkError, ClassicSettings, run_classic
-from gpt2core.bench.store.files import read_log
+from gpt2core.bench.store import read_log
 from gpt2core.errors import RequestError
 from gpt2core.testing import random_checkpoint
 

@@ -8,7 +8,7 @@ from bench_fakes import FAKE, fake_peers
 from gpt2core.bench import engines
 from gpt2core.bench.compare import plan, worker
 from gpt2core.bench.compare.worker import EngineSetup, Workload
-from gpt2core.bench.store.records import Cell
+from gpt2core.bench.records import Cell
 from gpt2core.testing import random_checkpoint
 
 CONTEXT = 96
@@ -117,7 +117,7 @@ def test_a_crash_keeps_what_was_measured_and_names_the_signal(folder, fake):
 
 def test_an_exit_code_comes_with_the_last_words(folder, fake):
     line = measure(fake(goes_wrong="print('no such device'); os._exit(3)"), folder)[Cell("load_s")]
-    said = "its process ended with exit code 3 before it was done; it said: no such device"
+    said = "its process ended with exit code 3 and was not done; it said: no such device"
     assert (line["status"], line["error"]) == ("failed", said)
 
 

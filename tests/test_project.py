@@ -159,7 +159,7 @@ def test_all_holds_every_runtime_extra():
 # Layout
 
 
-LONG = {f"tests/{name}.py" for name in ("robustness", "test_bench_classic", "test_bench_comparison")} | {
+LONG = {"tests/robustness.py"} | {
     f"tests/test_{name}.py" for name in ("checkpoint", "cli", "safetensors_file")
 }
 """Files of tests that are still to be cut in parts."""

@@ -12,10 +12,11 @@ TYPE_CHECKING = False  # type checkers take it for true
 if TYPE_CHECKING:
     from gpt2core.bench.components import measure_components
     from gpt2core.bench.errors import BenchmarkError, ServerError
+    from gpt2core.bench.progress import Progress
     from gpt2core.bench.report.analysis import analyse
     from gpt2core.bench.report.page import write_report
-    from gpt2core.bench.store.environment import fingerprint
-    from gpt2core.bench.sweep.run import ClassicResult, Progress, run_classic
+    from gpt2core.bench.store import fingerprint
+    from gpt2core.bench.sweep.run import ClassicResult, run_classic
     from gpt2core.bench.sweep.summary import Summary
     from gpt2core.bench.sweep.workload import ClassicSettings
 
@@ -23,11 +24,11 @@ _MODULE_OF = {
     "BenchmarkError": "errors",
     "ClassicResult": "sweep.run",
     "ClassicSettings": "sweep.workload",
-    "Progress": "sweep.run",
+    "Progress": "progress",
     "ServerError": "errors",
     "Summary": "sweep.summary",
     "analyse": "report.analysis",
-    "fingerprint": "store.environment",
+    "fingerprint": "store",
     "measure_components": "components",
     "run_classic": "sweep.run",
     "write_report": "report.page",

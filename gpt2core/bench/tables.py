@@ -3,7 +3,7 @@
 import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from gpt2core.bench.statistics import Interval
 
@@ -62,10 +62,14 @@ def fitting_unit(unit: str, values: Iterable[float]) -> Unit:
     return Unit(*scales[-1] if greatest else scales[0])
 
 
+def show(unit: str, value: float) -> str:
+    """A value in the scale that fits it."""
+    return fitting_unit(unit, [value]).text(value)
+
+
 def show_interval(unit: str, value: Interval) -> str:
     """An interval in the scale that fits it."""
-    decisive = [value.low, value.high] if value.covers(0) else [value.mid]
-    return fitting_unit(unit, decisive).interval(value)
+    return fitting_unit(unit, [value.low, value.high] if value.covers(0) else [value.mid]).interval(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,17 +109,6 @@ def short(text: str, width: int = 40) -> str:
     """One line of at most `width` characters: white space becomes single spaces, the rest is cut off."""
     line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return line if len(line) <= width else line[: width - 1].rstrip() + "…"
-
-
-def plain(value: Any) -> Any:
-    """For strict JSON: intervals and other frozen data as objects, tuples as lists, keys as text."""
-    if isinstance(value, dict):
-        return {str(key): plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(inner) for inner in value]
-    if hasattr(value, "__dataclass_fields__"):
-        return {name: plain(getattr(value, name)) for name in value.__dataclass_fields__}
-    return value
 
 
 def _wrap(text: str, indent: str = "") -> list[str]:

@@ -14,7 +14,7 @@ from gpt2core.cli.console import Status, checkpoint_options, json_option, one_li
 from gpt2core.errors import RequestError
 
 if TYPE_CHECKING:
-    from gpt2core.bench import ClassicResult, Progress
+    from gpt2core.bench import ClassicResult
 
 model_options = (
     click.option(
@@ -153,7 +153,7 @@ def bench(
                 resume=resume,
                 force=force,
                 report=not no_report,
-                on_progress=lambda progress: _show(line, progress),
+                on_progress=line.show,
             )
     except KeyboardInterrupt:
         if output.exists():
@@ -226,13 +226,6 @@ def _lengths(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError as error:
         raise RequestError(f"--lengths is {text!r:.60}; give whole numbers, as 50,100,200") from error
-
-
-def _show(line: ProgressLine, progress: "Progress") -> None:
-    trial, done = progress.cell, progress.tokens
-    name = "done" if trial is None else "warm-up" if trial.is_warm_up else f"run {trial.run + 1}"
-    share = done / progress.all_tokens if progress.all_tokens else 1.0
-    line.show(f"{name}, {progress.cells} of {progress.all_cells}", share, progress.left_s)
 
 
 def _write(result: "ClassicResult") -> None:

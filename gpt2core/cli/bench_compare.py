@@ -131,6 +131,7 @@ def compare(
     """
     if resume and force:
         raise click.UsageError("--resume and --force contradict each other")
+    from gpt2core._machine import count_cores
     from gpt2core.backends import available
     from gpt2core.bench import analyse, write_report
     from gpt2core.bench.compare.plan import Comparison
@@ -138,7 +139,6 @@ def compare(
     from gpt2core.bench.engines import PEERS
     from gpt2core.bench.errors import ALWAYS, FOR_REPORTS, check_installed
     from gpt2core.bench.report.comparison_analysis import ComparisonAnalysis
-    from gpt2core.bench.store.environment import usable_cores
 
     check_installed(*ALWAYS, *(() if no_report else FOR_REPORTS))
     installed = [name for name, info in available(load_plugins=False).items() if info.available]
@@ -150,7 +150,7 @@ def compare(
         batches=_numbers(batches, "--batch"),
         prefill=_numbers(prefill, "--prefill"),
         rounds=rounds,
-        threads=threads or usable_cores(),
+        threads=threads or count_cores(),
         peer_python=dict(map(_python, peer_pythons)),
         check=check,
         baseline=baseline,
@@ -164,7 +164,7 @@ def compare(
             resume=resume,
             force=force,
             local_files_only=offline,
-            on_progress=lambda p: line.show(p.what, p.steps / max(p.all_steps, 1), p.left_s),
+            on_progress=line.show,
         )
     analysis = analyse(output)
     assert isinstance(analysis, ComparisonAnalysis)

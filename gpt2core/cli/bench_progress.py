@@ -2,7 +2,10 @@
 
 import sys
 import time
-from typing import Self
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from gpt2core.bench import Progress
 
 PIPE_INTERVAL_S = 30.0
 
@@ -14,11 +17,12 @@ class ProgressLine:
         self._begin_s = self._shown_s = time.monotonic()
         self._terminal = sys.stderr.isatty()
 
-    def show(self, what: str, share: float, left_s: float | None) -> None:
-        """`what` comes next, `share` of all is done; `left_s` is None where nothing is known yet."""
+    def show(self, progress: "Progress") -> None:
+        """What comes next, how much is done, and how long the rest will take as far as one can tell."""
         now_s = time.monotonic()
-        left = "" if left_s is None else f", {clock(left_s)} left"
-        text = f"{what}; {share:.0%} done, {clock(now_s - self._begin_s)} so far{left}"
+        left = "" if progress.left_s is None else f", {clock(progress.left_s)} left"
+        share = progress.done / progress.all if progress.all else 1.0
+        text = f"{progress.what or 'done'}; {share:.0%} done, {clock(now_s - self._begin_s)} so far{left}"
         if self._terminal:
             sys.stderr.write(f"\r\x1b[K{text}")
         elif now_s - self._shown_s >= PIPE_INTERVAL_S:

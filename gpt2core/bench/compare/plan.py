@@ -9,7 +9,7 @@ from gpt2core.backends import available
 from gpt2core.bench.compare import worker
 from gpt2core.bench.compare.worker import EngineSetup
 from gpt2core.bench.engines import PRECISIONS, find_peer
-from gpt2core.bench.store.records import Cell
+from gpt2core.bench.records import Cell
 from gpt2core.testing import VARIANTS
 
 BANDWIDTH: Final = Cell("read_bandwidth")

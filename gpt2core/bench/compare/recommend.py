@@ -20,7 +20,7 @@ from gpt2core.backends import recommendation as recommended
 from gpt2core.backends.recommendation import Recommendation
 from gpt2core.bench.compare import worker
 from gpt2core.bench.compare.worker import EngineSetup, Workload
-from gpt2core.bench.store.records import Cell
+from gpt2core.bench.records import Cell
 
 TEXTS: Final = 10
 TEXT_TOKENS: Final = 128

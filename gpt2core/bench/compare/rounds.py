@@ -9,7 +9,7 @@ twice.
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -35,34 +35,13 @@ from gpt2core.bench.compare.plan import (
     weight_nbytes,
 )
 from gpt2core.bench.compare.worker import EngineSetup, Workload
-from gpt2core.bench.store.environment import OtherWorkWatch, fingerprint
-from gpt2core.bench.store.folder import ResultsFolder
-from gpt2core.bench.store.records import Cell
+from gpt2core.bench.progress import Progress
+from gpt2core.bench.records import Cell
+from gpt2core.bench.store import OtherWorkWatch, ResultsFolder, fingerprint
 from gpt2core.bench.sweep.model_target import model_id
 from gpt2core.testing import VARIANTS
 
 Line = dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class ComparisonProgress:
-    """How far a comparison is.
-
-    Attributes:
-        what: comes next; empty at the end.
-        steps, all_steps: done in this process, and to be done.
-        elapsed_s: so far.
-    """
-
-    what: str
-    steps: int
-    all_steps: int
-    elapsed_s: float
-
-    @property
-    def left_s(self) -> float | None:
-        """About how long it will take, from what the steps took so far; None before the first."""
-        return self.elapsed_s / self.steps * (self.all_steps - self.steps) if self.steps else None
 
 
 def compare(
@@ -72,7 +51,7 @@ def compare(
     resume: bool = False,
     force: bool = False,
     local_files_only: bool = False,
-    on_progress: Callable[[ComparisonProgress], None] | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
 ) -> list[Line]:
     """Run a comparison, or what is missing of it, and return all of its lines.
 
@@ -107,7 +86,7 @@ def compare(
         steps, began_s = run.steps(), time.monotonic()
         for number, (what, step) in enumerate([*steps, ("", lambda: None)]):
             if on_progress is not None:
-                on_progress(ComparisonProgress(what, number, len(steps), time.monotonic() - began_s))
+                on_progress(Progress(what, number, len(steps), time.monotonic() - began_s))
             step()
         return results.records
 

@@ -1,7 +1,6 @@
 """One engine in a process of its own, and how it died if it did."""
 
 import json
-import signal
 import subprocess
 import sys
 import tempfile
@@ -11,8 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from gpt2core._machine import describe_exit
 from gpt2core.bench.engines import OWN_ADAPTER, PEERS, PROCESS
-from gpt2core.bench.store.records import Cell
+from gpt2core.bench.records import Cell
 
 PROMPT: Final = (818, 257, 16161, 1290, 11, 1290, 1497, 11)  # "In a galaxy far, far away,"
 NEW_TOKENS: Final = 128
@@ -206,7 +206,4 @@ def _wait(command: list[str], output: Any, timeout_s: float) -> str:
         return f"its process was stopped after {timeout_s:g} s; allow it more time"
     except OSError as error:
         return f"its process cannot be started with {command[0]}: {error.strerror}"
-    if code < 0:
-        known = {number.value: number.name for number in signal.Signals}
-        return f"its process was killed by {known.get(-code, f'signal {-code}')}"
-    return f"its process ended with exit code {code} before it was done"
+    return describe_exit(code, "was not done")

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from gpt2core.bench.components import Components, measure_components
+from gpt2core.bench.components import measure_components
+from gpt2core.bench.records import COMPONENTS, Records, read_records
 from gpt2core.bench.report.comparison_analysis import ComparisonAnalysis, analyse_comparison
 from gpt2core.bench.report.sweep_analysis import ClassicAnalysis, analyse_classic
-from gpt2core.bench.store.records import Records, read_records
+from gpt2core.bench.store import write_json
 from gpt2core.errors import RequestError
 
 Analysis = ClassicAnalysis | ComparisonAnalysis
@@ -27,7 +29,9 @@ def analyse_records(records: Records) -> Analysis:
     return analyse_classic(records) if records.kind == "classic" else analyse_comparison(records)
 
 
-def measure_folder(folder: str | Path, *, on_progress: Callable[[str], object] | None = None) -> Components:
+def measure_folder(
+    folder: str | Path, *, on_progress: Callable[[str], object] | None = None
+) -> dict[str, Any]:
     """`measure_components` for the model, backends, precision and threads of a benchmark; kept in its folder.
 
     Raises:
@@ -46,5 +50,5 @@ def measure_folder(folder: str | Path, *, on_progress: Callable[[str], object] |
         threads=settings["threads"],
         on_progress=on_progress,
     )
-    measured.save(folder)
+    write_json(Path(folder) / COMPONENTS, measured)
     return measured

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from gpt2core.bench.report.breakdown import breakdown_tables
+from gpt2core.bench.components import breakdown_tables
+from gpt2core.bench.records import Cell, Measurement, Records
 from gpt2core.bench.report.comparison_results import (
     MEASURES,
     ONCE,
@@ -29,7 +30,6 @@ from gpt2core.bench.report.comparison_text import (
 )
 from gpt2core.bench.report.machine import MachineState, describe_machine, weigh_other_work
 from gpt2core.bench.statistics import drift, mean_interval, ratio_interval
-from gpt2core.bench.store.records import Cell, Measurement, Records
 from gpt2core.bench.tables import (
     Table,
     text_of,
@@ -157,7 +157,6 @@ def _judge_engine(key: Key, lines: Sequence[Measurement]) -> EngineResult:
     return EngineResult(
         name=name,
         precision=precision,
-        peer=lines[0].peer,
         label=name if precision == "float32" else f"{name} {precision}",
         wrong=tuple((v, line.error or "it differs") for v, line in answered.items() if line.value == 0),
         checked=len(answered),

@@ -1,17 +1,16 @@
 """What a comparison found: the data that analysis, sentences, tables and figures share."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any, Final
 
+from gpt2core.bench.records import Records
 from gpt2core.bench.report.machine import MachineState
 from gpt2core.bench.statistics import Interval, ratio_interval
-from gpt2core.bench.store.records import Records
 from gpt2core.bench.tables import (
     PLAIN,
     TOKENS_PER_SECOND,
     fitting_unit,
-    plain,
     short,
 )
 
@@ -62,7 +61,7 @@ class EngineResult:
     """One engine at one precision.
 
     Attributes:
-        name, precision, peer: as measured.
+        name, precision: as measured.
         label: how it is called in tables: its name, and its precision where that is not float32.
         wrong: what of its answers is wrong: variant and how it differs.
         checked: how many variants were checked.
@@ -75,7 +74,6 @@ class EngineResult:
 
     name: str
     precision: str
-    peer: bool
     label: str
     wrong: tuple[tuple[str, str], ...]
     checked: int
@@ -220,8 +218,9 @@ class ComparisonResults:
 
     def to_dict(self) -> dict[str, Any]:
         """For strict JSON."""
-        parts = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "records"}
-        return {"kind": "comparison", "folder": str(self.records.folder), **plain(parts)}
+        parts = asdict(replace(self, records=None))  # type: ignore[arg-type]
+        del parts["records"]
+        return {"kind": "comparison", "folder": str(self.records.folder), **parts}
 
     def ranking(self, measure: str, *, last: bool = True) -> Ranking | None:
         """Of a measure at its last (or first) place; None where nobody right was measured."""

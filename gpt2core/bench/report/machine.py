@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from gpt2core.bench.store.records import Records
+from gpt2core.bench.records import Records
 
 BUSY_SHARE: Final = 0.1
 """Of the cores: what other processes may take before it is said."""

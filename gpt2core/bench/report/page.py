@@ -7,14 +7,13 @@ from typing import Any, Final
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from gpt2core.bench.components import component_figure
+from gpt2core.bench.records import COMPONENTS, Records, read_records
 from gpt2core.bench.report import comparison_figures, sweep_figures
 from gpt2core.bench.report.analysis import Analysis, analyse_records
-from gpt2core.bench.report.breakdown import component_figure
 from gpt2core.bench.report.drawing import png
 from gpt2core.bench.report.sweep_analysis import ClassicAnalysis
-from gpt2core.bench.store.files import encode_json, write_atomically
-from gpt2core.bench.store.folder import RUNS
-from gpt2core.bench.store.records import COMPONENTS, Records, read_records
+from gpt2core.bench.store import RUNS, encode_json, write_atomically
 from gpt2core.bench.tables import short
 
 REPORT: Final = "report.html"
@@ -25,17 +24,13 @@ _FILES: Final = {
     "settings.json": "what was asked for",
     "environment.json": "the machine and the versions",
     COMPONENTS: "where the time goes, by component",
-    "analysis.json": "the analysis, with its intervals and p-values",
+    "analysis.json": "the analysis, with its intervals",
 }
 _CLASSIC_METHOD: Final = (
     "Each cell is one prompt at one total length (prompt and new tokens), generated several times. "
     "Warm-up runs are kept apart. Means carry Student's 95 % intervals; a single run has none.",
-    "The linear fit takes the mean of each cell, lets each prompt have its own intercept, and gives "
-    "Student's interval. Within a run, a line through the "
-    "medians of ten bins of positions gives the growth of a token's time, whose mean over the prompts "
-    "has a Student interval.",
-    "Whether the prompt itself matters is an analysis of covariance: an F test of the prompts beside "
-    "length and round, new tokens and the prompt's token count.",
+    "The linear fit takes the mean of each cell. Within a run, a robust line (Theil-Sen) through the tokens' "
+    "times gives their growth with the position, whose mean over the prompts has a Student interval.",
 )
 _COMPARISON_METHOD: Final = (
     "Each engine runs in a process of its own, on the same checkpoint, threads and workload. Rounds are "

@@ -1,40 +1,31 @@
-"""The classic benchmark analysed: is time linear in length, and does the prompt itself matter?"""
+"""The classic benchmark analysed: how fast is it, and is time linear in length?"""
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal
 
 import numpy as np
+from scipy import stats
 
-from gpt2core.bench.report.breakdown import breakdown_tables
+from gpt2core.bench.components import breakdown_tables
+from gpt2core.bench.records import Records, Run
 from gpt2core.bench.report.machine import MachineState, describe_machine, weigh_other_work
-from gpt2core.bench.statistics import (
-    GroupEffect,
-    Interval,
-    LinearFit,
-    drift,
-    group_effect,
-    linear_fit,
-    mean_interval,
-)
-from gpt2core.bench.store.records import Records, Run
+from gpt2core.bench.statistics import Interval, LinearFit, drift, linear_fit, mean_interval
 from gpt2core.bench.sweep.summary import Summary, summarise, summary_table
 from gpt2core.bench.tables import (
     TOKENS_PER_SECOND,
     Table,
     Unit,
     fitting_unit,
-    plain,
     short,
     show_interval,
     text_of,
 )
 
-SIGNIFICANT: Final = 0.05
 LEAST_TOKENS: Final = 20
 """Of a run whose steps are looked at one by one."""
-_BINS: Final = 10  # of positions within one run
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +49,7 @@ class WithinRun:
 
 @dataclass(frozen=True, slots=True)
 class ClassicAnalysis:
-    """What the classic benchmark says; `x` of its fits is `regressor`, each prompt has its own intercept.
+    """What the classic benchmark says; `x` of its fits is `regressor`.
 
     Attributes:
         warm_up_ratio: of a warm-up's time to the median of its cell's measured runs; the median over the
@@ -70,22 +61,21 @@ class ClassicAnalysis:
     regressor: Literal["new tokens", "total length"]
     line: LinearFit | None
     within_run: WithinRun | None
-    prompt_effect: GroupEffect | None
-    prompt_reason: str
     warm_up_ratio: float | None
     failures: tuple[tuple[str, int], ...]
     machine: MachineState
 
     def to_dict(self) -> dict[str, Any]:
         """For strict JSON."""
-        parts = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "records"}
-        return {"kind": "classic", "folder": str(self.records.folder), **plain(parts)}
+        parts = asdict(dataclasses.replace(self, records=None))  # type: ignore[arg-type]
+        del parts["records"]
+        return {"kind": "classic", "folder": str(self.records.folder), **parts}
 
     @property
     def findings(self) -> list[str]:
         """One sentence per question."""
         return [
-            *_say_speed(self), _say_linear(self), _say_within(self), _say_prompts(self),
+            *_say_speed(self), _say_linear(self), _say_within(self),
             *_say_rest(self), *describe_machine(self.machine, self.records),
         ]  # fmt: skip
 
@@ -108,12 +98,10 @@ def analyse_classic(records: Records) -> ClassicAnalysis:
     """Analyse; what the data do not allow to say is None."""
     measured = records.measured
     known = bool(measured) and all(run.completion_tokens is not None for run in measured)
-    x, y, blocks = _cell_means(records, known)
-    if len(set(blocks)) == 1 and measured:  # one prompt: its cells alone leave no error to judge by
+    x, y = _cell_means(records, known)
+    if len({run.prompt_index for run in measured}) == 1:  # its cells alone leave no error to judge by
         x = [_tokens(run, known) for run in measured]
         y = [run.elapsed_s or 0.0 for run in measured]
-        blocks = [run.prompt_index for run in measured]
-    effect, reason = _prompt_effect(measured, known)
     failures: dict[str, int] = defaultdict(int)
     for run in records.runs:
         if run.error is not None:
@@ -122,10 +110,8 @@ def analyse_classic(records: Records) -> ClassicAnalysis:
         records=records,
         cells=tuple(summarise(records.prompts, records.lengths, records.runs)),
         regressor="new tokens" if known else "total length",
-        line=linear_fit(x, y, blocks) if len(set(x)) > 1 else None,
+        line=linear_fit(x, y),
         within_run=_within_run(measured),
-        prompt_effect=effect,
-        prompt_reason=reason,
         warm_up_ratio=_warm_up_ratio(records),
         failures=tuple(sorted(failures.items(), key=lambda item: -item[1])),
         machine=_machine(measured),
@@ -136,21 +122,20 @@ def _tokens(run: Run, known: bool) -> float:
     return float(run.completion_tokens or 0) if known else float(run.length)
 
 
-def _cell_means(records: Records, known: bool) -> tuple[list[float], list[float], list[int]]:
+def _cell_means(records: Records, known: bool) -> tuple[list[float], list[float]]:
     """Tokens and time of each cell, averaged over its runs: runs of one cell are no independent witnesses."""
-    x, y, blocks = [], [], []
+    x, y = [], []
     for prompt in records.prompts:
         for length in records.lengths:
             runs = [run for run in records.measured if (run.prompt_index, run.length) == (prompt, length)]
             if runs:
                 x.append(float(np.mean([_tokens(run, known) for run in runs])))
                 y.append(float(np.mean([run.elapsed_s for run in runs if run.elapsed_s is not None])))
-                blocks.append(prompt)
-    return x, y, blocks
+    return x, y
 
 
 def _within_run(measured: Sequence[Run]) -> WithinRun | None:
-    """Each run's time per token in bins of positions, a line through the bins' medians, then a mean."""
+    """Each run's line through its tokens' times, robust against pauses (Theil-Sen), then a mean."""
     slopes: dict[int, list[float]] = defaultdict(list)
     steps, first, last = [], 2**31, 0
     for run in measured:
@@ -158,10 +143,7 @@ def _within_run(measured: Sequence[Run]) -> WithinRun | None:
             continue
         step_s = np.diff(np.array(run.token_times_s))  # without the first token, whose time is the prompt's
         positions = (run.prompt_tokens or 0) + 1 + np.arange(len(step_s))
-        bins = np.array_split(np.arange(len(step_s)), _BINS)
-        centers = [float(positions[part].mean()) for part in bins]
-        medians = [float(np.median(step_s[part])) for part in bins]  # a pause of the machine is one step
-        slopes[run.prompt_index].append(float(np.polyfit(centers, medians, 1)[0]))
+        slopes[run.prompt_index].append(float(stats.theilslopes(step_s, positions).slope))
         steps.append(float(np.median(step_s)))
         first, last = min(first, int(positions[0])), max(last, int(positions[-1]))
     by_prompt = [float(np.mean(values)) for values in slopes.values()]
@@ -177,23 +159,6 @@ def _within_run(measured: Sequence[Run]) -> WithinRun | None:
         count=len(values),
         positions=(first, last),
     )
-
-
-def _prompt_effect(measured: Sequence[Run], known: bool) -> tuple[GroupEffect | None, str]:
-    """Runs of one length and round form a stratum, so that neither length nor drift passes for a prompt."""
-    prompts = [run.prompt_index for run in measured]
-    if len(set(prompts)) < 2:
-        return None, "there is only one prompt"
-    covariates = None
-    if known and all(run.prompt_tokens is not None for run in measured):
-        covariates = [[run.completion_tokens or 0, run.prompt_tokens or 0] for run in measured]
-    times_s = [run.elapsed_s or 0.0 for run in measured]
-    effect = group_effect(times_s, prompts, [(run.length, run.run) for run in measured], covariates)
-    if effect is not None:
-        return effect, "" if covariates else "token counts are unknown, so they are not controlled for"
-    if covariates and len(set(prompts)) == 2:
-        return None, "two prompts of different token counts cannot be told from their token counts"
-    return None, "there are too few runs"
 
 
 def _warm_up_ratio(records: Records) -> float | None:
@@ -247,8 +212,7 @@ def _say_linear(a: ClassicAnalysis) -> str:
     per_token = "new token" if a.regressor == "new tokens" else "token of length"
     return (
         f"Linear fit over {a.line.points} points: {show_interval('s', a.line.slope)} per {per_token}, and "
-        f"{show_interval('s', a.line.intercept)} beside it; R² {a.line.r_squared:.5f}, residual spread "
-        f"{fitting_unit('s', [a.line.residual_std]).text(a.line.residual_std)}."
+        f"{show_interval('s', a.line.intercept)} beside it; R² {a.line.r_squared:.5f}."
     )
 
 
@@ -261,30 +225,11 @@ def _say_within(a: ClassicAnalysis) -> str:
     verdict = "no growth is visible"
     if not within.slope.covers(0):
         verdict = "later tokens take longer" if within.slope.mid > 0 else "later tokens are faster"
-    hundred = within.slope.scaled(100)
-    percent = 100 * hundred.mid / within.step_s if within.step_s else 0.0
+    percent = 1e4 * within.slope.mid / within.step_s if within.step_s else 0.0
     return (
         f"Within a run: a token takes {fitting_unit('s', [within.step_s]).text(within.step_s)}, and per 100 "
-        f"positions {Unit('µs', 1e6).interval(hundred)} more ({percent:+.2g} %; {within.count} "
+        f"positions {Unit('µs', 1e8).interval(within.slope)} more ({percent:+.2g} %; {within.count} "
         f"{within.units}, positions {within.positions[0]} to {within.positions[1]}): {verdict}."
-    )
-
-
-def _say_prompts(a: ClassicAnalysis) -> str:
-    effect = a.prompt_effect
-    if effect is None:
-        return f"Effect of the prompt beyond its token count: cannot be told; {a.prompt_reason}."
-    verdict = "no effect is visible"
-    if effect.p_value < SIGNIFICANT:
-        most = max(effect.deviations, key=lambda i: abs(effect.deviations[i]))
-        by = effect.deviations[most]
-        named = f"{most + 1 if isinstance(most, int) else most} ({fitting_unit('s', [by]).text(by)})"
-        verdict = f"the prompt matters; furthest from the others is prompt {named}"
-    reason = f" ({a.prompt_reason})" if a.prompt_reason else ""
-    return (
-        f"Effect of the prompt beyond its token count{reason}: p = {effect.p_value:.2g} (analysis of "
-        f"covariance), {100 * effect.share:.1f} % of the variance that length and token counts leave: "
-        f"{verdict}."
     )
 
 

@@ -1,19 +1,24 @@
-"""What is measured: a model in this process. `server_target` measures a server instead."""
+"""What is measured: a model in this process. `server_target` measures a server instead.
+
+Both have `describe()`, which says what they are, `measure(trial)`, which generates once, and `close()`.
+"""
 
 import hashlib
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol, cast
+from typing import Any, Final, cast
 
 from gpt2core import GPT2, Piece, SamplingParams, open_checkpoint
 from gpt2core.backends import resolve_precision
+from gpt2core.bench.errors import ServerError
 from gpt2core.bench.sweep.workload import ClassicSettings, Trial
 from gpt2core.errors import ContextLengthError, RequestError
 
 SAMPLE_NBYTES: Final = 2**20
+MAX_WAIT_S: Final = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,29 +36,11 @@ class TimedGeneration:
 
     elapsed_s: float
     ttft_s: float | None
-    token_times_s: tuple[float, ...]
+    token_times_s: list[float]
     prompt_tokens: int | None
     completion_tokens: int | None
     finish_reason: str | None
     text: str
-
-
-class Target(Protocol):
-    """Something that continues prompts."""
-
-    def describe(self) -> dict[str, Any]:
-        """What it is: model, model_id, backend, precision, url, exact_length."""
-
-    def measure(self, trial: Trial) -> TimedGeneration:
-        """Generate once.
-
-        Raises:
-            TimeoutError: the limit of time was exceeded.
-            Exception: whatever else went wrong.
-        """
-
-    def close(self) -> None:
-        """Free what it holds."""
 
 
 class ModelTarget:
@@ -76,21 +63,23 @@ class ModelTarget:
         self._precision = resolve_precision(checkpoint.stored, settings.precision)
         del checkpoint  # what it maps would count twice
         self._model_id = model_id(folder)
-        self._model = GPT2.from_pretrained(
-            folder,
-            backend=settings.backend,
-            precision=self._precision,
-            device=settings.device,
-            threads=settings.threads,
-        )
+        engine = {name: getattr(settings, name) for name in ("backend", "device", "threads")}
+        self._model = GPT2.from_pretrained(folder, precision=self._precision, **engine)
         try:
-            self._prompt_tokens = self._checked()
+            context, longest = self._model.config.n_positions, max(settings.lengths)
+            if longest > context:
+                raise ContextLengthError(
+                    f"length {longest} exceeds this model's context of {context}; "
+                    f"give --lengths of at most {context}"
+                )
+            self._prompt_tokens = [len(self._model.tokenizer.encode(prompt)) for prompt in settings.prompts]
+            check_room(self._prompt_tokens, settings.lengths)
         except BaseException:
             self._model.close()
             raise
 
     def describe(self) -> dict[str, Any]:
-        """What is measured."""
+        """What is measured: model, model_id, backend, precision, url, exact_length."""
         return {
             "model": self._name,
             "model_id": self._model_id,
@@ -101,7 +90,12 @@ class ModelTarget:
         }
 
     def measure(self, trial: Trial) -> TimedGeneration:
-        """Generate once, token by token; the limit of time is looked at after each."""
+        """Generate once, token by token.
+
+        Raises:
+            TimeoutError: the limit of time, which is looked at after each token, was exceeded.
+            Exception: whatever else went wrong.
+        """
         settings, prompt_tokens = self._settings, self._prompt_tokens[trial.prompt_index]
         params = SamplingParams(
             max_length=trial.length,
@@ -123,34 +117,17 @@ class ModelTarget:
                 finish_reason = piece.finish_reason or finish_reason
                 if now_s > settings.timeout_s:
                     raise TimeoutError(f"not done after {settings.timeout_s:g} s, {len(times_s)} tokens")
+        elapsed_s, first_s = time.perf_counter() - start_s, times_s[0] if times_s else None
         return TimedGeneration(
-            elapsed_s=time.perf_counter() - start_s,
-            ttft_s=times_s[0] if times_s else None,
-            token_times_s=tuple(times_s),
-            prompt_tokens=prompt_tokens,
-            completion_tokens=len(times_s),
-            finish_reason=finish_reason,
-            text="".join(texts),
+            elapsed_s, first_s, times_s, prompt_tokens, len(times_s), finish_reason, "".join(texts)
         )
 
     def close(self) -> None:
         """Free the model."""
         self._model.close()
 
-    def _checked(self) -> list[int]:
-        """How many tokens each prompt has, once it is known that every length can be run."""
-        context, lengths = self._model.config.n_positions, self._settings.lengths
-        if max(lengths) > context:
-            raise ContextLengthError(
-                f"length {max(lengths)} exceeds this model's context of {context}; "
-                f"give --lengths of at most {context}"
-            )
-        counts = [len(self._model.tokenizer.encode(prompt)) for prompt in self._settings.prompts]
-        check_room(counts, lengths)
-        return counts
 
-
-def check_room(prompt_tokens: list[int], lengths: tuple[int, ...]) -> None:
+def check_room(prompt_tokens: Sequence[int], lengths: Sequence[int]) -> None:
     """Refuse a length that leaves a prompt no new token.
 
     Raises:
@@ -179,3 +156,22 @@ def model_id(folder: Path) -> str:
                 file.seek(start)
                 digest.update(file.read(SAMPLE_NBYTES))
     return digest.hexdigest()[:16]
+
+
+def measure_with_retries(
+    settings: ClassicSettings, measure: Callable[[], TimedGeneration]
+) -> tuple[TimedGeneration | Exception, int]:
+    """Measure until it succeeds, or fails for good or too often; also how many attempts it took."""
+    tries, wait_s = 0, settings.backoff_s
+    while True:
+        tries += 1
+        try:
+            return measure(), tries
+        except Exception as error:  # whatever a framework or a network raises is this cell's result
+            server = error if isinstance(error, ServerError) else None
+            again = server.again if server else not isinstance(error, RequestError)
+            if tries > settings.retries or not again:
+                return error, tries
+            asked_s = server.retry_after_s if server else None
+        time.sleep(min(wait_s if asked_s is None else asked_s, MAX_WAIT_S))
+        wait_s *= 2

@@ -8,45 +8,23 @@ from datetime import UTC, datetime
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from gpt2core.bench.errors import ALWAYS, FOR_REPORTS, FOR_SERVERS, BenchmarkError, check_installed
-from gpt2core.bench.store.environment import OtherWorkWatch, fingerprint
-from gpt2core.bench.store.folder import RUNS, ResultsFolder, check_folder
-from gpt2core.bench.store.records import parse_run
-from gpt2core.bench.sweep.model_target import ModelTarget, Target, TimedGeneration
-from gpt2core.bench.sweep.retries import measure_with_retries
+from gpt2core.bench.progress import Progress
+from gpt2core.bench.records import parse_run
+from gpt2core.bench.store import RUNS, OtherWorkWatch, ResultsFolder, check_folder, fingerprint
+from gpt2core.bench.sweep.model_target import ModelTarget, TimedGeneration, measure_with_retries
 from gpt2core.bench.sweep.summary import Summary, summarise, write_results
 from gpt2core.bench.sweep.workload import ClassicSettings, Trial
 from gpt2core.errors import RequestError
 
+if TYPE_CHECKING:
+    from gpt2core.bench.sweep.server_target import ServerTarget
+
 MAX_ERROR_CHARACTERS: Final = 500
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How far a run is. Tokens, since a cell's time goes with its length.
-
-    Attributes:
-        cell: what comes next; None at the end.
-        cells, tokens: done in this process.
-        all_cells, all_tokens: to be done in this process, warm-up included.
-        elapsed_s: so far.
-    """
-
-    cell: Trial | None
-    cells: int
-    all_cells: int
-    tokens: int
-    all_tokens: int
-    elapsed_s: float = 0.0
-
-    @property
-    def left_s(self) -> float | None:
-        """About how long it will take, from what the tokens took so far; None before the first."""
-        return self.elapsed_s / self.tokens * (self.all_tokens - self.tokens) if self.tokens else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +129,7 @@ def run_classic(
     return ClassicResult(path, document, environment, records, times_s, summaries, resumed, drawn)
 
 
-def open_target(settings: ClassicSettings) -> Target:
+def open_target(settings: ClassicSettings) -> "ModelTarget | ServerTarget":
     """The model, loaded, or the server, asked once; errors as of `run_classic`."""
     if settings.url is None:
         return ModelTarget(settings)
@@ -184,7 +162,7 @@ def _keep_finished(folder: ResultsFolder, settings: ClassicSettings, environment
 
 def _run(
     settings: ClassicSettings,
-    target: Target,
+    target: "ModelTarget | ServerTarget",
     folder: ResultsFolder,
     environment: Mapping[str, Any],
     on_progress: Callable[[Progress], None],
@@ -199,7 +177,9 @@ def _run(
     described = target.describe()
     common = {key: described[key] for key in ("backend", "precision", "model", "url")}
     for done, trial in enumerate(waiting):
-        on_progress(Progress(trial, done, len(waiting), tokens, all_tokens, time.monotonic() - began_s))
+        name = "warm-up" if trial.is_warm_up else f"run {trial.run + 1}"
+        what = f"{name}, {done} of {len(waiting)}"
+        on_progress(Progress(what, tokens, all_tokens, time.monotonic() - began_s))
         started_at, watch = datetime.now(UTC).isoformat(timespec="milliseconds"), OtherWorkWatch()
         result, tries = measure_with_retries(settings, partial(target.measure, trial))
         beside = watch.read()
@@ -223,12 +203,11 @@ def _run(
                 }
             )
         tokens += trial.length
-    on_progress(Progress(None, len(waiting), len(waiting), tokens, all_tokens, time.monotonic() - began_s))
+    on_progress(Progress("", tokens, all_tokens, time.monotonic() - began_s))
 
 
 def _outcome(result: TimedGeneration | Exception) -> dict[str, Any]:
     if isinstance(result, TimedGeneration):
-        fields = asdict(result) | {"token_times_s": list(result.token_times_s)}  # as JSON has it
-        return {"status": "ok", "error": None, **fields}
+        return {"status": "ok", "error": None, **asdict(result)}
     message = " ".join(f"{type(result).__name__}: {result}".split())[:MAX_ERROR_CHARACTERS]
     return {"status": "failed", "error": message, **dict.fromkeys(TimedGeneration.__slots__)}

@@ -1,21 +1,24 @@
-"""A server as the target of the benchmark: timed from the request to the last byte of its answer."""
+"""A server as the target of the benchmark: timed from the request to the last byte of its answer.
+
+It is asked in one of two ways: `/generate`, a prompt and a total length, or OpenAI's `/v1/completions`, a
+prompt and a number of new tokens.
+"""
 
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 import httpx2
 
 from gpt2core.bench.errors import BenchmarkError, ServerError
-from gpt2core.bench.sweep.model_target import TimedGeneration, check_room
-from gpt2core.bench.sweep.retries import measure_with_retries
-from gpt2core.bench.sweep.server_apis import Api, Completions, Generate, Part, parse_url
+from gpt2core.bench.sweep.model_target import TimedGeneration, check_room, measure_with_retries
 from gpt2core.bench.sweep.workload import ClassicSettings, Trial
-from gpt2core.errors import Gpt2CoreError
+from gpt2core.errors import Gpt2CoreError, RequestError
 
 MAX_ANSWER_NBYTES: Final = 16 * 2**20
 CONNECT_TIMEOUT_S: Final = 10.0
@@ -25,9 +28,51 @@ PASSING: Final = (408, 425, 429, 500, 502, 503, 504)
 REFUSED: Final = (400, 422, 501)
 """Statuses of a server that does not know a field of the request."""
 
-FORMS: Final = tuple(
-    {"stream": stream, "exact": exact} for stream in (True, False) for exact in (True, False)
-)
+FORMS: Final = tuple({"stream": s, "exact": e} for s in (True, False) for e in (True, False))
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """A server's URL, taken apart.
+
+    Attributes:
+        url: of the endpoint that generates, user and password included where they were given.
+        shown: the same without them.
+        models: of the list of models; None for `/generate`.
+    """
+
+    url: str
+    shown: str
+    models: str | None
+    loopback: bool
+
+
+def parse_url(url: str) -> Address:
+    """Find the endpoint that a URL means.
+
+    Raises:
+        RequestError: it is no http or https URL.
+    """
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port
+    except ValueError as error:
+        raise RequestError(f"the URL cannot be read: {error}; give it as http://127.0.0.1:8000") from error
+    if parts.scheme not in ("http", "https") or not host:
+        raise RequestError(f"{parts.path[:60]!r} is no URL of a server; give it as http://127.0.0.1:8000")
+    path, models = parts.path.rstrip("/"), None
+    if path.endswith(("/v1", "/v1/completions")):
+        path = path.removesuffix("/completions")
+        models, path = f"{path}/models", f"{path}/completions"
+    elif not path.endswith("/generate"):
+        path += "/generate"
+    bare = parts.netloc.rpartition("@")[2]
+    return Address(
+        url=f"{parts.scheme}://{parts.netloc}{path}",
+        shown=f"{parts.scheme}://{bare}{path}",
+        models=f"{parts.scheme}://{parts.netloc}{models}" if models else None,
+        loopback=host in ("localhost", "::1") or host.startswith("127."),
+    )
 
 
 class ServerTarget:
@@ -45,23 +90,22 @@ class ServerTarget:
     def __init__(self, settings: ClassicSettings) -> None:
         assert settings.url is not None
         self._settings = settings
-        address = parse_url(settings.url)
-        self._shown = address.shown
+        self._address = address = parse_url(settings.url)
+        self._openai = address.models is not None
         headers = {"authorization": f"Bearer {settings.api_key}"} if settings.api_key else {}
         limits_s = httpx2.Timeout(settings.timeout_s, connect=min(CONNECT_TIMEOUT_S, settings.timeout_s))
         # A proxy of the environment would not find this machine's own servers.
         self._client = httpx2.Client(timeout=limits_s, headers=headers, trust_env=not address.loopback)
         try:
             self._model = settings.model
-            self._api: Api = Generate(address.url)
             if address.models is not None:
                 self._model = self._model or self._first_model(address.models)
-                self._api = Completions(address.url, self._model)
             self._form, heard = self._probe_form()
-            self._model, self._backend = self._model or heard.model, heard.backend
-            self._prompt_tokens = [self._probe(prompt, **self._form) for prompt in settings.prompts]
-            if all(tokens is not None for tokens in self._prompt_tokens):
-                check_room([tokens for tokens in self._prompt_tokens if tokens is not None], settings.lengths)
+            self._model, self._backend = self._model or heard.facts.get("model"), heard.facts.get("backend")
+            self._prompt_tokens = [self._probe(prompt) for prompt in settings.prompts]
+            known = [tokens for tokens in self._prompt_tokens if tokens is not None]
+            if len(known) == len(settings.prompts):
+                check_room(known, settings.lengths)
         except BaseException:
             self._client.close()
             raise
@@ -73,54 +117,48 @@ class ServerTarget:
             "model_id": None,
             "backend": self._backend,
             "precision": None,
-            "url": self._shown,
+            "url": self._address.shown,
             "exact_length": self._form["exact"] and None not in self._prompt_tokens,
             "streamed": self._form["stream"],
         }
 
     def measure(self, trial: Trial) -> TimedGeneration:
         """Generate once."""
-        prompt_tokens = self._prompt_tokens[trial.prompt_index]
-        body = self._api.body(
-            self._settings.prompts[trial.prompt_index],
-            trial.length,
-            prompt_tokens,
-            exact=self._form["exact"] and prompt_tokens is not None,
-        )
-        heard = self._ask(body, self._settings.seed_of(trial.run), stream=self._form["stream"])
-        return heard.measurement(prompt_tokens)
+        tokens, settings = self._prompt_tokens[trial.prompt_index], self._settings
+        form = self._form | {"exact": self._form["exact"] and tokens is not None}
+        prompt, seed = settings.prompts[trial.prompt_index], settings.seed_of(trial.run)
+        return self._ask(prompt, trial.length, tokens, seed, **form).measurement(tokens)
 
     def close(self) -> None:
         """Close the connections."""
         self._client.close()
 
-    def _probe_form(self) -> tuple[dict[str, bool], "_Heard"]:
-        prompt, refusal = self._settings.prompts[0], ""
+    def _probe_form(self) -> tuple[dict[str, bool], "_Answer"]:
+        refusal = ""
         for form in FORMS:
             try:
-                heard = self._probed(prompt, **form)
+                heard = self._probed(self._settings.prompts[0], form)
             except _Refused as error:
                 refusal = refusal or str(error)
                 continue
-            if heard.prompt_tokens is not None or not self._api.needs_prompt_tokens:
+            if "prompt_tokens" in heard.facts or not self._openai:
                 return form, heard
             refusal = "it does not tell usage.prompt_tokens, without which no total length can be asked for"
-        raise BenchmarkError(f"the server at {self._shown} cannot be measured: {refusal}")
+        raise BenchmarkError(f"the server at {self._address.shown} cannot be measured: {refusal}")
 
-    def _probe(self, prompt: str, *, stream: bool, exact: bool) -> int | None:
+    def _probe(self, prompt: str) -> int | None:
         try:
-            return self._probed(prompt, stream=stream, exact=exact).prompt_tokens
+            return self._probed(prompt, self._form).facts.get("prompt_tokens")
         except _Refused as error:
             raise BenchmarkError(
-                f"the server at {self._shown} refuses prompt {prompt!r:.40}: {error}"
+                f"the server at {self._address.shown} refuses prompt {prompt!r:.40}: {error}"
             ) from error
 
-    def _probed(self, prompt: str, *, stream: bool, exact: bool) -> "_Heard":
-        body = self._api.body(prompt, min(self._settings.lengths), None, exact=exact)
-        heard: list[_Heard] = []
+    def _probed(self, prompt: str, form: dict[str, bool]) -> "_Answer":
+        heard: list[_Answer] = []
 
         def ask() -> TimedGeneration:
-            heard.append(self._ask(body, self._settings.seed, stream=stream))
+            heard.append(self._ask(prompt, min(self._settings.lengths), None, self._settings.seed, **form))
             return heard[0].measurement(None)
 
         result, _ = measure_with_retries(self._settings, ask)
@@ -133,41 +171,50 @@ class ServerTarget:
     def _first_model(self, url: str) -> str:
         try:
             with self._answer("GET", url) as response:
-                return str(_parsed(self._read(response, self._deadline()))["data"][0]["id"])
+                deadline_s = time.perf_counter() + self._settings.timeout_s
+                return str(_parsed(self._read(response, deadline_s))["data"][0]["id"])
         except (KeyError, IndexError, TypeError) as error:
             raise BenchmarkError(f"{url} lists no model; name one with --model") from error
         except (Gpt2CoreError, httpx2.HTTPError) as error:
             raise self._explained(error) from error
 
     def _explained(self, error: Exception) -> BenchmarkError:
+        said = str(error) if isinstance(error, Gpt2CoreError) else f"{type(error).__name__}: {error}"
         if isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout):
             return BenchmarkError(
-                f"no server answers at {self._shown}: {error or type(error).__name__}; start it with "
-                "`gpt2core serve`, or correct --url"
+                f"no server answers at {self._address.shown}: {said}; start it with `gpt2core serve`, or "
+                "correct --url"
             )
-        return BenchmarkError(f"the server at {self._shown} cannot be measured: {_shown(error)}")
+        return BenchmarkError(f"the server at {self._address.shown} cannot be measured: {said}")
 
-    def _deadline(self) -> float:
-        return time.perf_counter() + self._settings.timeout_s
+    def _body(
+        self, prompt: str, length: int, prompt_tokens: int | None, seed: int, *, stream: bool, exact: bool
+    ) -> dict[str, Any]:
+        """A request for `length` tokens in all; without `prompt_tokens` a short one that tells them."""
+        new_tokens = 1 if prompt_tokens is None else length - prompt_tokens
+        body = {"prompt": prompt, "temperature": self._settings.temperature, "seed": seed}
+        if self._openai:  # `min_tokens` is no field of OpenAI's; several engines have it
+            body |= {"model": self._model, "max_tokens": new_tokens}
+            body |= {"min_tokens": new_tokens} if exact else {}
+            return body | ({"stream": True, "stream_options": {"include_usage": True}} if stream else {})
+        body |= {"max_length": length} | ({"min_new_tokens": new_tokens} if exact else {})
+        return body | ({"stream": True} if stream else {})
 
-    def _ask(self, body: dict[str, Any], seed: int, *, stream: bool) -> "_Heard":
-        body = body | {"temperature": self._settings.temperature, "seed": seed}
-        if stream:
-            body |= {"stream": True}
-            if isinstance(self._api, Completions):
-                body |= {"stream_options": {"include_usage": True}}
-        heard = _Heard(start_s=time.perf_counter())
+    def _ask(self, *what: Any, **form: Any) -> "_Answer":
+        """Send `_body(*what, **form)`, and note what comes when."""
+        body = self._body(*what, **form)
+        heard = _Answer(self._openai, time.perf_counter())
         deadline_s = heard.start_s + self._settings.timeout_s
-        with self._answer("POST", self._api.url, json=body) as response:
+        with self._answer("POST", self._address.url, json=body) as response:
             streamed = response.headers.get("content-type", "").startswith("text/event-stream")
             if not streamed:
-                heard.add(self._understood(_parsed(self._read(response, deadline_s))), streamed=False)
+                heard.add(_parsed(self._read(response, deadline_s)), streamed=False)
             for event in httpx2.EventSource(response) if streamed else ():
                 self._check_time(deadline_s)
                 if event.data == "[DONE]":
                     heard.done = True
                 else:
-                    heard.add(self._understood(_parsed(event.data.encode())), streamed=True)
+                    heard.add(_parsed(event.data.encode()), streamed=True)
         heard.end()
         return heard
 
@@ -175,7 +222,8 @@ class ServerTarget:
     def _answer(self, method: str, url: str, **request: Any) -> Iterator[httpx2.Response]:
         with self._client.stream(method, url, **request) as response:
             if response.status_code != 200:
-                raise _failure(response, self._read(response, self._deadline()))
+                deadline_s = time.perf_counter() + self._settings.timeout_s
+                raise _failure(response, self._read(response, deadline_s))
             yield response
 
     def _read(self, response: httpx2.Response, deadline_s: float) -> bytes:
@@ -192,78 +240,71 @@ class ServerTarget:
         if time.perf_counter() > deadline_s:
             raise TimeoutError(f"the answer was not complete after {self._settings.timeout_s:g} s")
 
-    def _understood(self, document: Mapping[str, Any]) -> Part:
-        if error := document.get("error"):
-            message = error.get("message") if isinstance(error, dict) else error
-            raise ServerError(f"the server reports: {message!s:.200}", again=True)
-        try:
-            return self._api.read(document)
-        except (KeyError, TypeError, IndexError, AttributeError) as error:
-            raise ServerError(
-                f"the answer has another form than {self._shown} promises", again=True
-            ) from error
-
 
 class _Refused(ServerError):
     """The server does not know a field of the request, or finds a value wrong."""
 
 
 @dataclass(slots=True)
-class _Heard:
+class _Answer:
     """What has come of an answer, and when."""
 
+    openai: bool
     start_s: float
     text: str = ""
-    tokens_s: list[float] = field(
-        default_factory=list
-    )  # when events with a token came, as far as one can tell
+    facts: dict[str, Any] = field(default_factory=dict)  # finish_reason, token counts, model, backend
+    tokens_s: list[float] = field(default_factory=list)  # of events with a token, as far as one can tell
     ends_s: list[float] = field(default_factory=list)  # of others, which may carry a token without any text
-    finish_reason: str | None = None
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    model: str | None = None
-    backend: str | None = None
     done: bool = False
     elapsed_s: float = 0.0
 
-    def add(self, part: Part, *, streamed: bool) -> None:
+    def add(self, document: dict[str, Any], *, streamed: bool) -> None:
+        """Take in all of an answer, or one event of a stream."""
         now_s = time.perf_counter() - self.start_s
-        if streamed and not part.whole:
-            has_token = bool(part.text) or (part.finish_reason is None and part.prompt_tokens is None)
+        if error := document.get("error"):
+            message = error.get("message") if isinstance(error, dict) else error
+            raise ServerError(f"the server reports: {message!s:.200}", again=True)
+        try:
+            if self.openai:  # the usage of a stream comes in an event without choices
+                choice = document["choices"][0] if document["choices"] else {}
+                found, whole = document | choice | (document.get("usage") or {}), False
+                text = choice.get("text") or ""
+            else:
+                whole = "generations" in document or "generated_text" in document
+                found = document | (document.get("generations") or [{}])[0]
+                text = found.get("text", found.get("generated_text", ""))
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
+            raise ServerError("the answer has another form than its endpoint promises", again=True) from error
+        if not isinstance(text, str):
+            raise ServerError("the answer's text is no text", again=True)
+        names = ("finish_reason", "prompt_tokens", "completion_tokens", "model", "backend")
+        facts = {name: found[name] for name in names if found.get(name) is not None}
+        for name, value in facts.items():
+            if name.endswith("tokens") and (type(value) is not int or value < 0):
+                raise ServerError(f"the answer's {name} is {value!r:.40}", again=True)
+        if streamed and not whole:
+            has_token = bool(text) or not facts.keys() & {"finish_reason", "prompt_tokens"}
             (self.tokens_s if has_token else self.ends_s).append(now_s)
-        if not streamed or (part.whole and part.text):
-            self.text = part.text
-        else:
-            self.text += part.text
-        self.finish_reason = part.finish_reason or self.finish_reason
-        for name in ("prompt_tokens", "completion_tokens"):
-            value = getattr(part, name)
-            if value is not None:
-                if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                    raise ServerError(f"the answer's {name} is {value!r:.40}", again=True)
-                setattr(self, name, value)
-        self.model, self.backend = part.model or self.model, part.backend or self.backend
+        self.text = text if not streamed or (whole and text) else self.text + text
+        self.facts |= facts
         self.done = self.done or not streamed
 
     def end(self) -> None:
         self.elapsed_s = time.perf_counter() - self.start_s
-        if not self.done and self.finish_reason is None:
+        if not self.done and "finish_reason" not in self.facts:
             raise ServerError("the stream ended before the text did", again=True)
 
     def measurement(self, prompt_tokens: int | None) -> TimedGeneration:
         """Times per token only where there is exactly one event for each: a server may send several."""
-        times_s: list[float] = []
-        for times in (self.tokens_s, self.tokens_s + self.ends_s[:1]):
-            if len(times) == self.completion_tokens:
-                times_s = times
-                break
+        count = self.facts.get("completion_tokens")
+        series = (self.tokens_s, self.tokens_s + self.ends_s[:1])
         return TimedGeneration(
             elapsed_s=self.elapsed_s,
             ttft_s=self.tokens_s[0] if self.tokens_s else None,
-            token_times_s=tuple(times_s),
-            prompt_tokens=self.prompt_tokens if self.prompt_tokens is not None else prompt_tokens,
-            completion_tokens=self.completion_tokens,
-            finish_reason=self.finish_reason,
+            token_times_s=next((times for times in series if len(times) == count), []),
+            prompt_tokens=self.facts.get("prompt_tokens", prompt_tokens),
+            completion_tokens=count,
+            finish_reason=self.facts.get("finish_reason"),
             text=self.text,
         )
 
@@ -294,7 +335,3 @@ def _failure(response: httpx2.Response, data: bytes) -> ServerError:
     if asked_s is not None and not (math.isfinite(asked_s) and asked_s >= 0):
         asked_s = None
     return ServerError(message, again=response.status_code in PASSING, retry_after_s=asked_s)
-
-
-def _shown(error: Exception) -> str:
-    return str(error) if isinstance(error, Gpt2CoreError) else f"{type(error).__name__}: {error}"

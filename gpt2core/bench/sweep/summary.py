@@ -7,9 +7,9 @@ from typing import Any, Final
 
 import numpy as np
 
+from gpt2core.bench.records import Run
 from gpt2core.bench.statistics import Interval, mean_interval
-from gpt2core.bench.store.files import write_array, write_json
-from gpt2core.bench.store.records import Run
+from gpt2core.bench.store import write_array, write_json
 from gpt2core.bench.tables import TOKENS_PER_SECOND, Table, short
 
 ARRAY: Final = "benchmark_results.npy"
@@ -59,21 +59,46 @@ def summarise(prompts: Mapping[int, str], lengths: Sequence[int], runs: Sequence
     for i, prompt in prompts.items():
         for length in lengths:
             mine = [r for r in runs if (r.prompt_index, r.length) == (i, length) and not r.warm_up]
-            found.append(_summarise_cell(i, prompt, length, mine))
+            good = [run for run in mine if run.ok]
+            times_s = [run.elapsed_s or 0.0 for run in good]
+            ttfts_s = [run.ttft_s for run in good if run.ttft_s is not None]
+            counted = [
+                (r.completion_tokens, r.elapsed_s or 0.0) for r in good if r.completion_tokens is not None
+            ]
+            counted_s = sum(time_s for _, time_s in counted)
+            mean = mean_interval(times_s, least=0.0) if good else None
+            several = mean if len(good) > 1 else None
+            found.append(
+                Summary(
+                    prompt_index=i,
+                    prompt=prompt,
+                    length=length,
+                    runs=len(good),
+                    failed=len(mine) - len(good),
+                    ended_early=sum(run.finish_reason == "stop" for run in good),
+                    mean_s=mean.mid if mean else None,
+                    low_s=several.low if several else None,
+                    high_s=several.high if several else None,
+                    tokens_per_s=sum(n for n, _ in counted) / counted_s if counted_s else None,
+                    ttft_s=float(np.mean(ttfts_s)) if ttfts_s else None,
+                )
+            )
     return found
 
 
 def summary_table(summaries: Sequence[Summary]) -> Table:
     """What terminal and report show of every prompt and length."""
-    runs = max((summary.runs for summary in summaries), default=0)
+
+    def seconds(value: float | None) -> str:
+        return "-" if value is None else f"{value:.3f} s"
+
     rows = []
     for s in summaries:
         ends = "-" if s.low_s is None or s.high_s is None else f"{s.low_s:.3f} to {s.high_s:.3f} s"
         rate = "-" if s.tokens_per_s is None else f"{s.tokens_per_s:.1f}"
         prompt = f"{s.prompt_index + 1}  {short(s.prompt, 32)}"
-        rows.append(
-            (prompt, str(s.length), _seconds(s.mean_s), ends, rate, _seconds(s.ttft_s), str(s.failed))
-        )
+        rows.append((prompt, str(s.length), seconds(s.mean_s), ends, rate, seconds(s.ttft_s), str(s.failed)))
+    runs = max((summary.runs for summary in summaries), default=0)
     return Table(
         title=f"Mean generation time of up to {runs} runs with its 95 % interval (Student's t)",
         columns=("prompt", "length", "mean", "95 % interval", TOKENS_PER_SECOND, "first token", "failed"),
@@ -90,46 +115,18 @@ def write_results(folder: Path, settings: Mapping[str, Any], runs: Sequence[Run]
         if run.elapsed_s is not None and not run.warm_up:
             times_s[run.prompt_index, lengths.index(run.length), run.run] = run.elapsed_s
     write_array(folder / ARRAY, times_s)
-    write_json(
-        folder / AXES,
-        {
-            "array": ARRAY,
-            "quantity": "elapsed_s",
-            "unit": "s",
-            "dtype": str(times_s.dtype),
-            "shape": list(times_s.shape),
-            "nan": "the run failed; see runs.jsonl",
-            "axes": [
-                {"name": "prompt", "values": prompts},
-                {"name": "length", "unit": "tokens, prompt and new", "values": lengths},
-                {"name": "run", "values": list(range(count))},
-            ],
-        },
-    )
+    axes = {
+        "array": ARRAY,
+        "quantity": "elapsed_s",
+        "unit": "s",
+        "dtype": str(times_s.dtype),
+        "shape": list(times_s.shape),
+        "nan": "the run failed; see runs.jsonl",
+        "axes": [
+            {"name": "prompt", "values": prompts},
+            {"name": "length", "unit": "tokens, prompt and new", "values": lengths},
+            {"name": "run", "values": list(range(count))},
+        ],
+    }
+    write_json(folder / AXES, axes)
     return times_s
-
-
-def _summarise_cell(prompt_index: int, prompt: str, length: int, runs: Sequence[Run]) -> Summary:
-    good = [run for run in runs if run.ok]
-    times_s = [run.elapsed_s for run in good if run.elapsed_s is not None]
-    interval = mean_interval(times_s, least=0.0) if len(times_s) > 1 else None
-    counted = [(run.completion_tokens, run.elapsed_s) for run in good if run.completion_tokens is not None]
-    counted_s = sum(elapsed_s or 0.0 for _, elapsed_s in counted)
-    ttfts_s = [run.ttft_s for run in good if run.ttft_s is not None]
-    return Summary(
-        prompt_index=prompt_index,
-        prompt=prompt,
-        length=length,
-        runs=len(good),
-        failed=len(runs) - len(good),
-        ended_early=sum(run.finish_reason == "stop" for run in good),
-        mean_s=float(np.mean(times_s)) if good else None,
-        low_s=interval.low if interval else None,
-        high_s=interval.high if interval else None,
-        tokens_per_s=sum(tokens for tokens, _ in counted) / counted_s if counted_s else None,
-        ttft_s=float(np.mean(ttfts_s)) if ttfts_s else None,
-    )
-
-
-def _seconds(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f} s"

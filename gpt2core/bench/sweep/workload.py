@@ -29,7 +29,6 @@ WARM_UP: Final = -1
 MAX_PROMPTS: Final = 1000
 MAX_PROMPTS_NBYTES: Final = 2**20
 MAX_RUNS: Final = 10_000
-MAX_SEED: Final = 2**63 - 1
 
 
 class Trial(NamedTuple):
@@ -92,17 +91,23 @@ class ClassicSettings:
     def __post_init__(self) -> None:
         SamplingParams(temperature=self.temperature, seed=self.seed)
         _check_prompts(self.prompts)
-        _check_lengths(self.lengths)
-        if not 1 <= self.runs <= MAX_RUNS:
-            raise RequestError(f"runs is {self.runs}; it must be from 1 to {MAX_RUNS}")
-        if self.seed > MAX_SEED - self.runs:
-            raise RequestError(f"seed is {self.seed}; with {self.runs} runs at most {MAX_SEED - self.runs}")
-        if not (self.timeout_s > 0 and math.isfinite(self.timeout_s)):
-            raise RequestError(f"timeout_s is {self.timeout_s}; it must be above 0")
-        if self.retries < 0:
-            raise RequestError(f"retries is {self.retries}; it must be at least 0")
-        if not (self.backoff_s >= 0 and math.isfinite(self.backoff_s)):
-            raise RequestError(f"backoff_s is {self.backoff_s}; it must be at least 0")
+        if not self.lengths:
+            raise RequestError("there are no lengths; give at least one, as 50,100,200")
+        for length in self.lengths:
+            if not 2 <= length < 2**31:
+                raise RequestError(f"length {length} is not possible; prompt and new tokens are at least 2")
+        if len(set(self.lengths)) < len(self.lengths):
+            raise RequestError(f"lengths are {', '.join(map(str, self.lengths))}; give each length once")
+        most_seed = 2**63 - 1 - self.runs
+        for name, holds, needed in (
+            ("runs", 1 <= self.runs <= MAX_RUNS, f"it must be from 1 to {MAX_RUNS}"),
+            ("seed", self.seed <= most_seed, f"with {self.runs} runs at most {most_seed}"),
+            ("timeout_s", self.timeout_s > 0 and math.isfinite(self.timeout_s), "it must be above 0"),
+            ("retries", self.retries >= 0, "it must be at least 0"),
+            ("backoff_s", self.backoff_s >= 0 and math.isfinite(self.backoff_s), "it must be at least 0"),
+        ):
+            if not holds:
+                raise RequestError(f"{name} is {getattr(self, name)}; {needed}")
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable()):
             raise RequestError("api_key has characters that no header may have; use printable ASCII")
 
@@ -126,19 +131,13 @@ class ClassicSettings:
 
     def document(self) -> dict[str, Any]:
         """What settings.json says of them."""
-        return {
-            "kind": "classic",
-            "device": None if self.url else self.device,
-            "threads": None if self.url else self.threads,
-            "revision": None if self.url else self.revision,
-            "prompts": list(self.prompts),
-            "lengths": list(self.lengths),
-            "runs": self.runs,
-            "seed": self.seed,
-            "temperature": float(self.temperature),
-            "timeout_s": float(self.timeout_s),
-            "retries": self.retries,
-        }
+        own = ("device", "threads", "revision")
+        common = ("prompts", "lengths", "runs", "seed", "temperature", "timeout_s", "retries")
+        document: dict[str, Any] = {"kind": "classic"}
+        document |= {name: None if self.url else getattr(self, name) for name in own}
+        document |= {name: getattr(self, name) for name in common}
+        floats = {name: float(document[name]) for name in ("temperature", "timeout_s")}
+        return document | {name: list(document[name]) for name in ("prompts", "lengths")} | floats
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
@@ -178,13 +177,3 @@ def _check_prompts(prompts: Sequence[str]) -> None:
         if prompt in seen:
             raise RequestError(f"prompts {seen[prompt]} and {i} are the same; leave one of them out")
         seen[prompt] = i
-
-
-def _check_lengths(lengths: Sequence[int]) -> None:
-    if not lengths:
-        raise RequestError("there are no lengths; give at least one, as 50,100,200")
-    for length in lengths:
-        if not 2 <= length < 2**31:
-            raise RequestError(f"length {length} is not possible; prompt and new tokens are at least 2")
-    if len(set(lengths)) < len(lengths):
-        raise RequestError(f"lengths are {', '.join(map(str, lengths))}; give each length once")

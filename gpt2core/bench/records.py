@@ -1,20 +1,17 @@
 """What a folder of measurements holds, read strictly, as types."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, Literal
 
 from gpt2core.bench.errors import BenchmarkError
-from gpt2core.bench.store.files import read_json, read_numbered_log
-from gpt2core.bench.store.folder import ENVIRONMENT, RUNS, SETTINGS
+from gpt2core.bench.store import ENVIRONMENT, RUNS, SETTINGS, read_json, read_numbered_log
 from gpt2core.errors import RequestError
 
-Kind = Literal["classic", "comparison"]
 COMPONENTS: Final = "components.json"
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,14 +23,14 @@ class Run:
     run: int  # -1: warm-up
     prompt: str
     error: str | None
-    elapsed_s: float | None
-    ttft_s: float | None
-    token_times_s: tuple[float, ...]
-    prompt_tokens: int | None
-    completion_tokens: int | None
-    finish_reason: str | None
-    others_cores: float | None
-    steal_share: float | None
+    elapsed_s: float | None = None
+    ttft_s: float | None = None
+    token_times_s: tuple[float, ...] = ()
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    finish_reason: str | None = None
+    others_cores: float | None = None
+    steal_share: float | None = None
 
     @property
     def ok(self) -> bool:
@@ -72,7 +69,6 @@ class Measurement:
     """One line of the comparison."""
 
     engine: str
-    peer: bool
     precision: str
     round: int
     cell: Cell
@@ -89,7 +85,7 @@ class Records:
     """A folder of measurements."""
 
     folder: Path
-    kind: Kind
+    kind: Literal["classic", "comparison"]
     settings: dict[str, Any]
     environment: dict[str, Any]
     runs: tuple[Run, ...] = ()  # of the classic benchmark, warm-up included
@@ -128,6 +124,10 @@ def read_records(folder: str | Path) -> Records:
         raise RequestError(f"{folder} has no {RUNS}; {remedy}")
     with _as_request_errors():
         lines = read_numbered_log(folder / RUNS)
+        documents = [
+            read_json(folder / name) if (folder / name).is_file() else {}
+            for name in (SETTINGS, ENVIRONMENT, COMPONENTS)
+        ]
     kinds = {str(line.get("kind")) for _, line in lines}
     if not lines:
         raise RequestError(f"{folder / RUNS} holds no runs; run `gpt2core bench` with this folder first")
@@ -136,25 +136,26 @@ def read_records(folder: str | Path) -> Records:
             f"{folder / RUNS} holds lines of kind {', '.join(sorted(kinds))}; expected are all 'classic' or "
             "all 'comparison'"
         )
-    with _as_request_errors():
-        settings, environment, components = (
-            read_json(folder / name) if (folder / name).is_file() else {}
-            for name in (SETTINGS, ENVIRONMENT, COMPONENTS)
-        )
     runs: dict[tuple[int, int, int], Run] = {}
-    measurements: list[Measurement] = []
-    if kinds == {"classic"}:
-        runs = {(run.prompt_index, run.length, run.run): run for run in _parse(folder, lines, parse_run)}
-    else:
-        measurements = _parse(folder, lines, _parse_measurement)
+    measurements = []
+    for number, line in lines:
+        try:
+            if line["kind"] == "classic":
+                run = parse_run(line)
+                runs[run.prompt_index, run.length, run.run] = run
+            else:
+                measurements.append(_parse_measurement(line))
+        except (KeyError, TypeError, ValueError) as error:
+            wrong = f"has no {error}" if isinstance(error, KeyError) else f"holds a wrong value: {error}"
+            raise RequestError(f"{folder / RUNS}, line {number}, {wrong}") from error
     return Records(
-        folder=folder,
-        kind="classic" if runs else "comparison",
-        settings=settings,
-        environment=environment,
+        folder,
+        "classic" if runs else "comparison",
+        settings=documents[0],
+        environment=documents[1],
         runs=tuple(runs.values()),
         measurements=tuple(measurements),
-        components=components,
+        components=documents[2],
     )
 
 
@@ -167,19 +168,6 @@ def _as_request_errors() -> Iterator[None]:
         raise RequestError(f"{error}; remove it or restore the file") from error
 
 
-def _parse(
-    folder: Path, lines: list[tuple[int, dict[str, Any]]], parse: Callable[[Mapping[str, Any]], T]
-) -> list[T]:
-    parsed = []
-    for number, line in lines:
-        try:
-            parsed.append(parse(line))
-        except (KeyError, TypeError, ValueError) as error:
-            wrong = f"has no {error}" if isinstance(error, KeyError) else f"holds a wrong value: {error}"
-            raise RequestError(f"{folder / RUNS}, line {number}, {wrong}") from error
-    return parsed
-
-
 def parse_run(line: Mapping[str, Any]) -> Run:
     """One line of the classic benchmark.
 
@@ -187,41 +175,38 @@ def parse_run(line: Mapping[str, Any]) -> Run:
         KeyError, TypeError, ValueError: something is missing or wrong.
     """
     prompt_index, length, run = (_whole(value) for value in line["cell"])
-    ok = line["status"] == "ok"
-    elapsed_s = _number(line["elapsed_s"]) if ok else None
-    if ok and elapsed_s is None:
+    beside: dict[str, Any] = {name: _number(line.get(name)) for name in ("others_cores", "steal_share")}
+    if line["status"] != "ok":
+        error = str(line.get("error") or "failed")
+        return Run(prompt_index, length, run, str(line["prompt"]), error, **beside)
+    if line["elapsed_s"] is None:
         raise ValueError("elapsed_s of a run that did not fail is null")
-    tokens = [line.get(name) if ok else None for name in ("prompt_tokens", "completion_tokens")]
     return Run(
-        prompt_index=prompt_index,
-        length=length,
-        run=run,
+        prompt_index,
+        length,
+        run,
         prompt=str(line["prompt"]),
-        error=None if ok else str(line.get("error") or "failed"),
-        elapsed_s=elapsed_s,
-        ttft_s=_number(line.get("ttft_s")) if ok else None,
-        token_times_s=tuple(float(t) for t in line.get("token_times_s") or ()) if ok else (),
-        prompt_tokens=None if tokens[0] is None else _whole(tokens[0]),
-        completion_tokens=None if tokens[1] is None else _whole(tokens[1]),
+        error=None,
+        elapsed_s=_number(line["elapsed_s"]),
+        ttft_s=_number(line.get("ttft_s")),
+        token_times_s=tuple(float(t) for t in line.get("token_times_s") or ()),
+        prompt_tokens=_whole_or_none(line.get("prompt_tokens")),
+        completion_tokens=_whole_or_none(line.get("completion_tokens")),
         finish_reason=line.get("finish_reason"),
-        others_cores=_number(line.get("others_cores")),
-        steal_share=_number(line.get("steal_share")),
+        **beside,
     )
 
 
 def _parse_measurement(line: Mapping[str, Any]) -> Measurement:
-    batch, length, position = (
-        None if line.get(name) is None else _whole(line[name]) for name in ("batch", "length", "position")
-    )
+    sizes = (_whole_or_none(line.get(name)) for name in ("batch", "length", "position"))
     value, status = _number(line["value"]), str(line["status"])
     if status == "ok" and value is None:
         raise ValueError("value of a measurement that did not fail is null")
     return Measurement(
         engine=str(line["engine"]),
-        peer=line.get("family") == "peer",
         precision=str(line.get("precision") or "float32"),
         round=_whole(line.get("round") or 0),
-        cell=Cell(str(line["measure"]), batch, length, position),
+        cell=Cell(str(line["measure"]), *sizes),
         variant=line.get("variant"),
         value=value,
         unit=str(line.get("unit") or ""),
@@ -235,6 +220,10 @@ def _whole(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{value!r:.40} is not a whole number")
     return value
+
+
+def _whole_or_none(value: Any) -> int | None:
+    return None if value is None else _whole(value)
 
 
 def _number(value: Any) -> float | None:

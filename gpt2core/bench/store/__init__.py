@@ -1,1 +1,0 @@
-"""The output folder: its files, what they hold, and what may be resumed."""
