@@ -56,15 +56,16 @@ def test_half_precision_files_equal_transformers(tmp_path, dtype):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    return random_checkpoint(tmp_path_factory.mktemp("small"), "small")
+    """GPT-2 small's shape: its weights, a full context of tokens and transformers' logits there."""
+    folder = random_checkpoint(tmp_path_factory.mktemp("small"), "small")
+    tokens = np.random.default_rng(5).integers(0, 50257, 1024).tolist()
+    return open_checkpoint(folder).weights, tokens, hugging_face_logits(folder, tokens)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_logits_equal_transformers_on_gpt2_smalls_shape_up_to_the_full_context(small, backend):
-    checkpoint = open_checkpoint(small)
-    tokens = np.random.default_rng(5).integers(0, 50257, 1024).tolist()
-    want = hugging_face_logits(small, tokens)
-    engine = create_backend(backend, checkpoint.weights)
+    weights, tokens, want = small
+    engine = create_backend(backend, weights)
     cache = engine.new_cache(2, 1024)
     for start, count in ((0, 300), (300, 717), (1017, 1), (1018, 6)):
         batch = Batch.of([(tokens[start : start + count], start, 1)], logits_at=range(count))

@@ -135,6 +135,14 @@ def test_a_second_backend_loads_what_the_first_compiled(folder):
     assert before.is_deleted()  # a loaded step takes the cache for good as well
 
 
+def test_names_of_one_activation_share_the_kept_step(folder):
+    backends = []
+    for name in ("silu", "swish", "tanh"):
+        backends.append(JaxBackend(random_weights(random_config(activation_function=name))))
+        one_step(backends[-1])
+    assert [(made.compilations, made.loaded) for made in backends] == [(1, 0), (0, 1), (1, 0)]
+
+
 def test_the_folder_is_the_users_alone(folder):
     one_step(JaxBackend(WEIGHTS))
     assert folder.stat().st_mode & 0o777 == 0o700

@@ -5,6 +5,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Final, final
 
 import jax
@@ -19,7 +20,7 @@ from gpt2core._shapes import Float32
 from gpt2core.backends._shared.caches import check_cache, check_size
 from gpt2core.backends._shared.threads import check_threads
 from gpt2core.backends.jax.executables import executable_key, load, save
-from gpt2core.backends.jax.module import MODEL_AXIS, Gpt2Module
+from gpt2core.backends.jax.module import MODEL_AXIS, Gpt2Module, plain_activation
 from gpt2core.backends.jax.placement import Placement, choose_placement
 from gpt2core.backends.jax.runs import Buckets, Run, StepShape, plan_runs
 from gpt2core.backends.jax.step import make_step, make_trace
@@ -236,7 +237,9 @@ class JaxBackend:
             _abstract((shape.wanted,), jnp.int32, whole),
         )
         folder = cache_folder("jax")
-        key = executable_key(devices, self.config, shape, cache.shape, _layout(self._placement))
+        # "swish" and "silu" are one function, and so one compiled step.
+        config = replace(self.config, activation_function=plain_activation(self.config.activation_function))
+        key = executable_key(devices, config, shape, cache.shape, _layout(self._placement))
         if self._keep_compiled:
             trees = jax.tree.structure((arguments, {})), jax.tree.structure((0, 0))
             kept = load(folder, key, *trees, devices)

@@ -72,6 +72,11 @@ ACTIVATIONS: Final[dict[str, Callable[[Array], Array]]] = {
 }
 
 
+def plain_activation(name: str) -> str:
+    """The first of the names under which `ACTIVATIONS` holds the same function."""
+    return next(other for other, function in ACTIVATIONS.items() if function is ACTIVATIONS[name])
+
+
 class LayerNorm(nnx.Module):
     """Scale and shift after normalising to mean 0 and variance 1."""
 
