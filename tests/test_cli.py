@@ -775,12 +775,6 @@ def test_finite_keeps_json_strict(value, want):
     assert console.finite(value) == want
 
 
-def test_peak_memory_counts_this_process_and_is_unknown_where_the_system_does_not_tell(monkeypatch):
-    assert 2**20 < console.peak_memory_nbytes() < 2**40
-    monkeypatch.setitem(sys.modules, "resource", None)
-    assert console.peak_memory_nbytes() is None
-
-
 class Terminal(io.StringIO):
     def isatty(self):
         return True

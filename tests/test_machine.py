@@ -97,3 +97,11 @@ def test_the_processor_has_a_name_and_instructions(tmp_path, monkeypatch):
         assert _machine.name_processor() == "Some CPU"
     finally:
         _machine.describe_processor.cache_clear()
+
+
+def test_peak_memory_counts_this_process_and_is_unknown_where_the_system_does_not_tell(monkeypatch, tmp_path):
+    assert 2**20 < _machine.peak_memory_nbytes() < 2**40
+    monkeypatch.setattr(_machine, "_PROC", tmp_path)
+    assert 2**20 < _machine.peak_memory_nbytes() < 2**40  # from getrusage
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert _machine.peak_memory_nbytes() is None
