@@ -22,6 +22,7 @@ rectangle, and a mask hides what lies beyond each row's own past. The conformanc
 
 import math
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any, final
 
@@ -39,7 +40,7 @@ class OpenVinoCache:
     """Keys and values as (L, 2, S, C, D): the first P positions of one slot are one piece of memory."""
 
     def __init__(self, config: ModelConfig, slots: int, capacity: int) -> None:
-        self.slots, self.capacity = slots, capacity
+        self.config, self.slots, self.capacity = config, slots, capacity
         self.kv = np.zeros((config.n_layer, 2, slots, capacity, config.n_embd), np.float32)
 
     @property
@@ -79,15 +80,23 @@ class OpenVinoBackend:
             options["INFERENCE_NUM_THREADS"] = threads
         self.config = weights.config
         self._compiled: Any = core.compile_model(build_model(weights), device.upper(), options)
+        self._running = threading.Lock()  # a compiled model answers one call at a time
 
     def new_cache(self, slots: int, capacity: int) -> OpenVinoCache:
         """An empty cache for `slots` sequences of up to `capacity` tokens."""
+        if slots < 1 or not 1 <= capacity <= self.config.n_positions:
+            raise RequestError(
+                f"a cache of {slots} slots of {capacity} tokens was asked for; take 1 or more, and at most "
+                f"{self.config.n_positions} tokens, this model's context"
+            )
         return OpenVinoCache(self.config, slots, capacity)
 
     def forward(self, batch: Batch, cache: OpenVinoCache) -> np.ndarray:
         """The logits (M, V) at `batch.logits_at`; see `gpt2core.Backend.forward` for the contract."""
         if self._compiled is None:
             raise RequestError("the openvino backend is closed; load the model again")
+        if not isinstance(cache, OpenVinoCache) or cache.config != self.config:
+            raise RequestError("the cache is of another model or backend; make it with this one's new_cache")
         batch.check(vocab_size=self.config.vocab_size, slots=cache.slots, capacity=cache.capacity)
         logits = np.empty((len(batch.logits_at), self.config.vocab_size), np.float32)
         for length in np.unique(batch.lengths):
@@ -112,7 +121,8 @@ class OpenVinoBackend:
             for kind, name in enumerate(KEYS_VALUES):
                 inputs[f"{name}_{layer}"] = past(cache.kv[layer, kind], slots, starts)
         try:
-            found = self._compiled(inputs, share_inputs=True, share_outputs=True)
+            with self._running:
+                found = self._compiled(inputs, share_inputs=True)
         except RuntimeError as error:
             raise BackendError(f"the openvino backend failed: {error}") from error
         logits[place >= 0] = found["logits"]

@@ -78,7 +78,7 @@ def test_a_rounded_folder_that_lies_about_its_blocks_is_refused_before_a_list_is
     save_checkpoint(tmp_path, weights_of("int8"))
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"n_layer": 10**9}))
-    with pytest.raises(CheckpointError, match="promises 1000000000 blocks, the file has 37 tensors"):
+    with pytest.raises(CheckpointError, match=r"config\.json says 1000000000 layers, the file has 2"):
         open_checkpoint(tmp_path)
 
 
