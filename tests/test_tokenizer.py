@@ -379,7 +379,7 @@ def test_a_vocabulary_of_words_without_an_unknown_token_refuses_other_words(tmp_
 
 def test_an_interrupt_while_encoding_is_no_fault_of_the_text(monkeypatch):
     class Interrupted:
-        def encode(self, text):
+        def encode(self, text, **options):
             raise KeyboardInterrupt
 
     tokenizer = Tokenizer(small_byte_level())
