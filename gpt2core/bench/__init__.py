@@ -4,8 +4,8 @@
 
     result = run_classic(ClassicSettings(model="demo", runs=5), output="my-benchmark")
 
-Importing the package imports nothing else: each name below is loaded when it is first used. Plots, reports
-and servers need the extra `bench`.
+Importing the package imports nothing else: each name below is loaded when it is first used. All but the
+errors need the extra `bench`.
 """
 
 TYPE_CHECKING = False  # type checkers take it for true
@@ -55,6 +55,10 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module 'gpt2core.bench' has no attribute {name!r}")
     from importlib import import_module
 
+    from gpt2core.bench.errors import ALWAYS, check_installed
+
+    if module != "errors":
+        check_installed(*ALWAYS)
     value = globals()[name] = getattr(import_module(f"gpt2core.bench.{module}"), name)
     return value
 
