@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import mmap
 import os
 import threading
 
@@ -71,9 +72,11 @@ def test_a_planted_leak_is_found():
     with serving(fake.load) as server:
         taken = server.driver._deliver
 
-        def leak(updates):
-            kept.append(bytearray(16 * LEAK_LIMIT_NBYTES))
-            taken(updates)
+        def leak(updates, now_s):
+            pages = mmap.mmap(-1, 16 * LEAK_LIMIT_NBYTES)  # not from what earlier tests freed
+            pages.write(b"x" * len(pages))
+            kept.append(pages)
+            taken(updates, now_s)
 
         server.driver._deliver = leak
         figures = soak_in_this_process(server, 300)
