@@ -125,9 +125,8 @@ def test_the_python_of_a_document_does_what_it_shows(path, reader):
         assert run(command).returncode == 0
     shown = blocks(path)
     mark = "-- end of block --"
-    code = "".join(
-        f"{text}\nprint({mark!r})\n" for language, text in shown if language == "python" and OWNERS not in text
-    )
+    runnable = [text for language, text in shown if language == "python" and OWNERS not in text]
+    code = "".join(f"{text}\nprint({mark!r})\n" for text in runnable)
     (reader / "document.py").write_text(code, encoding="utf-8")
     done = subprocess.run(
         [sys.executable, "-W", "error", "document.py"], capture_output=True, text=True, timeout=TIMEOUT_S

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import importlib.util
 import os
 import re
 import stat
@@ -313,3 +314,12 @@ def test_the_architecture_page_names_every_part():
     page = (ROOT / "docs/architecture.md").read_text()
     parts = {part_of(path) for path in MODULES}
     assert {part for part in parts if f"`{part}.py" not in page and f"`{part}/" not in page} == set()
+
+
+def test_the_changelogs_new_modules_exist():
+    text = (ROOT / "CHANGELOG.md").read_text()
+    table = re.search(r"\| old, in `gpt2core` .*?\n((?:\|.*\n)+)", text)
+    assert table
+    new = {name for row in table[1].splitlines()[1:] for name in re.findall(r"`([\w.]+)`", row.split("|")[2])}
+    assert len(new) > 40
+    assert {name for name in new if importlib.util.find_spec(f"gpt2core.{name}") is None} == set()
