@@ -95,10 +95,16 @@ def main() -> int:
     """Run all builds that this machine has a compiler for; 1 where one differs."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--long", action="store_true", help="200 models and 10**6 positions instead of 20")
-    form = LONG if parser.parse_args().long else SHORT
+    parser.add_argument("--builds", default=";".join(BUILDS), help="names of builds, separated by semicolons")
+    args = parser.parse_args()
+    form = LONG if args.long else SHORT
+    wanted = args.builds.split(";")
+    if unknown := [name for name in wanted if name not in BUILDS]:
+        parser.error(f"there is no build {unknown[0]!r}; use {'; '.join(BUILDS)}")
     want, wrong = golden(form), 0
     with tempfile.TemporaryDirectory() as scratch:
-        for name, (compiler, flags) in BUILDS.items():
+        for name in wanted:
+            compiler, flags = BUILDS[name]
             if shutil.which(compiler) is None:
                 print(f"{name:32} no {compiler} here")
                 continue

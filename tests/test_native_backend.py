@@ -1,6 +1,5 @@
 """The native backend: the same bits however work is cut, near the reference, and gone when it is closed."""
 
-import platform
 from dataclasses import replace
 
 import numpy as np
@@ -279,23 +278,3 @@ def test_numbers_that_are_not_finite_are_neither_hidden_nor_spread(precision, wh
     np.testing.assert_array_equal(got[[0, 2, 3]], want[[0, 2, 3]])
     again = backend.forward(Batch.of([(rows[0][0], 0, 1)]), cache)  # the next tenant of the spoilt slot
     np.testing.assert_array_equal(again[0], want[0])
-
-
-# ------------------------------------------------------------------------------------------- other processors
-
-PROCESSORS = ["-O1 -mno-avx512f", "-O1 -march=x86-64"] if platform.machine() == "x86_64" else ["-O1"]
-
-
-@pytest.mark.parametrize("flags", PROCESSORS)
-def test_code_for_lesser_processors_passes_the_suite(flags, monkeypatch):
-    monkeypatch.setenv("GPT2CORE_CFLAGS", flags)
-    check_backend(NativeBackend)
-    check_backend(NativeBackend, random_weights(random_config(n_positions=64, n_embd=35, n_head=5)))
-
-
-@pytest.mark.parametrize("flags", PROCESSORS)
-@pytest.mark.parametrize("precision", ALL)
-def test_code_for_lesser_processors_computes_the_same_bits(flags, precision, monkeypatch):
-    want = all_logits(NativeBackend(STORED[precision]), TOKENS)
-    monkeypatch.setenv("GPT2CORE_CFLAGS", flags)
-    np.testing.assert_array_equal(all_logits(NativeBackend(STORED[precision]), TOKENS), want)

@@ -11,6 +11,7 @@ import bits
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from native_builds import driver
 
 from gpt2core.backends.native import NativeBackend, build
 from gpt2core.backends.native.build import load_library
@@ -25,26 +26,26 @@ COMPILER = "gcc" if shutil.which("gcc") else "cc"
 
 
 @pytest.mark.parametrize("name", bits.BUILDS)
-def test_every_build_gives_the_golden_bits_of_random_models(name, tmp_path):
+def test_every_build_gives_the_golden_bits_of_random_models(name):
     compiler, flags = bits.BUILDS[name]
-    program = bits.compile_driver(compiler, flags, tmp_path / "driver")
-    assert bits.run_driver(program, compiler, bits.SHORT) == bits.golden(bits.SHORT)
+    assert bits.run_driver(driver(compiler, flags), compiler, bits.SHORT) == bits.golden(bits.SHORT)
 
 
-def test_the_naive_definition_gives_the_golden_bits(tmp_path):
-    program = bits.compile_driver(COMPILER, "-O2", tmp_path / "driver")
-    assert bits.run_driver(program, COMPILER, bits.SHORT, "--naive") == bits.golden(bits.SHORT)
+def test_the_naive_definition_gives_the_golden_bits():
+    compiler, flags = next(iter(bits.BUILDS.values()))
+    got = bits.run_driver(driver(compiler, flags), compiler, bits.SHORT, "--naive")
+    assert got == bits.golden(bits.SHORT)
 
 
 @pytest.mark.parametrize("name", bits.SANITIZERS)
-def test_sanitizers_find_nothing_in_passes_of_random_models(name, tmp_path):
-    program = bits.compile_driver(COMPILER, bits.SANITIZERS[name], tmp_path / "driver")
+def test_sanitizers_find_nothing_in_passes_of_random_models(name):
+    program = driver(COMPILER, bits.SANITIZERS[name])
     assert bits.run_driver(program, COMPILER, bits.SHORT) == bits.golden(bits.SHORT)
 
 
 @pytest.mark.parametrize("flags", ["-O2 -march=native", "-O2", "-O2 -DGPT2CORE_SCALAR"])
-def test_the_parts_of_the_kernels_pass_their_unit_tests_in_c(flags, tmp_path):
-    program = bits.compile_driver(COMPILER, flags, tmp_path / "unit", "unit_tests.c")
+def test_the_parts_of_the_kernels_pass_their_unit_tests_in_c(flags):
+    program = driver(COMPILER, flags, "unit_tests.c")
     done = subprocess.run([str(program)], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "")
 
