@@ -36,7 +36,6 @@ PUBLIC = [
     "ModelConfig",
     "NumericalError",
     "Piece",
-    "PortableBits",
     "Request",
     "RequestError",
     "SamplingParams",

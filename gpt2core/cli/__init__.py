@@ -17,7 +17,6 @@ import click
 from gpt2core import __version__
 from gpt2core.cli.backends import backends
 from gpt2core.cli.bench import bench
-from gpt2core.cli.codec import compress, expand
 from gpt2core.cli.console import one_line
 from gpt2core.cli.convert import convert
 from gpt2core.cli.export import export
@@ -38,20 +37,7 @@ def program() -> None:
     """Run GPT-2-family language models from one checkpoint on any backend."""
 
 
-for _command in (
-    generate,
-    score,
-    serve,
-    bench,
-    verify,
-    info,
-    backends,
-    convert,
-    quantize,
-    export,
-    compress,
-    expand,
-):
+for _command in (generate, score, serve, bench, verify, info, backends, convert, quantize, export):
     program.add_command(_command)
 
 

@@ -82,7 +82,6 @@ class NativeBackend:
 
     name = "native"
     precisions = ("float32", *PRECISIONS)
-    bits_version = 1
 
     @staticmethod
     def build() -> None:

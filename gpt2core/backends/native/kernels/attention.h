@@ -10,7 +10,7 @@
 #include "products.h"
 
 #define QUERIES 6 /* that read keys and values together; at most MAX_ROWS */
-#define BLOCKS 4  /* of positions, or of the result, that are summed at once; at most MAX_PANELS */
+#define BLOCKS 4  /* of positions, or of the result, that are summed at once by few queries; at most MAX_PANELS */
 
 typedef struct {
   int bfloat16;      /* else float32 */
@@ -84,34 +84,36 @@ static float softmax(float *scores, int64_t count) {
    prefetched, and meanwhile the `next` keys. */
 INLINE void attend_rows(const int bfloat16, const int rows, const Shape *shape, const void *keys, const void *values,
                         const void *next, int64_t position, const float *q, float *y, int64_t stride, float *scores) {
+  const int blocks = rows * BLOCKS <= MAX_SUMS ? BLOCKS : MAX_SUMS / rows;
   const int64_t padded = (position + rows + LANES - 1) / LANES * LANES;
   const int64_t width = shape->head_dim, block = LANES * width, nbytes = bfloat16 ? 2 : 4;
   const int64_t value_nbytes = shape->value_dim * nbytes; /* per position */
+  const int lines = blocks * LANES * (bfloat16 ? 2 : 4) > LINE_NBYTES ? 2 : 1; /* of a step: half of them will do */
   for (int64_t t = 0; t < padded;) {
-    const int wide = t + BLOCKS * LANES <= padded;
+    const int wide = t + blocks * LANES <= padded;
     const Prefetch ahead = {(const char *)values + t * value_nbytes,
-                            (wide ? BLOCKS : 1) * LANES * value_nbytes / width, 1};
+                            (wide ? blocks : 1) * LANES * value_nbytes / width, lines};
     if (wide)
-      multiply_cached(bfloat16, rows, BLOCKS, 0, q, width, width, keys, t * width, LANES, block, ahead, scores + t,
+      multiply_cached(bfloat16, rows, blocks, 0, q, width, width, keys, t * width, LANES, block, ahead, scores + t,
                       shape->capacity);
     else
       multiply_cached(bfloat16, rows, 1, 0, q, width, width, keys, t * width, LANES, block, ahead, scores + t,
                       shape->capacity);
-    t += (wide ? BLOCKS : 1) * LANES;
+    t += (wide ? blocks : 1) * LANES;
   }
   float share[MAX_ROWS];
   EACH(r, rows) share[r] = softmax(scores + r * shape->capacity, position + r + 1);
   float sums[MAX_ROWS][BLOCKS * LANES];
   for (int64_t d = 0; d < width;) {
-    const int wide = d + BLOCKS * LANES <= shape->value_dim;
-    const Prefetch ahead = {next, width * nbytes, 1};
+    const int wide = d + blocks * LANES <= shape->value_dim;
+    const int64_t done = (wide ? blocks : 1) * LANES, left = width - d < done ? width - d : done;
+    const Prefetch ahead = {(const char *)next + d * (position + 1) * nbytes, done * nbytes, lines};
     if (wide)
-      multiply_cached(bfloat16, rows, BLOCKS, 1, scores, shape->capacity, position + 1, values, d, shape->value_dim,
+      multiply_cached(bfloat16, rows, blocks, 1, scores, shape->capacity, position + 1, values, d, shape->value_dim,
                       LANES, ahead, sums[0], BLOCKS * LANES);
     else
       multiply_cached(bfloat16, rows, 1, 1, scores, shape->capacity, position + 1, values, d, shape->value_dim, LANES,
                       ahead, sums[0], BLOCKS * LANES);
-    const int64_t done = (wide ? BLOCKS : 1) * LANES, left = width - d < done ? width - d : done;
     EACH(r, rows)
       for (int64_t i = 0; i < left; i++) y[r * stride + d + i] = sums[r][i] * share[r];
     d += done;

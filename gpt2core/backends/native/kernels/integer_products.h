@@ -1,12 +1,15 @@
 /* Four int8 products per lane, added to its 32-bit sum: exact in every form, so that each processor may use its own.
 
-   int4's weights are 0 to 15. int8's are kept as -127 to 127 plus 128, without a sign, for the instructions that want
-   one factor so (VPDPBUSD); the others take the 128 off again. */
+   int4's weights are 0 to 15. int8's are kept as they are, or plus INT8_OFFSET without a sign, for the instructions
+   that want one factor so (VPDPBUSD). */
 
 #ifndef GPT2CORE_INTEGER_PRODUCTS_H
 #define GPT2CORE_INTEGER_PRODUCTS_H
 
 #include "vectors.h"
+
+typedef int16_t Pairs __attribute__((vector_size(4 * LANES)));
+#define PAIRS_STEPS 4 /* of eight inputs; a group has a multiple of 32 */
 
 typedef struct {
   u8v unsigned_part; /* as dot_int8 wants it */
@@ -28,13 +31,12 @@ INLINE i32v dot_int4(i32v sum, u8v weights, int32_t four) {
 #endif
 }
 
-/* Pairs of products as 16 bits: 2 * 15 * 127 for int4, 2 * 127 * 127 for int8, where the weight's sign has moved to the
-   input; neither saturates. */
+/* Pairs of products as 16 bits: 2 * 15 * 127 for int4, of which PAIRS_STEPS times two may be added (30480), and
+   2 * 127 * 127 for int8, where the weight's sign has moved to the input; none saturates. */
 #elif LANES == 16 && defined(__AVX512BW__)
 #define INT8_OFFSET 0
-#define PAIRS_INT4(weights, four) _mm512_maddubs_epi16((__m512i)(weights), _mm512_set1_epi32(four))
-#define ADD_PAIRS(sum, x, y) \
-  ((i32v)_mm512_add_epi32((__m512i)(sum), _mm512_madd_epi16(_mm512_add_epi16(x, y), _mm512_set1_epi16(1))))
+#define PAIRS_INT4(weights, four) ((Pairs)_mm512_maddubs_epi16((__m512i)(weights), _mm512_set1_epi32(four)))
+#define ADD_PAIRS(pairs) ((i32v)_mm512_madd_epi16((__m512i)(pairs), _mm512_set1_epi16(1)))
 INLINE i32v dot_int8(i32v sum, const Int8Weights *w, int32_t four) {
   __m512i x = _mm512_set1_epi32(four);
   x = _mm512_mask_sub_epi8(x, _mm512_movepi8_mask((__m512i)w->signs), _mm512_setzero_si512(), x);
@@ -42,36 +44,31 @@ INLINE i32v dot_int8(i32v sum, const Int8Weights *w, int32_t four) {
       (__m512i)sum, _mm512_madd_epi16(_mm512_maddubs_epi16((__m512i)w->unsigned_part, x), _mm512_set1_epi16(1)));
 }
 INLINE Int8Weights int8_weights(u8v raw) {
-  u8v signs = raw ^ 0x80;
-  return (Int8Weights){(u8v)_mm512_abs_epi8((__m512i)signs), signs};
+  return (Int8Weights){(u8v)_mm512_abs_epi8((__m512i)raw), raw};
 }
 #elif LANES == 8 && defined(__AVX2__)
 #define INT8_OFFSET 0
-#define PAIRS_INT4(weights, four) _mm256_maddubs_epi16((__m256i)(weights), _mm256_set1_epi32(four))
-#define ADD_PAIRS(sum, x, y) \
-  ((i32v)_mm256_add_epi32((__m256i)(sum), _mm256_madd_epi16(_mm256_add_epi16(x, y), _mm256_set1_epi16(1))))
+#define PAIRS_INT4(weights, four) ((Pairs)_mm256_maddubs_epi16((__m256i)(weights), _mm256_set1_epi32(four)))
+#define ADD_PAIRS(pairs) ((i32v)_mm256_madd_epi16((__m256i)(pairs), _mm256_set1_epi16(1)))
 INLINE i32v dot_int8(i32v sum, const Int8Weights *w, int32_t four) {
   __m256i x = _mm256_sign_epi8(_mm256_set1_epi32(four), (__m256i)w->signs);
   return (i32v)_mm256_add_epi32(
       (__m256i)sum, _mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)w->unsigned_part, x), _mm256_set1_epi16(1)));
 }
 INLINE Int8Weights int8_weights(u8v raw) {
-  u8v signs = raw ^ 0x80;
-  return (Int8Weights){(u8v)_mm256_abs_epi8((__m256i)signs), signs};
+  return (Int8Weights){(u8v)_mm256_abs_epi8((__m256i)raw), raw};
 }
 #elif LANES == 4 && defined(__SSSE3__)
 #define INT8_OFFSET 0
-#define PAIRS_INT4(weights, four) _mm_maddubs_epi16((__m128i)(weights), _mm_set1_epi32(four))
-#define ADD_PAIRS(sum, x, y) \
-  ((i32v)_mm_add_epi32((__m128i)(sum), _mm_madd_epi16(_mm_add_epi16(x, y), _mm_set1_epi16(1))))
+#define PAIRS_INT4(weights, four) ((Pairs)_mm_maddubs_epi16((__m128i)(weights), _mm_set1_epi32(four)))
+#define ADD_PAIRS(pairs) ((i32v)_mm_madd_epi16((__m128i)(pairs), _mm_set1_epi16(1)))
 INLINE i32v dot_int8(i32v sum, const Int8Weights *w, int32_t four) {
   __m128i x = _mm_sign_epi8(_mm_set1_epi32(four), (__m128i)w->signs);
   return (i32v)_mm_add_epi32((__m128i)sum,
                              _mm_madd_epi16(_mm_maddubs_epi16((__m128i)w->unsigned_part, x), _mm_set1_epi16(1)));
 }
 INLINE Int8Weights int8_weights(u8v raw) {
-  u8v signs = raw ^ 0x80;
-  return (Int8Weights){(u8v)_mm_abs_epi8((__m128i)signs), signs};
+  return (Int8Weights){(u8v)_mm_abs_epi8((__m128i)raw), raw};
 }
 
 #elif LANES == 4 && defined(__aarch64__)
@@ -88,7 +85,16 @@ INLINE i32v dot_signed(i32v sum, u8v weights, int32_t four) {
 }
 INLINE i32v dot_int4(i32v sum, u8v weights, int32_t four) { return dot_signed(sum, weights, four); }
 INLINE i32v dot_int8(i32v sum, const Int8Weights *w, int32_t four) { return dot_signed(sum, w->signs, four); }
-INLINE Int8Weights int8_weights(u8v raw) { return (Int8Weights){raw, raw ^ 0x80}; }
+INLINE Int8Weights int8_weights(u8v raw) { return (Int8Weights){raw, raw}; }
+
+#elif LANES == 4 && defined(__x86_64__) /* bytes 0 and 2 of a lane as two 16-bit numbers, then bytes 1 and 3 */
+#define INT8_OFFSET 128
+INLINE i32v dot_int4(i32v sum, u8v weights, int32_t four) {
+  const __m128i w = (__m128i)weights, x = _mm_set1_epi32(four);
+  const __m128i even = _mm_madd_epi16(_mm_and_si128(w, _mm_set1_epi16(255)), _mm_srai_epi16(_mm_slli_epi16(x, 8), 8));
+  const __m128i odd = _mm_madd_epi16(_mm_srli_epi16(w, 8), _mm_srai_epi16(x, 8));
+  return (i32v)_mm_add_epi32((__m128i)sum, _mm_add_epi32(even, odd));
+}
 
 #else
 #define INT8_OFFSET 128
@@ -105,14 +111,5 @@ INLINE i32v dot_int4(i32v sum, u8v weights, int32_t four) {
 INLINE i32v dot_int8(i32v sum, const Int8Weights *w, int32_t four) { return dot_int4(sum, w->unsigned_part, four); }
 INLINE Int8Weights int8_weights(u8v raw) { return (Int8Weights){raw, raw}; }
 #endif
-
-/* int4: four weights with `low_four` and four with `high_four`. */
-INLINE i32v dot_int4_pair(i32v sum, u8v low, u8v high, int32_t low_four, int32_t high_four) {
-#ifdef PAIRS_INT4
-  return ADD_PAIRS(sum, PAIRS_INT4(low, low_four), PAIRS_INT4(high, high_four));
-#else
-  return dot_int4(dot_int4(sum, low, low_four), high, high_four);
-#endif
-}
 
 #endif

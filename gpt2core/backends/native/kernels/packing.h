@@ -4,7 +4,7 @@
 #define GPT2CORE_PACKING_H
 
 #include "export.h"
-#include "vectors.h"
+#include "integer_products.h"
 
 EXPORT int64_t gpt2core_strip_width(void) { return WIDE; }
 
@@ -21,7 +21,7 @@ EXPORT int64_t gpt2core_strip_width(void) { return WIDE; }
 PACK(gpt2core_pack_float32, float)
 PACK(gpt2core_pack_bfloat16, uint16_t)
 
-/* `padded` inputs, a multiple of 4; the weights become unsigned by adding 128. */
+/* `padded` inputs, a multiple of 4; the weights become unsigned by adding 128 where dot_int8 wants them so. */
 EXPORT void gpt2core_pack_int8(const int8_t *from, int64_t input_stride, int64_t output_stride, int64_t inputs,
                                int64_t padded, int64_t outputs, uint8_t *to) {
   for (int64_t first = 0; first < outputs; first += WIDE, to += padded * WIDE)
@@ -29,7 +29,7 @@ EXPORT void gpt2core_pack_int8(const int8_t *from, int64_t input_stride, int64_t
       for (int64_t i = 0; i < WIDE; i++) {
         int is_weight = k < inputs && first + i < outputs;
         to[k / 4 * 4 * WIDE + i * 4 + k % 4] =
-            (uint8_t)(128 + (is_weight ? from[k * input_stride + (first + i) * output_stride] : 0));
+            (uint8_t)(INT8_OFFSET + (is_weight ? from[k * input_stride + (first + i) * output_stride] : 0));
       }
 }
 

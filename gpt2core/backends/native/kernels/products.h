@@ -61,21 +61,44 @@ typedef f32v Tile[MAX_ROWS][MAX_PANELS];
 #define KEEP_IN_REGISTER(x) (void)(x)
 #endif
 
+/* After each row: gcc would otherwise load the numbers of all rows first, into registers that the sums need. */
+#if defined(__aarch64__) && !defined(__clang__) && !defined(GPT2CORE_SCALAR)
+#define ROW_DONE(p, sum) __asm__ volatile("" : "+r"(p), "+w"(sum))
+#else
+#define ROW_DONE(p, sum) (void)(p)
+#endif
+
+/* A loop that stays one: unrolled it would want more registers than there are. */
+#ifdef __clang__
+#define NOT_UNROLLED _Pragma("clang loop unroll(disable)")
+#else
+#define NOT_UNROLLED _Pragma("GCC unroll 1")
+#endif
+/* Let the compiler load again what lies at `p`, instead of keeping it in registers. */
+#define LOAD_AGAIN(p) __asm__ volatile("" : "+r"(p))
+/* Let the compiler have added all up to here, instead of adding numbers later that lie in registers till then. */
+#define IN_ORDER(x) __asm__("" : "+v"(x))
+
 /* Where to prefetch from, and how far to go on with each step of a sum. */
 typedef struct {
   const char *from;
   int64_t step_nbytes;
-  int second_level; /* into the second cache: more can be on its way to it at once */
+  int second_level_lines; /* so many into the second cache: more can be on their way to it at once; 0: a strip's step */
 } Prefetch;
 #define LINE_NBYTES 64
 #define STEP_LINES ((4 * WIDE + LINE_NBYTES - 1) / LINE_NBYTES)
 INLINE void prefetch(Prefetch ahead, int64_t step) {
   const char *line = ahead.from + step * ahead.step_nbytes;
-  if (ahead.second_level) {
-    EACH(i, 2) __builtin_prefetch(line + LINE_NBYTES * i, 0, 1);
+  if (ahead.second_level_lines) {
+    EACH(i, ahead.second_level_lines) __builtin_prefetch(line + LINE_NBYTES * i, 0, 1);
   } else {
     EACH(i, STEP_LINES) __builtin_prefetch(line + LINE_NBYTES * i);
   }
+}
+
+INLINE void prefetch_next(Prefetch *ahead) {
+  prefetch(*ahead, 0);
+  ahead->from += ahead->step_nbytes;
 }
 
 /* sums[row][panel] of `rows` rows with `panels` vectors of outputs, `apart` elements from one another; `step`
@@ -93,9 +116,11 @@ INLINE void prefetch(Prefetch ahead, int64_t step) {
         KEEP_IN_REGISTER(weights[p]);                                                                           \
       }                                                                                                         \
       prefetch(ahead, k);                                                                                       \
+      const float *from = x + k;                                                                                \
       EACH(r, rows) {                                                                                           \
-        const f32v input = splat(x[r * stride + k]);                                                            \
+        const f32v input = splat(from[r * stride]);                                                             \
         EACH(p, panels) sums[r][p] = multiply_add(weights[p], input, sums[r][p]);                               \
+        EACH(p, panels) ROW_DONE(from, sums[r][p]);                                                                \
       }                                                                                                         \
     }                                                                                                           \
     if (triangle)                                                                                               \
@@ -118,13 +143,23 @@ INLINE void accumulate_int8(const int rows, const Matrix *m, const Rows *in, int
   EACH(r, rows)
     EACH(p, STRIP) accumulators[r][p] = (i32v){0};
   for (int64_t k = 0; k < m->inputs; k += 4) {
+    prefetch(ahead, k / 4);
+    const int8_t *from = x + k;
+#if MAX_SUMS < 24 && INT8_OFFSET == 0
+    EACH(p, STRIP) { /* 16 registers do not hold the weights of all panels, with and without their signs */
+      const Int8Weights weights = int8_weights(*(const u8u *)(w + k * WIDE + 4 * LANES * p));
+      LOAD_AGAIN(from);
+      EACH(r, rows) accumulators[r][p] = dot_int8(accumulators[r][p], &weights, load_four(from + r * m->inputs));
+    }
+#else
     Int8Weights weights[STRIP];
     EACH(p, STRIP) weights[p] = int8_weights(*(const u8u *)(w + k * WIDE + 4 * LANES * p));
-    prefetch(ahead, k / 4);
     EACH(r, rows) {
-      const int32_t four = load_four(x + r * m->inputs + k);
+      const int32_t four = load_four(from + r * m->inputs);
       EACH(p, STRIP) accumulators[r][p] = dot_int8(accumulators[r][p], &weights[p], four);
+      EACH(p, STRIP) ROW_DONE(from, accumulators[r][p]);
     }
+#endif
   }
   EACH(r, rows) {
     const int32_t offset = INT8_OFFSET * (int32_t)in->sum[row + r];
@@ -134,31 +169,65 @@ INLINE void accumulate_int8(const int rows, const Matrix *m, const Rows *in, int
   }
 }
 
+/* The products of one group of inputs in a strip: accumulators[row][panel]. */
+INLINE void accumulate_int4_group(const int rows, const uint8_t *w, const int8_t *x, int64_t stride, int64_t group,
+                                  Prefetch *ahead, i32v accumulators[MAX_ROWS][STRIP]) {
+  EACH(r, rows)
+    EACH(p, STRIP) accumulators[r][p] = (i32v){0};
+#ifdef PAIRS_INT4
+  for (int64_t first = 0; first < group; first += 8 * PAIRS_STEPS) {
+    Pairs pairs[MAX_ROWS][STRIP];
+    EACH(r, rows)
+      EACH(p, STRIP) pairs[r][p] = (Pairs){0};
+    NOT_UNROLLED
+    for (int64_t k = first; k < first + 8 * PAIRS_STEPS; k += 8, w += 4 * WIDE) {
+      prefetch_next(ahead);
+      u8v weights[STRIP];
+      EACH(p, STRIP) weights[p] = *(const u8u *)(w + 4 * LANES * p) & 15;
+      EACH(r, rows)
+        EACH(p, STRIP) pairs[r][p] += PAIRS_INT4(weights[p], load_four(x + r * stride + k));
+      EACH(r, rows)
+        EACH(p, STRIP) IN_ORDER(pairs[r][p]);
+      LOAD_AGAIN(w);
+      EACH(p, STRIP) weights[p] = (u8v)(*(const u16w *)(w + 4 * LANES * p) >> 4) & 15;
+      EACH(r, rows)
+        EACH(p, STRIP) pairs[r][p] += PAIRS_INT4(weights[p], load_four(x + r * stride + k + 4));
+    }
+    EACH(r, rows)
+      EACH(p, STRIP) accumulators[r][p] += ADD_PAIRS(pairs[r][p]);
+  }
+#else
+  for (int64_t k = 0; k < group; k += 8, w += 4 * WIDE) {
+    const int8_t *from = x + k;
+    u8v weights[STRIP];
+    prefetch_next(ahead);
+    EACH(p, STRIP) weights[p] = *(const u8u *)(w + 4 * LANES * p) & 15;
+    EACH(r, rows) {
+      const int32_t four = load_four(from + r * stride);
+      EACH(p, STRIP) accumulators[r][p] = dot_int4(accumulators[r][p], weights[p], four);
+      EACH(p, STRIP) ROW_DONE(from, accumulators[r][p]);
+    }
+    LOAD_AGAIN(w);
+    EACH(p, STRIP) weights[p] = (u8v)(*(const u16w *)(w + 4 * LANES * p) >> 4) & 15;
+    EACH(r, rows) {
+      const int32_t four = load_four(from + r * stride + 4);
+      EACH(p, STRIP) accumulators[r][p] = dot_int4(accumulators[r][p], weights[p], four);
+      EACH(p, STRIP) ROW_DONE(from, accumulators[r][p]);
+    }
+  }
+#endif
+}
+
 INLINE void accumulate_int4(const int rows, const Matrix *m, const Rows *in, int64_t row, int64_t strip,
                             Prefetch ahead, Tile sums) {
   const int64_t groups = m->inputs / m->group;
   const uint8_t *w = (const uint8_t *)m->values + strip * m->inputs / 2 * WIDE;
   EACH(r, rows)
     EACH(p, STRIP) sums[r][p] = splat(0);
-  for (int64_t g = 0; g < groups; g++) {
-    const int8_t *x = in->rounded + row * m->inputs + g * m->group;
+  for (int64_t g = 0; g < groups; g++, w += m->group / 2 * WIDE) {
     i32v accumulators[MAX_ROWS][STRIP];
-    EACH(r, rows)
-      EACH(p, STRIP) accumulators[r][p] = (i32v){0};
-    for (int64_t k = 0; k < m->group; k += 8, w += 4 * WIDE) {
-      u8v low[STRIP], high[STRIP];
-      EACH(p, STRIP) {
-        u8v both = *(const u8u *)(w + 4 * LANES * p);
-        low[p] = both & 15;
-        high[p] = (u8v)((u32v)both >> 4) & 15;
-      }
-      prefetch(ahead, (g * m->group + k) / 8);
-      EACH(r, rows) {
-        const int32_t low_four = load_four(x + r * m->inputs + k), high_four = load_four(x + r * m->inputs + k + 4);
-        EACH(p, STRIP)
-          accumulators[r][p] = dot_int4_pair(accumulators[r][p], low[p], high[p], low_four, high_four);
-      }
-    }
+    accumulate_int4_group(rows, w, in->rounded + row * m->inputs + g * m->group, m->inputs, m->group, &ahead,
+                          accumulators);
     EACH(p, STRIP) {
       const int64_t at = (strip * groups + g) * WIDE + LANES * p;
       const f32v scale = load(m->scale + at), zero = load(m->zero + at);
@@ -249,13 +318,27 @@ PRODUCT(product_bfloat16, BFLOAT16)
 PRODUCT(product_int8, INT8)
 PRODUCT(product_int4, INT4)
 
-/* A stage: `rows` times `m`. */
+/* A stage: `rows` times `m`. Threads divide the strips among them; where there are more threads than that gives work,
+   the rows too. */
 static void multiply(Member *me, const Matrix *m, const Rows *in, int64_t rows, const Result *out) {
   static void (*const products[])(const Matrix *, const Rows *, int64_t, const Result *, Range) = {
       product_float32, product_bfloat16, product_int8, product_int4};
   const int fineness = rows > TILE_ROWS ? 2 : 4; /* the next strip is prefetched, and had better be one's own */
-  STAGE(me, rows ? (m->outputs + WIDE - 1) / WIDE : 0, fineness, strips)
-  products[m->kind](m, in, rows, out, strips);
+  const int64_t strips = (m->outputs + WIDE - 1) / WIDE, groups = m->inputs / m->group;
+  const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
+  const int64_t wanted = (fineness * me->team->threads + strips - 1) / strips;
+  const int64_t parts = wanted < tiles ? wanted : tiles;
+  STAGE(me, parts * strips, fineness, range)
+  for (int64_t item = range.first; item < range.last;) {
+    const int64_t part = item / strips, next = (part + 1) * strips < range.last ? (part + 1) * strips : range.last;
+    const Range some = part_of(rows, part, parts);
+    const Rows from = {in->x + some.first * in->stride, in->stride, in->rounded + some.first * m->inputs,
+                       in->scale + some.first * groups, in->sum + some.first * groups};
+    Result to = *out;
+    to.y += some.first * out->stride;
+    products[m->kind](m, &from, some.last - some.first, &to, (Range){item - part * strips, next - part * strips});
+    item = next;
+  }
 }
 
 #define SMALLEST_ROUNDED 0x1p-100f /* 127 divided by less might not be finite */

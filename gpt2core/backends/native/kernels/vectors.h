@@ -40,7 +40,7 @@ _Static_assert(sizeof(void *) == 8, "gpt2core's kernels need a 64-bit system");
 #elif defined(__AVX512F__)
 #define LANES 16
 #define TILE_ROWS 8
-#elif defined(__AVX__)
+#elif defined(__AVX2__) /* AVX alone has no whole numbers of 256 bits, and its fma in software fills one register */
 #define LANES 8
 #define TILE_ROWS 4
 #elif defined(__aarch64__)
@@ -49,6 +49,11 @@ _Static_assert(sizeof(void *) == 8, "gpt2core's kernels need a 64-bit system");
 #else
 #define LANES 4
 #define TILE_ROWS 4
+#endif
+#if LANES == 16 || defined(__aarch64__) /* processors with 32 registers */
+#define MAX_SUMS 24 /* that a tile keeps in them */
+#else
+#define MAX_SUMS 12
 #endif
 #define STRIP 3               /* vectors of outputs that are summed at once */
 #define WIDE (STRIP * LANES) /* outputs of a strip */
@@ -66,6 +71,7 @@ typedef f32v f32u __attribute__((aligned(4), may_alias));
 typedef u16v u16u __attribute__((aligned(2), may_alias));
 typedef i8v i8u __attribute__((aligned(1), may_alias));
 typedef u8v u8u __attribute__((aligned(1), may_alias));
+typedef uint16_t u16w __attribute__((vector_size(4 * LANES), aligned(1), may_alias));
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -86,9 +92,26 @@ INLINE f32v blend(i32v condition, f32v yes, f32v no) {
 INLINE f32v larger(f32v x, f32v y) { return blend(x > y, x, y); }
 INLINE f32v smaller(f32v x, f32v y) { return blend(x < y, x, y); }
 INLINE f32v absolute(f32v x) { return (f32v)((i32v)x & 0x7fffffff); }
+/* In the processors' own instructions, of which gcc makes up to five times as many for the generic form. */
+#if LANES == 16
+INLINE f32v load_bfloat16(const uint16_t *p) {
+  return (f32v)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16);
+}
+#elif LANES == 8
+INLINE f32v load_bfloat16(const uint16_t *p) {
+  return (f32v)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16);
+}
+#elif LANES == 4 && defined(__x86_64__)
+INLINE f32v load_bfloat16(const uint16_t *p) {
+  return (f32v)_mm_unpacklo_epi16(_mm_setzero_si128(), _mm_loadl_epi64((const __m128i *)p));
+}
+#elif LANES == 4 && defined(__aarch64__)
+INLINE f32v load_bfloat16(const uint16_t *p) { return (f32v)vshll_n_u16(vld1_u16(p), 16); }
+#else
 INLINE f32v load_bfloat16(const uint16_t *p) {
   return (f32v)(__builtin_convertvector(*(const u16u *)p, u32v) << 16);
 }
+#endif
 INLINE float float_of_bits(uint32_t bits) {
   float x;
   memcpy(&x, &bits, 4);
@@ -121,28 +144,46 @@ INLINE f32v multiply_add(f32v x, f32v y, f32v z) {
 }
 #else
 #define SOFTWARE_FMA
-typedef double f64v __attribute__((vector_size(8 * LANES)));
-typedef int64_t i64v __attribute__((vector_size(8 * LANES)));
 /* In double precision and integers, after Boldo and Melquiond, "Emulation of FMA and correctly rounded sums: proved
    algorithms using rounding to odd" (IEEE Trans. Computers 57, 2008):
    1. A product of two floats has at most 48 significant bits and an exponent of -298 to 256: a double holds it.
    2. `error` is exactly what rounding took from `sum` (Knuth's TwoSum; no sum of such numbers overflows).
-   3. Where that is not zero, the true sum lies between `sum` and its neighbor on the error's side. One of the two has
-      an odd significand: that is the true sum "rounded to odd".
+   3. Where that is not zero, the true sum is "rounded to odd": toward zero, which is one down where the error's sign is
+      not the sum's, and then its last bit is set.
    4. A number rounded to odd with 53 bits, then to nearest with p <= 51 bits, equals the true one rounded to nearest
       with p bits: an inexact sum never looks like the middle between two floats, since that would end in zeros. A
       float has p <= 24, below 2**-126 fewer, and a double's own exponents reach far below: subnormal floats need no
       care, and neither does overflow, which the last conversion decides.
    With infinities and NaN `error` is NaN, both comparisons are false, and `sum` is right as it is. */
+#if LANES == 4 && defined(__x86_64__) /* two numbers at a time: of 32 bytes compilers keep none in registers here */
+INLINE __m128d multiply_add_odd(__m128d x, __m128d y, __m128d z) {
+  const __m128d zero = _mm_setzero_pd(), product = _mm_mul_pd(x, y), sum = _mm_add_pd(product, z);
+  const __m128d part = _mm_sub_pd(sum, product);
+  const __m128d error = _mm_add_pd(_mm_sub_pd(product, _mm_sub_pd(sum, part)), _mm_sub_pd(z, part));
+  const __m128d less = _mm_cmplt_pd(error, zero), inexact = _mm_or_pd(less, _mm_cmpgt_pd(error, zero));
+  const __m128d opposite = _mm_and_pd(_mm_xor_pd(less, _mm_cmplt_pd(sum, zero)), inexact);
+  const __m128i toward_zero = _mm_add_epi64(_mm_castpd_si128(sum), _mm_castpd_si128(opposite));
+  return _mm_castsi128_pd(_mm_or_si128(toward_zero, _mm_srli_epi64(_mm_castpd_si128(inexact), 63)));
+}
+INLINE __m128d upper_doubles(f32v x) { return _mm_cvtps_pd(_mm_movehl_ps((__m128)x, (__m128)x)); }
+INLINE f32v multiply_add(f32v x, f32v y, f32v z) {
+  const __m128d low = multiply_add_odd(_mm_cvtps_pd((__m128)x), _mm_cvtps_pd((__m128)y), _mm_cvtps_pd((__m128)z));
+  const __m128d high = multiply_add_odd(upper_doubles(x), upper_doubles(y), upper_doubles(z));
+  return (f32v)_mm_movelh_ps(_mm_cvtpd_ps(low), _mm_cvtpd_ps(high));
+}
+#else
+typedef double f64v __attribute__((vector_size(8 * LANES)));
+typedef int64_t i64v __attribute__((vector_size(8 * LANES)));
 INLINE f32v multiply_add(f32v x, f32v y, f32v z) {
   f64v product = __builtin_convertvector(x, f64v) * __builtin_convertvector(y, f64v);
   f64v addend = __builtin_convertvector(z, f64v), sum = product + addend;
   f64v part = sum - product;
   f64v error = (product - (sum - part)) + (addend - part);
-  i64v bits = (i64v)sum, inexact = (error > 0) | (error < 0), even = (bits & 1) - 1;
-  i64v toward_error = ((error > 0) ^ (sum > 0)) | 1; /* 1 away from zero, -1 toward it */
-  return __builtin_convertvector((f64v)(bits + (inexact & even & toward_error)), f32v);
+  i64v less = error < 0, inexact = less | (error > 0);
+  i64v toward_zero = (i64v)sum + ((less ^ (sum < 0)) & inexact);
+  return __builtin_convertvector((f64v)(toward_zero | (inexact & 1)), f32v);
 }
+#endif
 #endif
 
 INLINE float multiply_add_1(float x, float y, float z) { return multiply_add(splat(x), splat(y), splat(z))[0]; }

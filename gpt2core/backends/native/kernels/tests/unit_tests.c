@@ -128,6 +128,37 @@ static void test_float_environment(void) {
 #endif
 }
 
+/* Sums as large as they can be: an instruction that saturates, or 16 bits that overflow, would show. */
+static void test_integer_products_of_the_largest_numbers(void) {
+  enum { INPUTS = 128, ROWS = 9 };
+  const float one[WIDE] = {[0 ... WIDE - 1] = 1}, zero[WIDE] = {0};
+  float x[ROWS * INPUTS], y[ROWS * WIDE], scales[ROWS], sums[ROWS];
+  int8_t rounded[ROWS * INPUTS], plain[INPUTS * WIDE];
+  uint8_t nibbles[WIDE * INPUTS / 2], packed[INPUTS * WIDE];
+  for (int signs = 0; signs < 3; signs++) { /* of weights: all -, all +, by turns; rows: the same and more */
+    for (int i = 0; i < INPUTS * WIDE; i++) plain[i] = signs == 1 || (signs == 2 && i / WIDE % 2) ? 127 : -127;
+    memset(nibbles, signs == 2 ? 0xf0 : 0xff, sizeof nibbles);
+    for (int r = 0; r < ROWS; r++)
+      for (int k = 0; k < INPUTS; k++) x[r * INPUTS + k] = r == 0 || (r > 1 && k >> (r - 2) & 1) ? 127 : -127;
+    for (int kind = INT8; kind <= INT4; kind++) {
+      const Matrix m = {kind, INPUTS, INPUTS, WIDE, packed, one, zero};
+      if (kind == INT8) gpt2core_pack_int8(plain, WIDE, 1, INPUTS, INPUTS, WIDE, packed);
+      if (kind == INT4) gpt2core_pack_int4(nibbles, INPUTS, WIDE, packed);
+      for (int r = 0; r < ROWS; r++)
+        round_row(x + r * INPUTS, INPUTS, &m, rounded + r * INPUTS, scales + r, sums + r);
+      (kind == INT8 ? product_int8 : product_int4)(&m, &(Rows){x, INPUTS, rounded, scales, sums}, ROWS,
+                                                   &(Result){y, WIDE, 0, 0, NULL, NULL}, (Range){0, 1});
+      for (int r = 0; r < ROWS; r++) {
+        int64_t want = 0;
+        for (int k = 0; k < INPUTS; k++)
+          want += (int64_t)x[r * INPUTS + k] * (kind == INT8 ? plain[k * WIDE] : nibbles[0] >> (k % 2 * 4) & 15);
+        for (int o = 0; o < WIDE; o++)
+          CHECK(y[r * WIDE + o] == (float)want, "product of kind %d: %g, not %g", kind, y[r * WIDE + o], (float)want);
+      }
+    }
+  }
+}
+
 int main(void) {
   CHECK(gpt2core_self_test() == 0, "the self-test");
   test_multiply_add();
@@ -135,6 +166,7 @@ int main(void) {
   test_elementary_functions_are_near_the_librarys();
   test_layer_norm_and_softmax();
   test_rounding();
+  test_integer_products_of_the_largest_numbers();
   test_float_environment();
   return failures > 0;
 }
