@@ -11,7 +11,7 @@ Importing the package imports nothing else: each name below is loaded when it is
 TYPE_CHECKING = False  # type checkers take it for true; `typing` itself would cost more than all of the rest
 if TYPE_CHECKING:
     from gpt2core._version import __version__ as __version__
-    from gpt2core.backends.base import Backend, BackendFactory, Cache, Embeds, Traces
+    from gpt2core.backends.base import Backend, BackendFactory, Cache, Embeds, PortableBits, Traces
     from gpt2core.backends.export import export_onnx
     from gpt2core.batch import Batch
     from gpt2core.checkpoint.open import Checkpoint, open_checkpoint
@@ -60,6 +60,7 @@ _MODULE_OF = {
     "ModelConfig": "config",
     "NumericalError": "errors",
     "Piece": "engine.request",
+    "PortableBits": "backends.base",
     "Request": "engine.request",
     "RequestError": "errors",
     "SamplingParams": "sampling.params",
@@ -100,6 +101,7 @@ __all__ = [
     "ModelConfig",
     "NumericalError",
     "Piece",
+    "PortableBits",
     "Request",
     "RequestError",
     "SamplingParams",

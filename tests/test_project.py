@@ -146,7 +146,7 @@ def test_the_floors_in_pyproject_admit_the_pinned_versions():
 
 
 def test_each_dependency_of_the_core_is_imported_by_the_core():
-    outside = {"backends", "bench", "serve"}
+    outside = {"backends", "bench", "codec", "serve"}
     used = {name.split(".")[0] for path in MODULES if part_of(path) not in outside for name in imports(path)}
     assert {Requirement(text).name.replace("-", "_") for text in PROJECT["dependencies"]} <= used
 
@@ -187,7 +187,7 @@ LAYERS = (
     ("model",),
     ("testing",),
     ("verify",),
-    ("bench", "serve"),
+    ("bench", "serve", "codec"),
     ("cli",),
     ("__main__",),
 )
@@ -237,9 +237,11 @@ def test_no_module_imports_another_that_imports_it_in_turn():
     assert waiting == {}
 
 
-@pytest.mark.parametrize("path", [p for p in MODULES if part_of(p) in ("bench", "serve")], ids=relative)
-def test_bench_and_serve_use_public_names_only(path):
-    helpers = {"_files", "_json", "_machine"}  # one of each in the whole library
+@pytest.mark.parametrize(
+    "path", [p for p in MODULES if part_of(p) in ("bench", "codec", "serve")], ids=relative
+)
+def test_bench_codec_and_serve_use_public_names_only(path):
+    helpers = {"_files", "_json", "_machine", "_shapes"}  # one of each in the whole library
     public = {*gpt2core.__all__, "__version__", *helpers, "backends", "errors", "testing", part_of(path)}
     used = {name.split(".")[1] for name in imports(path) if name.startswith("gpt2core.")}
     assert used - public == set()

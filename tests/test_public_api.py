@@ -36,6 +36,7 @@ PUBLIC = [
     "ModelConfig",
     "NumericalError",
     "Piece",
+    "PortableBits",
     "Request",
     "RequestError",
     "SamplingParams",

@@ -98,6 +98,21 @@ class Embeds(Protocol):
 
 
 @runtime_checkable
+class PortableBits(Protocol):
+    """A capability: logits are the same to the last bit on every machine, in every batch and chunking."""
+
+    @property
+    def bits_version(self) -> int:
+        """Changes whenever a release computes other bits than those before it; 0 to 255."""
+        ...
+
+    @property
+    def precision(self) -> str:
+        """Of the weights."""
+        ...
+
+
+@runtime_checkable
 class RunsPrecisions(Protocol):
     """A factory's capability: it also takes quantized weights, of the precisions that it names."""
 

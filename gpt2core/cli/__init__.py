@@ -17,6 +17,7 @@ import click
 from gpt2core import __version__
 from gpt2core.cli.backends import backends
 from gpt2core.cli.bench import bench
+from gpt2core.cli.codec import compress, expand
 from gpt2core.cli.console import one_line
 from gpt2core.cli.convert import convert
 from gpt2core.cli.export import export
@@ -37,7 +38,20 @@ def program() -> None:
     """Run GPT-2-family language models from one checkpoint on any backend."""
 
 
-for _command in (generate, score, serve, bench, verify, info, backends, convert, quantize, export):
+for _command in (
+    generate,
+    score,
+    serve,
+    bench,
+    verify,
+    info,
+    backends,
+    convert,
+    quantize,
+    export,
+    compress,
+    expand,
+):
     program.add_command(_command)
 
 

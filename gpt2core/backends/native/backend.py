@@ -82,6 +82,7 @@ class NativeBackend:
 
     name = "native"
     precisions = ("float32", *PRECISIONS)
+    bits_version = 1
 
     @staticmethod
     def build() -> None:
