@@ -31,7 +31,9 @@ install() {
   fi
   if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "$(basename "$0"): installing gpt2core ($1) into $VENV; this happens once" >&2
-    "$VENV/bin/python" -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt -e "$2" >&2 ||
+    # --no-compile: of the tens of thousands of files that come with the frameworks, few are ever imported
+    "$VENV/bin/python" -m pip install --quiet --quiet --disable-pip-version-check --no-compile -c constraints.txt \
+      -e "$2" >&2 ||
       fail "the installation failed; see above"
     echo "$wanted" >"$stamp"
   fi

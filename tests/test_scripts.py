@@ -61,7 +61,8 @@ def machine(tmp_path):
 def test_try_installs_the_core_once_and_passes_its_arguments_on(machine):
     machine.add_python("python3")
     result, log = machine.run("try", "Once upon a time", "--seed", "7")
-    pip = "python -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt -e ."
+    options = "--quiet --quiet --disable-pip-version-check --no-compile -c constraints.txt"
+    pip = f"python -m pip install {options} -e ."
     run = f"gpt2core {machine.project}: generate Once upon a time --seed 7"
     assert (result.returncode, result.stdout, log) == (0, "", [pip, run])
     assert "making the virtual environment .venv with Python 3.99" in result.stderr
@@ -115,11 +116,11 @@ def test_without_a_python_that_is_new_enough_the_script_says_so(machine, old):
 def test_test_installs_everything_and_passes_its_arguments_to_pytest(machine, tmp_path):
     machine.add_python("python3")
     venv = str(tmp_path / "elsewhere")
-    result, log = machine.run("test", "tests/test_cli.py", "-k", "stream", GPT2CORE_VENV=venv)
+    result, log = machine.run("test", "tests/cli", "-k", "stream", GPT2CORE_VENV=venv)
     assert result.returncode == 0
     assert [line.rsplit(" -e ")[-1] for line in log] == [
         ".[all,dev]",
-        "python -m pytest tests/test_cli.py -k stream",
+        "python -m pytest tests/cli -k stream",
     ]
     assert not (machine.project / ".venv").exists()
 
