@@ -11,6 +11,7 @@ import numpy as np
 from gpt2core._shapes import Int32
 from gpt2core.config import ModelConfig
 from gpt2core.errors import RequestError
+from gpt2core.token_ids import TokenIds, check_token_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,13 +96,14 @@ class Batch:
             )
 
 
-def whole_sequence(config: ModelConfig, token_ids: Sequence[int]) -> Batch:
+def whole_sequence(config: ModelConfig, token_ids: TokenIds) -> Batch:
     """One sequence from its beginning in slot 0, with the logits of all its positions wanted, checked.
 
     Raises:
-        RequestError: no tokens, more than the context, or an id outside the vocabulary.
+        RequestError: no tokens, more than the context, or what is no id of the vocabulary.
     """
-    batch = Batch.of([(token_ids, 0, 0)], range(len(token_ids)))
+    ids = check_token_ids(token_ids, config.vocab_size)
+    batch = Batch.of([(ids, 0, 0)], range(len(ids)))
     batch.check(vocab_size=config.vocab_size, slots=1, capacity=config.n_positions)
     return batch
 

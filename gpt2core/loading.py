@@ -1,14 +1,42 @@
 """From a checkpoint's name to a backend that holds its weights, and to its tokenizer."""
 
 import os
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from gpt2core import backends
 from gpt2core.backends.base import Backend
+from gpt2core.checkpoint.in_memory import read_transformers
 from gpt2core.checkpoint.open import Source, read_checkpoint
 from gpt2core.engine.draft import check_draft
-from gpt2core.errors import RequestError
+from gpt2core.errors import CheckpointError, CheckpointWarning, RequestError
+from gpt2core.quantization.rounding import quantize
 from gpt2core.tokenizer.tokenizer import Tokenizer
+from gpt2core.weights import Weights
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a model came from.
+
+    Attributes:
+        name: as the caller called it, for messages.
+        weights: gives the weights before they are rounded to the backend's precision; reads them again where
+            they were in a file, so that nothing is held twice.
+        no_tokenizer: why there is no tokenizer; "" where there is one.
+    """
+
+    name: str
+    weights: Callable[[], Weights]
+    no_tokenizer: str = ""
+
+    def rounded(self, precision: str) -> Weights:
+        """The weights in a precision."""
+        weights = self.weights()
+        return weights if weights.precision == precision else quantize(weights, precision)
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,8 +44,9 @@ class Loaded:
     """What `GPT2.from_pretrained` loads; whoever holds it closes it."""
 
     backend: Backend
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
     draft: Backend | None
+    origin: Origin
 
     def close(self) -> None:
         """Free the weights."""
@@ -41,26 +70,58 @@ def load_models(
         RequestError: the draft model's tokens are not the model's.
     """
 
-    def load(source: Source) -> tuple[Backend, Tokenizer]:
+    def load(source: Source) -> tuple[Backend, Tokenizer | None, str]:
         checkpoint = read_checkpoint(source)
-        tokenizer = Tokenizer.from_folder(checkpoint.tokenizer_folder)
+        tokenizer, missing = read_tokenizer_if_any(checkpoint.tokenizer_folder)
         made = backends.create_backend(
             backend, checkpoint.stored, device=device, threads=threads, precision=precision
         )
-        return made, tokenizer
+        return made, tokenizer, missing
 
-    target, tokenizer = load(source)
+    target, tokenizer, missing = load(source)
+    if missing:
+        warnings.warn(f"only token ids can be used, no text: {missing}", CheckpointWarning, stacklevel=3)
+    origin = Origin(os.fspath(source.model), lambda: read_checkpoint(source).stored, missing)
     draft = None
     try:
         if draft_model is not None:
-            draft, own = load(replace(source, model=draft_model, revision=None, adapter=None))
+            draft, own, _ = load(replace(source, model=draft_model, revision=None, adapter=None))
             check_draft(target.config, draft.config)
-            if any(own.content(i) != tokenizer.content(i) for i in range(target.config.vocab_size)):
+            if own and tokenizer and not _same_tokens(own, tokenizer, target.config.vocab_size):
                 raise RequestError(
                     f"the draft model {os.fspath(draft_model)!r} has another tokenizer than the model, so "
                     "its tokens mean other texts; take a draft model with the same tokenizer"
                 )
     except BaseException:
-        Loaded(target, tokenizer, draft).close()
+        Loaded(target, tokenizer, draft, origin).close()
         raise
-    return Loaded(target, tokenizer, draft)
+    return Loaded(target, tokenizer, draft, origin)
+
+
+def load_transformers(
+    hf_model: Any,
+    tokenizer: Any,
+    *,
+    strict: bool,
+    backend: str,
+    precision: str,
+    device: str,
+    threads: int | None,
+) -> Loaded:
+    """A model and a tokenizer that are in memory. Arguments and errors: see `GPT2.from_transformers`."""
+    read = None if tokenizer is None else Tokenizer.from_object(tokenizer)
+    weights = read_transformers(hf_model, strict=strict)
+    made = backends.create_backend(backend, weights, device=device, threads=threads, precision=precision)
+    return Loaded(made, read, None, Origin(type(hf_model).__name__, lambda: weights))
+
+
+def read_tokenizer_if_any(folder: Path) -> tuple[Tokenizer | None, str]:
+    """A folder's tokenizer; or None, and why: it has none, or none that can be read."""
+    try:
+        return Tokenizer.from_folder(folder), ""
+    except CheckpointError as error:
+        return None, str(error)
+
+
+def _same_tokens(a: Tokenizer, b: Tokenizer, vocab_size: int) -> bool:
+    return all(a.content(i) == b.content(i) for i in range(vocab_size))

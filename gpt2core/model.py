@@ -3,7 +3,7 @@
 # T tokens, V vocabulary, n positions of one chunk
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Self, Unpack, overload
@@ -12,7 +12,7 @@ import numpy as np
 
 from gpt2core._shapes import Float32
 from gpt2core.backends.base import Backend
-from gpt2core.checkpoint.open import Source
+from gpt2core.checkpoint.open import Source, save_model
 from gpt2core.config import ModelConfig
 from gpt2core.engine.engine import CACHE_NBYTES, Engine
 from gpt2core.engine.request import LogitsReader, Piece, PromptLogprobs, Request
@@ -20,16 +20,17 @@ from gpt2core.engine.speculation import SpeculationMode
 from gpt2core.engine.step_loop import StepLoop, all_done, raise_error
 from gpt2core.errors import RequestError
 from gpt2core.generation import Generation, Score, Timing, make_generation, make_score, score_windows
-from gpt2core.loading import load_models
+from gpt2core.loading import Loaded, Origin, load_models, load_transformers
 from gpt2core.prompts import (
     OneChoiceOptions,
     Prompt,
+    Prompts,
     SamplingOptions,
     check_prompts,
-    check_token_ids,
     merge_options,
 )
 from gpt2core.sampling.draw import SamplingParams
+from gpt2core.token_ids import TokenIds, check_token_ids
 from gpt2core.tokenizer.tokenizer import Tokenizer
 
 __all__ = ["GPT2", "Generation", "Piece", "Prompt", "SamplingOptions", "Score", "Timing"]
@@ -45,7 +46,7 @@ class GPT2:
 
     Args:
         backend: what computes; `close` closes it.
-        tokenizer: the checkpoint's.
+        tokenizer: the checkpoint's; without one there are token ids only, no text.
         max_batch: most texts that are generated at once; further ones wait for their turn.
         cache_nbytes: limit on the KV cache, bytes, counted in float32; may lower `max_batch`.
         speculation, draft: as of `Engine`; `close` closes the draft model too.
@@ -60,7 +61,7 @@ class GPT2:
     def __init__(
         self,
         backend: Backend,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         *,
         max_batch: int = 32,
         cache_nbytes: int = CACHE_NBYTES,
@@ -68,7 +69,8 @@ class GPT2:
         draft: Backend | None = None,
     ) -> None:
         self.backend = backend
-        self.tokenizer = tokenizer
+        self._tokenizer = tokenizer
+        self._origin: Origin | None = None
         self._draft = draft
         limits = {"max_slots": max_batch, "cache_nbytes": cache_nbytes}
         self.engine = Engine(backend, tokenizer, **limits, speculation=speculation, draft=draft)
@@ -120,11 +122,109 @@ class GPT2:
         got = load_models(
             source, draft_model, backend=backend, precision=precision, device=device, threads=threads
         )
+        return cls._of(got, **limits, speculation=speculation)
+
+    @classmethod
+    def from_transformers(
+        cls,
+        hf_model: Any,
+        tokenizer: Any,
+        *,
+        backend: str = "auto",
+        precision: str = "auto",
+        device: str = "cpu",
+        threads: int | None = None,
+        strict: bool = False,
+        max_batch: int = 32,
+        cache_nbytes: int = CACHE_NBYTES,
+        speculation: SpeculationMode = "off",
+    ) -> Self:
+        """Run a GPT-2 of transformers that is in memory, without its files.
+
+        The weights are copied, as float32: training `hf_model` further does not change this model. Its
+        configuration and tensors are checked as those of a folder.
+
+        Args:
+            hf_model: `GPT2LMHeadModel` or a relative, also compiled or in DataParallel.
+            tokenizer: a fast tokenizer of transformers, a `tokenizers.Tokenizer` or a `Tokenizer`; None for
+                token ids alone.
+            backend, precision, device, threads, strict, max_batch, cache_nbytes, speculation: as of
+                `from_pretrained`.
+
+        Raises:
+            CheckpointError: the model is not a sound GPT-2 language model.
+            BackendUnavailableError: the backend is unknown, or its package or device is missing.
+            RequestError: an object is none of those, or an option is out of its range.
+        """
+        limits = {"max_batch": max_batch, "cache_nbytes": cache_nbytes}
+        got = load_transformers(
+            hf_model,
+            tokenizer,
+            strict=strict,
+            backend=backend,
+            precision=precision,
+            device=device,
+            threads=threads,
+        )
+        return cls._of(got, **limits, speculation=speculation)
+
+    @classmethod
+    def _of(cls, got: Loaded, **options: Any) -> Self:
         try:
-            return cls(got.backend, got.tokenizer, **limits, speculation=speculation, draft=got.draft)
+            made = cls(got.backend, got.tokenizer, draft=got.draft, **options)
         except BaseException:
             got.close()
             raise
+        made._origin = got.origin
+        return made
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write `model.safetensors`, `config.json` and the tokenizer, which read back as this model.
+
+        In float32 transformers opens the folder too; in fewer bits it is that of `gpt2core quantize`. A model
+        that was loaded from files is read from them once more.
+
+        Args:
+            folder: made if it does not exist; a model that was saved there before is replaced.
+
+        Raises:
+            RequestError: the model was made of a backend alone.
+            CheckpointError: the folder cannot be written, or holds other files that belong to a model.
+        """
+        if self._origin is None:
+            raise RequestError(
+                "this model was made of a backend, which does not give its weights back; save one that "
+                "from_pretrained or from_transformers made"
+            )
+        files = {} if self._tokenizer is None else self._tokenizer.files()
+        save_model(folder, self._origin.rounded(self.precision), files)
+
+    def __repr__(self) -> str:
+        name = "" if self._origin is None else f" {self._origin.name}:"
+        closed = ", closed" if self.engine.closed else ""
+        return (
+            f"<{type(self).__name__}{name} {self.config.parameters:,} parameters, {self.precision}, "
+            f"{self.backend.name}{closed}>"
+        )
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's tokenizer.
+
+        Raises:
+            RequestError: it has none that can be read; says why.
+        """
+        if self._tokenizer is None:
+            why = self._origin.no_tokenizer if self._origin else ""
+            raise RequestError(
+                f"this model has no tokenizer{': ' * bool(why)}{why}; give token ids instead of text"
+            )
+        return self._tokenizer
+
+    @property
+    def precision(self) -> str:
+        """Of the weights that the backend runs: "float32", "int8", "int4" or "bfloat16"."""
+        return getattr(self.backend, "precision", "float32")  # a backend that names none has no other
 
     @property
     def config(self) -> ModelConfig:
@@ -158,7 +258,7 @@ class GPT2:
     @overload
     def generate(
         self,
-        prompt: Prompt | Sequence[Prompt],
+        prompt: Prompts,
         params: SamplingParams | None = None,
         *,
         allow_special: bool = ...,
@@ -166,7 +266,7 @@ class GPT2:
     ) -> Generation | list[Generation]: ...
     def generate(
         self,
-        prompt: Prompt | Sequence[Prompt],
+        prompt: Prompts,
         params: SamplingParams | None = None,
         *,
         allow_special: bool = False,
@@ -175,8 +275,8 @@ class GPT2:
         """Continue one prompt or several, batched.
 
         Args:
-            prompt: a text; or one prompt as a list of token ids; or a list of texts and of lists of token
-                ids.
+            prompt: a text; or one prompt as token ids, a list or an array (T,) of NumPy, PyTorch, ...; or a
+                list of such prompts; or an array (N, T) of token ids.
             params: how to sample.
             allow_special: whether special tokens that a text spells out, as `<|endoftext|>`, become those
                 tokens.
@@ -205,7 +305,7 @@ class GPT2:
 
     def stream(
         self,
-        prompt: Prompt | Sequence[Prompt],
+        prompt: Prompts,
         params: SamplingParams | None = None,
         *,
         allow_special: bool = False,
@@ -226,7 +326,7 @@ class GPT2:
         prompts, _ = self._prompts(prompt, params, allow_special)
         return self._pieces(prompts, params)
 
-    def logits(self, token_ids: Sequence[int]) -> Float32[np.ndarray, "T V"]:
+    def logits(self, token_ids: TokenIds) -> Float32[np.ndarray, "T V"]:
         """The model's logits at every position of one sequence.
 
         Shapes: `token_ids` (T,) with T at most the context, result (T, V) float32.
@@ -287,7 +387,7 @@ class GPT2:
 
     def embed(
         self,
-        text: Prompt | Sequence[Prompt],
+        text: Prompts,
         *,
         pooling: Literal["mean", "last"] = "mean",
         normalize: bool = False,
@@ -370,14 +470,17 @@ class GPT2:
                 self.engine.cancel(request)
 
     def _prompts(
-        self, prompt: Prompt | Sequence[Prompt], params: SamplingParams, allow_special: bool
+        self, prompt: Prompts, params: SamplingParams, allow_special: bool
     ) -> tuple[list[list[int]], bool]:
         """Each prompt's token ids, checked before anything is submitted, and whether it is one prompt."""
         self._check_open()
 
-        return check_prompts(
-            prompt, lambda prompt: self.engine.encode(prompt, params, allow_special=allow_special)
-        )
+        def encode(prompt: Prompt) -> list[int]:
+            if isinstance(prompt, str) and self._tokenizer is None:
+                _ = self.tokenizer  # says what is missing
+            return self.engine.encode(prompt, params, allow_special=allow_special)
+
+        return check_prompts(prompt, encode)
 
     def _check_open(self) -> None:
         if self.engine.closed:

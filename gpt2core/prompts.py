@@ -1,17 +1,18 @@
 """What people pass as a prompt and as options, turned into token ids and SamplingParams, or refused."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, TypeAlias, TypedDict, cast
 
-import numpy as np
-
 from gpt2core.errors import ContextLengthError, InvalidSamplingError, RequestError, in_short
 from gpt2core.sampling.params import SamplingParams
+from gpt2core.token_ids import TokenIds, is_tensor
 from gpt2core.tokenizer.tokenizer import Tokenizer
 
-Prompt: TypeAlias = str | Sequence[int]
+Prompt: TypeAlias = str | TokenIds
 """A text, or the token ids of one."""
+Prompts: TypeAlias = Prompt | Sequence[Prompt]
+"""One prompt or several; an array (N, T) is N prompts of T tokens."""
 
 
 class OneChoiceOptions(TypedDict, total=False):
@@ -66,21 +67,33 @@ def merge_options(params: SamplingParams | None, options: Mapping[str, Any]) -> 
     return replace(params, **options)
 
 
-def split_prompts(prompt: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
+def split_prompts(prompt: Prompts) -> tuple[list[Prompt], bool]:
     """The prompts one by one, and whether it is one only: a text, or a sequence that begins with a number.
 
     Raises:
-        RequestError: it is neither a text nor a sequence.
+        RequestError: it is neither a text nor a sequence nor an array (T,) or (N, T).
     """
     if isinstance(prompt, str):
         return [prompt], True
-    if isinstance(prompt, np.ndarray):
-        prompt = prompt.tolist()
+    if is_tensor(prompt):
+        if len(prompt.shape) not in (1, 2):
+            raise RequestError(
+                f"prompt is an array of shape {tuple(prompt.shape)}; expected (T,) for one prompt's token "
+                "ids, or (N, T) for N prompts"
+            )
+        return ([prompt], True) if len(prompt.shape) == 1 else (prompt.tolist(), False)
     if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray | memoryview):
-        raise RequestError(f"prompt is {in_short(prompt)}; expected a text, token ids, or a list of either")
-    if len(prompt) > 0 and isinstance(prompt[0], int | float | np.number):
+        inside = " (the tokenizer's result holds them as ['input_ids'])" if hasattr(prompt, "keys") else ""
+        raise RequestError(
+            f"prompt is {in_short(prompt)}; expected a text, token ids{inside}, or a list of either"
+        )
+    if len(prompt) > 0 and _is_number(prompt[0]):
         return [cast(Prompt, prompt)], True
     return list(cast(Sequence[Prompt], prompt)), False
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) or (is_tensor(value) and len(value.shape) == 0)
 
 
 def encode_prompt(text: str, tokenizer: Tokenizer, context: int, *, allow_special: bool) -> list[int]:
@@ -104,33 +117,7 @@ def encode_prompt(text: str, tokenizer: Tokenizer, context: int, *, allow_specia
     return tokenizer.encode(text, allow_special=allow_special)
 
 
-def check_token_ids(token_ids: Iterable[int], vocab_size: int) -> list[int]:
-    """The token ids as a new list of plain ints.
-
-    Raises:
-        RequestError: there are none, or one of them is not a whole number in [0, vocab_size).
-    """
-    if isinstance(token_ids, str | bytes) or not isinstance(token_ids, Iterable):
-        raise RequestError(f"prompt is {in_short(token_ids)}; expected a sequence of token ids")
-    if isinstance(token_ids, np.ndarray):
-        token_ids = token_ids.tolist()
-    ids = list(token_ids)
-    for place, value in enumerate(ids):
-        if type(value) is not int:
-            ids[place] = int(value) if isinstance(value, np.integer) else -1
-        if not 0 <= ids[place] < vocab_size:
-            raise RequestError(
-                f"prompt holds {in_short(value)} at place {place}; this model's token ids are whole numbers "
-                f"from 0 to {vocab_size - 1}"
-            )
-    if not ids:
-        raise RequestError("prompt is empty; give at least one token, for example the end-of-text token")
-    return ids
-
-
-def check_prompts(
-    prompt: Prompt | Sequence[Prompt], check: Callable[[Prompt], list[int]]
-) -> tuple[list[list[int]], bool]:
+def check_prompts(prompt: Prompts, check: Callable[[Prompt], list[int]]) -> tuple[list[list[int]], bool]:
     """Each prompt's token ids as `check` gives them, and whether it is one prompt.
 
     Raises:

@@ -319,7 +319,7 @@ def test_limits_that_cannot_hold_are_refused_with_value_limit_and_remedy(options
         ([2**70], "prompt holds 1180591620717411303424 at place 0"),
         ("text", "prompt is 'text'; expected a sequence of token ids"),
         (7, "prompt is 7; expected a sequence of token ids"),
-        (np.array([[1, 2], [3, 4]]), r"prompt holds \[1, 2\] at place 0"),
+        (np.array([[1, 2], [3, 4]]), r"prompt is an array of shape \(2, 2\); token ids of one text have"),
         (np.array([1.5]), "prompt holds 1.5 at place 0"),
     ],
 )

@@ -18,7 +18,13 @@ from gpt2core.checkpoint.folder import (
     weights_from_files,
 )
 from gpt2core.checkpoint.names import is_mask, is_other_head, wrapping_prefix
-from gpt2core.checkpoint.safetensors import SafetensorsFile, TensorData, replacing, write_safetensors
+from gpt2core.checkpoint.safetensors import (
+    TORCH_DTYPES,
+    SafetensorsFile,
+    TensorData,
+    replacing,
+    write_safetensors,
+)
 from gpt2core.config import ModelConfig
 from gpt2core.errors import BackendUnavailableError, CheckpointError, UnsupportedCheckpointError
 from gpt2core.weights import expected_shapes
@@ -27,10 +33,6 @@ _PICKLE: Final = "pytorch_model.bin"
 _PICKLE_INDEX: Final = "pytorch_model.bin.index.json"
 _SHARD_NAME: Final = re.compile(r"\w[\w.-]*\.bin", re.ASCII)
 _TORCH_FLOOR: Final = (2, 10)  # below 2.6, weights_only=True could be made to run code (CVE-2025-32434)
-_DTYPES: Final = {
-    "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64",
-    "uint8": "U8", "int8": "I8", "int16": "I16", "int32": "I32", "int64": "I64", "bool": "BOOL",
-}  # fmt: skip
 _NANOGPT: Final = "ckpt.pt"
 _LINEAR: Final = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
 _WRAPPERS: Final = ("state_dict", "model_state_dict", "model")  # where training loops put a model's tensors
@@ -221,10 +223,10 @@ def _load(torch: Any, path: Path) -> Mapping[str, Any]:
 def _check_plain(torch: Any, path: Path, name: str, tensor: Any) -> None:
     if not isinstance(tensor, torch.Tensor):
         raise CheckpointError(f"{path}: {shown_name(name)} is a {type(tensor).__name__}, expected a tensor")
-    if _dtype(tensor) not in _DTYPES or tensor.layout != torch.strided or tensor.device.type != "cpu":
+    if _dtype(tensor) not in TORCH_DTYPES or tensor.layout != torch.strided or tensor.device.type != "cpu":
         raise CheckpointError(
             f"{path}: tensor {shown_name(name)} is {tensor.layout} {_dtype(tensor)} on {tensor.device}, "
-            f"expected a plain tensor of {', '.join(_DTYPES)}"
+            f"expected a plain tensor of {', '.join(TORCH_DTYPES)}"
         )
 
 
@@ -245,4 +247,4 @@ def _tensor_data(torch: Any, tensor: Any) -> TensorData:
         array: np.ndarray[Any, Any] = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
         return array
 
-    return TensorData(_DTYPES[_dtype(tensor)], tuple(tensor.shape), read)
+    return TensorData(TORCH_DTYPES[_dtype(tensor)], tuple(tensor.shape), read)

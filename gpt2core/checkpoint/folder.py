@@ -7,7 +7,7 @@ stand `X.weight_scale` (F32) and, for "int4", `X.weight_zero` (U8), in the shape
 
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -16,7 +16,13 @@ import numpy as np
 
 from gpt2core._json import listed, read_json_object, shown, shown_name
 from gpt2core.checkpoint.names import HEAD, MODEL, is_mask, is_other_head, layer_of, wrapping_prefix
-from gpt2core.checkpoint.safetensors import READABLE, SafetensorsFile, count_nonfinite, equal_arrays
+from gpt2core.checkpoint.safetensors import (
+    READABLE,
+    SafetensorsFile,
+    Tensors,
+    count_nonfinite,
+    equal_arrays,
+)
 from gpt2core.config import QUANTIZATION_FIELD, ModelConfig, known_token_ids
 from gpt2core.encodings import BFloat16, Int4, Int8
 from gpt2core.errors import CheckpointError, CheckpointWarning, UnsupportedCheckpointError
@@ -102,15 +108,22 @@ def _read_description(folder: Path, strict: bool) -> tuple[ModelConfig, dict[str
     except CheckpointError as error:
         raise CheckpointError(_in_folder(folder, error)) from error
     path = folder / "generation_config.json"
-    if not path.exists():
-        return config, fields
-    eos = read_json_object(path).get("eos_token_id")
-    if eos is None:
-        return config, fields
+    eos = read_json_object(path).get("eos_token_id") if path.exists() else None
+    return with_generation_config(config, eos, str(path)), fields
+
+
+def with_generation_config(config: ModelConfig, eos_token_id: Any, label: str) -> ModelConfig:
+    """A configuration with the end-of-text tokens that a generation config names; None names none.
+
+    Raises:
+        CheckpointError: they are no token ids; `label` is how the error calls the generation config.
+    """
+    if eos_token_id is None:
+        return config
     try:
-        return replace(config, eos_token_ids=known_token_ids(eos, config.vocab_size)), fields
+        return replace(config, eos_token_ids=known_token_ids(eos_token_id, config.vocab_size))
     except CheckpointError as error:
-        raise CheckpointError(str(error).replace("config.json", str(path), 1)) from error
+        raise CheckpointError(str(error).replace("config.json", label, 1)) from error
 
 
 _TRAINED: Final = re.compile(r"checkpoint-(\d{1,12})")
@@ -251,7 +264,7 @@ def _some(names: Iterable[str]) -> str:
 
 def weights_from_files(
     config: ModelConfig,
-    files: list[SafetensorsFile],
+    files: Sequence[Tensors],
     label: Path,
     storage: Storage = FLOAT32,
     faults: Iterable[str] = (),
@@ -274,12 +287,12 @@ def weights_from_files(
 class _Reader:
     """Matches the tensors of files with those that a config promises, and collects what is wrong."""
 
-    def __init__(self, config: ModelConfig, storage: Storage, files: list[SafetensorsFile]) -> None:
+    def __init__(self, config: ModelConfig, storage: Storage, files: Sequence[Tensors]) -> None:
         self.config, self.storage = config, storage
         self.faults: list[str] = []
         self._tensors: dict[str, np.ndarray] = {}  # by the name without prefix
         self._prefixed = False
-        self._found: dict[str, tuple[SafetensorsFile, str]] = {}  # -> the file, its spelling
+        self._found: dict[str, tuple[Tensors, str]] = {}  # -> the file, its spelling
         self._sharded = len(files) > 1
         self.remarks: list[str] = []
         self._wrapping = wrapping_prefix(name for file in files for name in file.entries.keys() | file.faulty)
@@ -296,7 +309,7 @@ class _Reader:
             )
         self._match()
 
-    def _find(self, file: SafetensorsFile, name: str) -> None:
+    def _find(self, file: Tensors, name: str) -> None:
         inner = name.removeprefix(self._wrapping)
         if is_other_head(inner):
             self._heads.append(shown_name(name))
@@ -374,7 +387,7 @@ class _Reader:
         if fault:
             self.faults.append(self._in(file, f"tensor {shown_name(name)} {fault}"))
 
-    def _in(self, file: SafetensorsFile, fault: str) -> str:
+    def _in(self, file: Tensors, fault: str) -> str:
         return f"{file.path.name}: {fault}" if self._sharded else fault
 
     def weights(self) -> Weights:

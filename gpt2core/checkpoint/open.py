@@ -3,6 +3,7 @@
 import json
 import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from gpt2core.checkpoint.adapter import ADAPTER_CONFIG, is_adapter, merge_adapte
 from gpt2core.checkpoint.convert import convert_pickle
 from gpt2core.checkpoint.folder import (
     QUANTIZATION_VERSION,
+    SMALL_FILES,
     WEIGHTS,
     holds_weights,
     read_config,
@@ -32,7 +34,7 @@ from gpt2core.weights import Weights
 
 __all__ = [
     "Checkpoint", "Located", "Source", "convert_pickle", "locate", "open_checkpoint", "read_checkpoint",
-    "read_config", "read_weights", "resolve", "save_checkpoint",
+    "read_config", "read_weights", "resolve", "save_checkpoint", "save_model",
 ]  # fmt: skip
 
 _TOKENIZER_FILES: Final = ("tokenizer.json", "vocab.json")
@@ -222,6 +224,7 @@ def resolve(source: Source, *, progress: bool = True) -> Path:
 # What a dtype cannot hold rounds to infinity from here on; NaN is in no range.
 _LIMITS: Final = {"float32": np.inf, "float16": 65520.0, "bfloat16": (2 - 2**-8) * 2.0**127}
 _STORED: Final = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_UNREAD_BESIDE: Final = ("vocab.json", "merges.txt")  # where there is a tokenizer.json
 _WHOLE: Final = {"u2": "BF16", "i1": "I8", "u1": "U8"}  # of encodings
 
 
@@ -271,6 +274,28 @@ def save_checkpoint(folder: str | os.PathLike[str], weights: Weights, *, dtype: 
     config = weights.config.to_dict() | _described(weights, dtype)
     with replacing(folder / "config.json") as file:
         file.write((json.dumps(config, indent=2) + "\n").encode())
+
+
+def save_model(folder: str | os.PathLike[str], weights: Weights, tokenizer_files: Mapping[str, str]) -> None:
+    """`save_checkpoint`, and the files of a tokenizer by name.
+
+    Raises:
+        CheckpointError: as of `save_checkpoint`; or the folder holds files that would be read beside the new
+            ones and change what they mean.
+    """
+    folder = Path(folder)
+    written = {"config.json", *tokenizer_files}
+    foreign = [name for name in (ADAPTER_CONFIG, *SMALL_FILES) if name not in written]
+    beside = [name for name in foreign if name not in _UNREAD_BESIDE and (folder / name).exists()]
+    if beside:
+        raise CheckpointError(
+            f"{folder} holds {', '.join(beside)}, which would be read together with the saved model; save it "
+            "to another folder, or remove them"
+        )
+    save_checkpoint(folder, weights)
+    for name, text in tokenizer_files.items():
+        with replacing(folder / name) as file:
+            file.write(text.encode())
 
 
 def _described(weights: Weights, dtype: str) -> dict[str, Any]:

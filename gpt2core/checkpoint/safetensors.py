@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, Protocol
 
 import numpy as np
 
@@ -28,6 +28,11 @@ ITEM_NBYTES: Final = {
     "U32": 4, "I32": 4, "F32": 4,
     "U64": 8, "I64": 8, "F64": 8, "C64": 8,
 }  # fmt: skip
+TORCH_DTYPES: Final = {
+    "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64",
+    "uint8": "U8", "int8": "I8", "int16": "I16", "int32": "I32", "int64": "I64", "bool": "BOOL",
+}  # fmt: skip
+"""PyTorch's name of a dtype -> the file's."""
 READABLE: Final = ("F32", "F16", "BF16", "F64")
 """The dtypes that weights may have; other tensors can only be ignored."""
 
@@ -48,6 +53,44 @@ class TensorEntry:
     shape: tuple[int, ...]
     begin: int
     end: int
+
+
+class Described(Protocol):
+    """What is known of a tensor before it is read."""
+
+    @property
+    def dtype(self) -> str:
+        """One of `ITEM_NBYTES`."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its sizes."""
+        ...
+
+
+class Tensors(Protocol):
+    """Tensors under the names of a checkpoint: those of a file, or some in memory.
+
+    The attributes are those of `SafetensorsFile`.
+    """
+
+    path: Path
+    faulty: set[str]
+    faults: list[str]
+
+    @property
+    def entries(self) -> Mapping[str, Described]:
+        """The sound tensors by name."""
+        ...
+
+    def stored(self, name: str) -> np.ndarray:
+        """A tensor as it is stored."""
+        ...
+
+    def float32(self, name: str) -> Float32[np.ndarray, "..."]:
+        """A tensor as a read-only float32 array."""
+        ...
 
 
 class SafetensorsFile:

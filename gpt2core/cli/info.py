@@ -27,12 +27,12 @@ def info(model: str, revision: str | None, offline: bool, strict: bool, as_json:
     from gpt2core._json import read_json_object
     from gpt2core.checkpoint.open import Source, locate, read_config
     from gpt2core.config import unread_fields
-    from gpt2core.tokenizer.tokenizer import Tokenizer
+    from gpt2core.loading import read_tokenizer_if_any
 
     folder = find(model, revision=revision, offline=offline)
     located = locate(Source(folder, local_files_only=offline))
     config = read_config(located.base, strict=strict)
-    tokenizer = Tokenizer.from_folder(located.tokenizer)
+    tokenizer, missing = read_tokenizer_if_any(located.tokenizer)
     document = {
         "model": model,
         "folder": str(folder),
@@ -43,7 +43,9 @@ def info(model: str, revision: str | None, offline: bool, strict: bool, as_json:
         "parameters": config.parameters,
         "float32_nbytes": 4 * config.parameters,
         "cache_nbytes_per_sequence": config.cache_nbytes(1, config.n_positions),
-        "tokenizer": {"vocab_size": tokenizer.vocab_size, "special_ids": sorted(tokenizer.special_ids)},
+        "tokenizer": {"missing": missing}
+        if tokenizer is None
+        else {"vocab_size": tokenizer.vocab_size, "special_ids": sorted(tokenizer.special_ids)},
         "files": _files(folder),
     }
     if as_json:
@@ -72,13 +74,19 @@ def _rows(document: dict[str, Any]) -> list[tuple[str, ...]]:
             f"{format_nbytes(cache_nbytes)} per sequence of {config['n_positions']} tokens, float32",
         ),
         ("tied head", "yes" if config["tie_word_embeddings"] else "no"),
-        ("tokenizer", f"{tokenizer['vocab_size']} tokens, {len(tokenizer['special_ids'])} of them special"),
+        ("tokenizer", _tokenizer_text(tokenizer)),
     ]
     rows += [("config", ""), *((f"  {name}", _shown(value)) for name, value in config.items())]
     if document["unread_fields"]:
         rows.append(("not read", unread_text(document["unread_fields"])))
     rows += [("files", ""), *((f"  {name}", format_nbytes(size)) for name, size in document["files"].items())]
     return rows
+
+
+def _tokenizer_text(tokenizer: dict[str, Any]) -> str:
+    if "missing" in tokenizer:
+        return f"none, only token ids can be used: {tokenizer['missing']}"
+    return f"{tokenizer['vocab_size']} tokens, {len(tokenizer['special_ids'])} of them special"
 
 
 def _shown(value: object) -> str:

@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from typing import Any, Final
 
@@ -29,8 +29,9 @@ from gpt2core.engine.rows import Drawn, Row, RowFailed, build_batch, count_accep
 from gpt2core.engine.scheduler import Scheduler, Step
 from gpt2core.engine.speculation import SpeculationMode
 from gpt2core.errors import BackendError, NumericalError, RequestError
-from gpt2core.prompts import check_token_ids, encode_prompt
+from gpt2core.prompts import encode_prompt
 from gpt2core.sampling.params import SamplingParams
+from gpt2core.token_ids import Tensor, TokenIds, check_token_ids
 from gpt2core.tokenizer.stream import TextStream
 from gpt2core.tokenizer.tokenizer import Tokenizer
 
@@ -128,7 +129,7 @@ class Engine:
         return self._speculation.accepted if self._speculation else 0
 
     def encode(
-        self, prompt: str | Sequence[int], params: SamplingParams, *, allow_special: bool = False
+        self, prompt: str | TokenIds, params: SamplingParams, *, allow_special: bool = False
     ) -> list[int]:
         """The token ids of a prompt that can run: a text, or token ids.
 
@@ -149,7 +150,7 @@ class Engine:
             prompt = encode_prompt(prompt, self.tokenizer, context, allow_special=allow_special)
         return self.check(prompt, params)[0]
 
-    def check(self, prompt_ids: Iterable[int], params: SamplingParams) -> tuple[list[int], int]:
+    def check(self, prompt_ids: Iterable[int] | Tensor, params: SamplingParams) -> tuple[list[int], int]:
         """Refuse what cannot run; return the token ids as a new list, and how many tokens may be generated.
 
         Raises:
@@ -166,7 +167,7 @@ class Engine:
 
     def submit(
         self,
-        prompt_ids: Iterable[int],
+        prompt_ids: Iterable[int] | Tensor,
         params: SamplingParams,
         *,
         prompt: int = 0,
@@ -258,7 +259,7 @@ class Engine:
             raise RequestError(f"stretch is {stretch!r}; it must be a number above 1")
         self._scheduler.pacer = Pacer(stretch)
 
-    def hidden_states(self, token_ids: Iterable[int]) -> Float32[np.ndarray, "T D"]:
+    def hidden_states(self, token_ids: Iterable[int] | Tensor) -> Float32[np.ndarray, "T D"]:
         """What the logits of one sequence are made from, (T, D): computed between two steps.
 
         Raises:

@@ -24,8 +24,12 @@ from gpt2core.serve.settings import Settings, describe_faults, find_typos
 
 
 def load_model(settings: Settings) -> GPT2:
-    """Load the model that the settings name, with their limits."""
-    return GPT2.from_pretrained(
+    """Load the model that the settings name, with their limits.
+
+    Raises:
+        RequestError: it has no tokenizer, and a server answers with text.
+    """
+    model = GPT2.from_pretrained(
         settings.model,
         backend=settings.backend,
         precision=settings.precision,
@@ -38,6 +42,12 @@ def load_model(settings: Settings) -> GPT2:
         speculation=settings.speculation,
         draft_model=settings.draft_model,
     )
+    try:
+        _ = model.tokenizer
+    except BaseException:
+        model.close()
+        raise
+    return model
 
 
 def read_environment() -> Settings:

@@ -41,18 +41,21 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     else:
         tokenizer = _read_vocab_and_merges(folder, add_prefix_space=prefix is True)
         _add_tokens(tokenizer, folder / "added_tokens.json")
-    special = [
-        AddedToken("<|endoftext|>", special=True, normalized=False),
-        *_special_tokens(config),
-        *_special_tokens(_read_object(folder / "special_tokens_map.json")),
-    ]
+    add_special_tokens(tokenizer, [config, _read_object(folder / "special_tokens_map.json")])
+    return tokenizer
+
+
+def add_special_tokens(tokenizer: Tokenizer, configs: Iterable[Mapping[str, Any]]) -> None:
+    """Make special what the fields of tokenizer_config.json and the like call so, and `<|endoftext|>`."""
+    special = [AddedToken("<|endoftext|>", special=True, normalized=False)]
+    for config in configs:
+        special += _special_tokens(config)
     known = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
     for token in special:
         # What the vocabulary lacks stays out: a new id would have no embedding.
         if token.content not in known and tokenizer.token_to_id(token.content) is not None:
             tokenizer.add_special_tokens([token])
             known.add(token.content)
-    return tokenizer
 
 
 def read_special_tokens(folder: Path, tokenizer: Tokenizer) -> dict[str, str]:
@@ -61,11 +64,16 @@ def read_special_tokens(folder: Path, tokenizer: Tokenizer) -> dict[str, str]:
     Raises:
         CheckpointError: a file is broken; names it and the remedy.
     """
+    files = ("special_tokens_map.json", "tokenizer_config.json")
+    return name_special_tokens(tokenizer, [_read_object(folder / file) for file in files])
+
+
+def name_special_tokens(tokenizer: Tokenizer, configs: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """`read_special_tokens` of the fields of files, of which the last prevails."""
     found = {}
     if tokenizer.token_to_id("<|endoftext|>") is not None:
         found = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
-    for file in ("special_tokens_map.json", "tokenizer_config.json"):
-        config = _read_object(folder / file)
+    for config in configs:
         for name in _SPECIAL_NAMES:
             value = config.get(name)
             content = value.get("content") if isinstance(value, dict) else value
@@ -86,10 +94,16 @@ def read_chat_template(folder: Path) -> str | None:
             return _read(file).decode()
         except UnicodeDecodeError as error:
             raise _broken(file, f"is not UTF-8: {error}") from error
-    template = _read_object(folder / "tokenizer_config.json").get("chat_template")
+    return chat_template_of(_read_object(folder / "tokenizer_config.json"))
+
+
+def chat_template_of(config: Mapping[str, Any]) -> str | None:
+    """The chat template of a tokenizer_config.json's fields; of several "default"."""
+    template = config.get("chat_template")
     if isinstance(template, list):
-        named = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}
-        template = named.get("default")
+        template = {named.get("name"): named.get("template") for named in template if isinstance(named, dict)}
+    if isinstance(template, dict):
+        template = template.get("default")
     return template if isinstance(template, str) else None
 
 

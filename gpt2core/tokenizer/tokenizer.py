@@ -20,7 +20,15 @@ from tokenizers.pre_tokenizers import ByteLevel as ByteLevelSplit
 
 from gpt2core._json import shown
 from gpt2core.errors import RequestError, UnsupportedCheckpointError
-from gpt2core.tokenizer.files import is_library_error, read_chat_template, read_special_tokens, read_tokenizer
+from gpt2core.tokenizer.files import (
+    add_special_tokens,
+    chat_template_of,
+    is_library_error,
+    name_special_tokens,
+    read_chat_template,
+    read_special_tokens,
+    read_tokenizer,
+)
 from gpt2core.tokenizer.stream import ByteStreamDecoder, StreamDecoder, TextStreamDecoder
 
 MAX_TOKEN_ID: Final = 2**31 - 1
@@ -90,6 +98,47 @@ class Tokenizer:
         inner = read_tokenizer(folder)
         special_tokens = read_special_tokens(folder, inner)
         return cls(inner, special_tokens=special_tokens, chat_template=read_chat_template(folder))
+
+    @classmethod
+    def from_object(cls, given: Any) -> "Tokenizer":
+        """A tokenizer that is in memory: this library's, transformers' (a fast one) or `tokenizers`' own.
+
+        Of the latter two a copy, which is what reading their files would give.
+
+        Raises:
+            RequestError: it is none of these.
+            UnsupportedCheckpointError: the decoder is of a kind whose text cannot be streamed.
+        """
+        if isinstance(given, cls):
+            return given
+        inner = getattr(given, "backend_tokenizer", given)
+        if not isinstance(inner, tokenizers.Tokenizer):
+            raise RequestError(
+                f"tokenizer is a {type(given).__name__}; expected a fast tokenizer of transformers, a "
+                "tokenizers.Tokenizer, a gpt2core.Tokenizer, or None for token ids alone"
+            )
+        fields = {"chat_template": getattr(given, "chat_template", None)}
+        fields |= getattr(given, "special_tokens_map", {})
+        inner = tokenizers.Tokenizer.from_str(inner.to_str())
+        add_special_tokens(inner, [fields])
+        return cls(
+            inner,
+            special_tokens=name_special_tokens(inner, [fields]),
+            chat_template=chat_template_of(fields),
+        )
+
+    def files(self) -> dict[str, str]:
+        """Names and texts of the files that read back as this tokenizer, here and in transformers."""
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",  # which takes tokenizer.json as it is
+            "clean_up_tokenization_spaces": False,
+            **self.special_tokens,
+            **({} if self.chat_template is None else {"chat_template": self.chat_template}),
+        }
+        return {
+            "tokenizer.json": self._inner.to_str(pretty=True),
+            "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
+        }
 
     def encode(self, text: str, *, allow_special: bool = False, begin: bool = True) -> list[int]:
         """The token ids of `text`; special tokens that it spells out stay text unless `allow_special`.
