@@ -178,7 +178,7 @@ _OTHER_FORMATS: Final = {
     ".ckpt.index": "a checkpoint of TensorFlow 1; run transformers 4's convert_gpt2_original_tf_checkpoint",
     ".onnx": "a graph without the model's configuration; take the checkpoint that it was exported from",
     ".ot": "weights of rust-bert; take the PyTorch checkpoint that they were made from",
-    ".gguf": "a file of llama.cpp; run `gpt2core convert {file}`",
+    ".gguf": "a file of llama.cpp; run `gpt2core convert {file}` and name the folder that it makes",
 }
 """Ending of a file's name -> what it is and what to do with it."""
 

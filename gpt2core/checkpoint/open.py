@@ -28,7 +28,7 @@ from gpt2core.checkpoint.hub import Source
 from gpt2core.checkpoint.safetensors import ITEM_NBYTES, STORED, TensorData, replacing, write_safetensors
 from gpt2core.config import QUANTIZATION_FIELD, ModelConfig
 from gpt2core.encodings import Int4, round_to_bfloat16
-from gpt2core.errors import CheckpointError, CheckpointWarning, RequestError
+from gpt2core.errors import CheckpointError, CheckpointWarning, RequestError, UnsupportedCheckpointError
 from gpt2core.quantization.rounding import dequantize
 from gpt2core.weights import Weights
 
@@ -203,6 +203,11 @@ def resolve(source: Source, *, progress: bool = True) -> Path:
             )
         return folder
     if name and os.path.exists(folder):
+        if name.endswith(".gguf"):
+            raise UnsupportedCheckpointError(
+                f"{name} is a file of llama.cpp; run `gpt2core convert {name}` and name the folder that it "
+                "makes"
+            )
         raise CheckpointError(f"{name} is a file; name the folder that holds it")
 
     if isinstance(model, str) and (pasted := hub.parse_url(name)):
