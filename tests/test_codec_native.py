@@ -2,7 +2,6 @@
 
 import io
 import math
-import pathlib
 import platform
 import random
 import subprocess
@@ -10,19 +9,13 @@ import sys
 
 import numpy as np
 import pytest
+from expand_golden import PRECISIONS, STORY, golden, load_demo
 
 from gpt2core import GPT2
 from gpt2core.codec import compress, expand
 from gpt2core.codec.container import Reader
 from gpt2core.testing import random_checkpoint
 
-GOLDEN = pathlib.Path(__file__).parent / "golden"
-PRECISIONS = ("float32", "bfloat16", "int8")
-STORY = (
-    "Once upon a time there lived a king who had three daughters, and the youngest of them was so beautiful "
-    "that the sun himself, who has seen so much, was amazed whenever he shone upon her face.\n\n"
-    '"What shall I do?" said she. "If only my mother were here!"\n\n'
-)
 BUILDS = {
     "gcc": ("-O1 -mno-avx512f", "-O1 -march=x86-64", "-O1 -march=haswell -DGPT2CORE_SCALAR"),
     "clang": ("-O1",),
@@ -31,21 +24,11 @@ if platform.machine() != "x86_64":
     BUILDS = {"cc": ("-O1", "-O1 -DGPT2CORE_SCALAR")}
 
 
-def demo(precision="float32", **options):
-    return GPT2.from_pretrained("demo", backend="native", precision=precision, **options)
-
-
-def golden_files():
-    """Made by an AVX-512 build with `gpt2core compress STORY -o tests/golden/codec-PRECISION.g2c`."""
-    return {precision: GOLDEN / f"codec-{precision}.g2c" for precision in PRECISIONS}
-
-
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_the_golden_file_is_made_and_read_here(precision):
-    with demo(precision) as model:
-        golden = golden_files()[precision].read_bytes()
-        assert expand(golden, model) == STORY.encode()
-        assert compress(STORY.encode(), model) == golden
+    with load_demo(precision) as model:
+        assert expand(golden(precision), model) == STORY
+        assert compress(STORY, model) == golden(precision)
 
 
 @pytest.mark.parametrize(
@@ -55,25 +38,25 @@ def test_the_golden_file_is_made_and_read_here(precision):
 def test_code_for_other_processors_and_compilers_expands_the_golden_files(compiler, flags, monkeypatch):
     monkeypatch.setenv("GPT2CORE_CC", compiler)
     monkeypatch.setenv("GPT2CORE_CFLAGS", flags)
-    for precision, path in golden_files().items():
-        with demo(precision) as model:
-            assert expand(path.read_bytes(), model) == STORY.encode()
+    for precision in PRECISIONS:
+        with load_demo(precision) as model:
+            assert expand(golden(precision), model) == STORY
 
 
 @pytest.mark.parametrize("level", [1, 4, 9])
 def test_threads_and_levels_change_nothing_that_comes_back(level):
-    data = (STORY + "ÄÖÜ\n" + STORY).encode() + bytes(range(256)) * 3
+    data = STORY + "ÄÖÜ\n".encode() + STORY + bytes(range(256)) * 3
     blobs = []
     for threads in (1, 2):
-        with demo(threads=threads) as model:
+        with load_demo(threads=threads) as model:
             blobs.append(compress(data, model, level=level))
             assert expand(blobs[0], model) == data
     assert blobs[0] == blobs[1]
 
 
 def test_the_size_is_that_of_the_score():
-    text = STORY.replace("king", "queen")
-    with demo() as model:
+    text = STORY.decode().replace("king", "queen")
+    with load_demo() as model:
         score = model.score(text)
         ids = model.tokenizer.encode(text)
         assert len(ids) < model.config.n_positions
@@ -89,7 +72,7 @@ def test_the_size_is_that_of_the_score():
 def test_a_model_whose_vocabulary_has_ids_without_tokens(tmp_path):
     folder = random_checkpoint(tmp_path / "padded", vocab_size=300, n_positions=32)
     with GPT2.from_pretrained(folder, backend="native") as model:
-        data = STORY[:200].encode()
+        data = STORY[:200]
         assert expand(compress(data, model), model) == data
 
 
@@ -105,7 +88,7 @@ def run(*args, data=None, cwd=None):
 
 def test_the_command_line_goes_there_and_back(tmp_path):
     story = tmp_path / "story.txt"
-    story.write_bytes(STORY.encode())
+    story.write_bytes(STORY)
     made = run("compress", story, "--level", 2)
     assert made.returncode == 0, made.stderr
     assert made.stdout == b""
@@ -117,15 +100,15 @@ def test_the_command_line_goes_there_and_back(tmp_path):
     assert b"exists" in again.stderr
     story.unlink()
     assert run("expand", packed).returncode == 0
-    assert story.read_bytes() == STORY.encode()
-    piped = run("compress", "-", "--precision", "int8", data=STORY.encode())
+    assert story.read_bytes() == STORY
+    piped = run("compress", "-", "--precision", "int8", data=STORY)
     assert Reader(io.BytesIO(piped.stdout)).read_header().precision == "int8"
-    assert run("expand", "-", "--precision", "int8", data=piped.stdout).stdout == STORY.encode()
+    assert run("expand", "-", "--precision", "int8", data=piped.stdout).stdout == STORY
 
 
 def test_a_damaged_file_leaves_no_result_unless_it_is_salvaged(tmp_path):
     packed = tmp_path / "story.g2c"
-    with demo() as model:
+    with load_demo() as model:
         blob = bytearray(compress(random.Random(0).randbytes(150_000), model))
     blob[len(blob) // 2] ^= 1  # in the second of three blocks
     packed.write_bytes(blob)
