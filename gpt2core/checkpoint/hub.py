@@ -121,7 +121,7 @@ def _lacking(folder: Path | None) -> list[str]:
             lacking += sorted({str(shard) for shard in shards if not (folder / str(shard)).is_file()})
         else:
             lacking.append(WEIGHTS)
-    tokenizers = ((_TOKENIZER,), ("vocab.json", "merges.txt"))
+    tokenizers = ((_TOKENIZER,), ("vocab.json", "merges.txt"), ("vocab.txt",))
     if not any(all((folder / name).is_file() for name in names) for names in tokenizers):
         lacking.append(_TOKENIZER)
     return lacking

@@ -37,7 +37,7 @@ __all__ = [
     "read_config", "read_weights", "resolve", "save_checkpoint", "save_model",
 ]  # fmt: skip
 
-_TOKENIZER_FILES: Final = ("tokenizer.json", "vocab.json")
+_TOKENIZER_FILES: Final = ("tokenizer.json", "vocab.json", "vocab.txt")
 DEMO: Final = Path(__file__).parent.parent / "demo"
 
 
@@ -229,7 +229,7 @@ def resolve(source: Source, *, progress: bool = True) -> Path:
 # What a dtype cannot hold rounds to infinity from here on; NaN is in no range.
 _LIMITS: Final = {"float32": np.inf, "float16": 65520.0, "bfloat16": (2 - 2**-8) * 2.0**127}
 _STORED: Final = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-_UNREAD_BESIDE: Final = ("vocab.json", "merges.txt")  # where there is a tokenizer.json
+_UNREAD_BESIDE: Final = ("vocab.json", "merges.txt", "vocab.txt")  # where there is a tokenizer.json
 _WHOLE: Final = {"u2": "BF16", "i1": "I8", "u1": "U8"}  # of encodings
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from gpt2core._json import check_no_pointer, parse_json_object, shown
 from gpt2core.errors import CheckpointError
@@ -18,11 +18,16 @@ _PREFIX_FROM_CONFIG: Final = (None, "GPT2Tokenizer", "GPT2TokenizerFast")
 _SPECIAL_NAMES: Final = (
     "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
 )  # fmt: skip
+_BERT_NAMES: Final = {
+    "unk_token": "[UNK]", "sep_token": "[SEP]", "pad_token": "[PAD]", "cls_token": "[CLS]",
+    "mask_token": "[MASK]",
+}  # fmt: skip
+_SENTENCEPIECE: Final = ("spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
 _FLAGS: Final = ("lstrip", "rstrip", "single_word", "normalized")
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of `tokenizer.json`, or else of `vocab.json` and `merges.txt`.
+    """The tokenizer of `tokenizer.json`, of `vocab.json` and `merges.txt`, or of BERT's `vocab.txt`.
 
     As in transformers, `tokenizer_config.json` and `special_tokens_map.json` say what else is special, and
     `<|endoftext|>` always is when the vocabulary has it.
@@ -38,6 +43,9 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         follows_config = config.get("tokenizer_class") in _PREFIX_FROM_CONFIG
         if isinstance(prefix, bool) and follows_config and isinstance(split, pre_tokenizers.ByteLevel):
             split.add_prefix_space = prefix
+    elif (folder / "vocab.txt").exists() and not (folder / "vocab.json").exists():
+        tokenizer = _read_wordpiece(folder / "vocab.txt", config)
+        _add_tokens(tokenizer, folder / "added_tokens.json")
     else:
         tokenizer = _read_vocab_and_merges(folder, add_prefix_space=prefix is True)
         _add_tokens(tokenizer, folder / "added_tokens.json")
@@ -73,13 +81,20 @@ def name_special_tokens(tokenizer: Tokenizer, configs: Iterable[Mapping[str, Any
     found = {}
     if tokenizer.token_to_id("<|endoftext|>") is not None:
         found = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+    if isinstance(tokenizer.model, models.WordPiece):
+        found |= {name: t for name, t in _BERT_NAMES.items() if tokenizer.token_to_id(t) is not None}
     for config in configs:
         for name in _SPECIAL_NAMES:
-            value = config.get(name)
-            content = value.get("content") if isinstance(value, dict) else value
-            if isinstance(content, str) and content:
+            content = _content(config.get(name))
+            if content is not None:
                 found[name] = content
     return found
+
+
+def _content(value: Any) -> str | None:
+    """What a special token spells, of a value of tokenizer_config.json."""
+    content = value.get("content") if isinstance(value, dict) else value
+    return content if isinstance(content, str) and content else None
 
 
 def read_chat_template(folder: Path) -> str | None:
@@ -125,6 +140,12 @@ def _read_vocab_and_merges(folder: Path, *, add_prefix_space: bool) -> Tokenizer
     vocab_file, merges_file = folder / "vocab.json", folder / "merges.txt"
     missing = [file.name for file in (vocab_file, merges_file) if not file.exists()]
     if missing:
+        for name in _SENTENCEPIECE:
+            if (folder / name).exists():
+                raise CheckpointError(
+                    f"{folder} has no tokenizer that can be read: {name} is SentencePiece's; make a "
+                    "tokenizer.json of it with transformers (AutoTokenizer.from_pretrained, save_pretrained)"
+                )
         raise _broken(
             folder, f"has no tokenizer: tokenizer.json is missing, and so is {' and '.join(missing)}"
         )
@@ -152,6 +173,39 @@ def _read_vocab_and_merges(folder: Path, *, add_prefix_space: bool) -> Tokenizer
     tokenizer = _build(lambda: Tokenizer(models.BPE(vocab, pairs)), vocab_file)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
     tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _read_wordpiece(file: Path, config: Mapping[str, Any]) -> Tokenizer:
+    """BERT's WordPiece, which Chinese GPT-2s use, with the settings of transformers' BertTokenizer.
+
+    As there, a text begins with `[CLS]` and ends with `[SEP]`.
+    """
+    try:
+        lines = _read(file).decode().replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise _broken(file, f"is not UTF-8: {error}") from error
+    if not lines[-1]:
+        del lines[-1]
+    vocab = {token: i for i, token in enumerate(lines)}
+    named = {name: _content(config.get(name)) for name in _BERT_NAMES}
+    names = _BERT_NAMES | {name: content for name, content in named.items() if content is not None}
+    tokenizer = _build(lambda: Tokenizer(models.WordPiece(vocab, unk_token=names["unk_token"])), file)
+    accents = config.get("strip_accents")
+    tokenizer.normalizer = normalizers.BertNormalizer(
+        clean_text=True,
+        handle_chinese_chars=config.get("tokenize_chinese_chars") is not False,
+        strip_accents=accents if isinstance(accents, bool) else None,
+        lowercase=config.get("do_lower_case") is not False,
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece(prefix="##")
+    add_special_tokens(tokenizer, [dict(names)])
+    begin, end = names["cls_token"], names["sep_token"]
+    if begin in vocab and end in vocab:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[begin, "$A", end], special_tokens=[(begin, vocab[begin]), (end, vocab[end])]
+        )
     return tokenizer
 
 

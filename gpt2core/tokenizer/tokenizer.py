@@ -88,7 +88,7 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: str | os.PathLike[str]) -> "Tokenizer":
-        """Read `tokenizer.json`, or else `vocab.json` and `merges.txt`.
+        """Read `tokenizer.json`, or else `vocab.json` and `merges.txt`, or else BERT's `vocab.txt`.
 
         Raises:
             CheckpointError: the files are missing or broken; names file and remedy.
