@@ -11,13 +11,21 @@ Importing the package imports nothing else: each name below is loaded when it is
 TYPE_CHECKING = False  # type checkers take it for true; `typing` itself would cost more than all of the rest
 if TYPE_CHECKING:
     from gpt2core._version import __version__ as __version__
-    from gpt2core.backends.base import Backend, BackendFactory, Cache, Embeds, PortableBits, Traces
+    from gpt2core.backends.base import (
+        Backend,
+        BackendFactory,
+        Cache,
+        Embeds,
+        PortableBits,
+        ScoresTokens,
+        Traces,
+    )
     from gpt2core.backends.export import export_onnx
     from gpt2core.batch import Batch
     from gpt2core.checkpoint.open import Checkpoint, open_checkpoint
     from gpt2core.config import ModelConfig
     from gpt2core.engine.engine import Engine
-    from gpt2core.engine.request import Piece, Request, Update
+    from gpt2core.engine.request import Piece, Request, ScoreReader, Update
     from gpt2core.errors import (
         BackendError,
         BackendUnavailableError,
@@ -30,10 +38,13 @@ if TYPE_CHECKING:
         RequestError,
         UnsupportedCheckpointError,
     )
-    from gpt2core.generation import Generation, Score, Timing
+    from gpt2core.generation import Generation, Timing
     from gpt2core.model import GPT2
     from gpt2core.sampling.draw import TokenLogprob
     from gpt2core.sampling.params import SamplingParams
+    from gpt2core.scoring.score import Alternative, Score, TokenScore
+    from gpt2core.scoring.words import WordScore
+    from gpt2core.token_scores import TokenQuery, TokenScores
     from gpt2core.tokenizer.tokenizer import Tokenizer
     from gpt2core.trace import Trace
     from gpt2core.weights import Weights
@@ -42,6 +53,7 @@ if TYPE_CHECKING:
 
 _MODULE_OF = {
     "GPT2": "model",
+    "Alternative": "scoring.score",
     "Backend": "backends.base",
     "BackendError": "errors",
     "BackendFactory": "backends.base",
@@ -64,17 +76,23 @@ _MODULE_OF = {
     "Request": "engine.request",
     "RequestError": "errors",
     "SamplingParams": "sampling.params",
-    "Score": "generation",
+    "Score": "scoring.score",
+    "ScoreReader": "engine.request",
+    "ScoresTokens": "backends.base",
     "Timing": "generation",
     "TokenLogprob": "sampling.draw",
+    "TokenQuery": "token_scores",
+    "TokenScore": "scoring.score",
+    "TokenScores": "token_scores",
     "Tokenizer": "tokenizer.tokenizer",
     "Trace": "trace",
     "Traces": "backends.base",
     "UnsupportedCheckpointError": "errors",
     "Update": "engine.request",
     "Weights": "weights",
-    "export_onnx": "backends.export",
+    "WordScore": "scoring.words",
     "__version__": "_version",
+    "export_onnx": "backends.export",
     "open_checkpoint": "checkpoint.open",
 }
 
@@ -83,6 +101,7 @@ _RENAMED = {"Sequence": "Request"}
 
 __all__ = [
     "GPT2",
+    "Alternative",
     "Backend",
     "BackendError",
     "BackendFactory",
@@ -106,15 +125,21 @@ __all__ = [
     "RequestError",
     "SamplingParams",
     "Score",
+    "ScoreReader",
+    "ScoresTokens",
     "Sequence",
     "Timing",
     "TokenLogprob",
+    "TokenQuery",
+    "TokenScore",
+    "TokenScores",
     "Tokenizer",
     "Trace",
     "Traces",
     "UnsupportedCheckpointError",
     "Update",
     "Weights",
+    "WordScore",
     "export_onnx",
     "open_checkpoint",
 ]

@@ -8,13 +8,13 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:
-    from jaxtyping import Bool, Float, Float32, Float64, Int, Int32
+    from jaxtyping import Bool, Float, Float32, Float64, Int, Int32, Int64
 else:
 
     class _AnyShape:
         def __class_getitem__(cls, item: tuple[Any, str]) -> Any:
             return item[0]
 
-    Bool = Float = Float32 = Float64 = Int = Int32 = _AnyShape
+    Bool = Float = Float32 = Float64 = Int = Int32 = Int64 = _AnyShape
 
-__all__ = ["Bool", "Float", "Float32", "Float64", "Int", "Int32"]
+__all__ = ["Bool", "Float", "Float32", "Float64", "Int", "Int32", "Int64"]

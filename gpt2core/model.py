@@ -13,13 +13,12 @@ import numpy as np
 from gpt2core._shapes import Float32
 from gpt2core.backends.base import Backend
 from gpt2core.checkpoint.open import Source, save_model
-from gpt2core.config import ModelConfig
 from gpt2core.engine.engine import CACHE_NBYTES, Engine
-from gpt2core.engine.request import LogitsReader, Piece, PromptLogprobs, Request
+from gpt2core.engine.request import LogitsReader, Piece, Request
 from gpt2core.engine.speculation import SpeculationMode
 from gpt2core.engine.step_loop import StepLoop, all_done, raise_error
 from gpt2core.errors import RequestError
-from gpt2core.generation import Generation, Score, Timing, make_generation, make_score, score_windows
+from gpt2core.generation import Generation, Timing, make_generation
 from gpt2core.loading import Loaded, Origin, load_models, load_transformers
 from gpt2core.prompts import (
     OneChoiceOptions,
@@ -30,6 +29,8 @@ from gpt2core.prompts import (
     merge_options,
 )
 from gpt2core.sampling.draw import SamplingParams
+from gpt2core.scorable import Scorable
+from gpt2core.scoring.score import Score
 from gpt2core.token_ids import TokenIds, check_token_ids
 from gpt2core.tokenizer.tokenizer import Tokenizer
 
@@ -38,7 +39,7 @@ __all__ = ["GPT2", "Generation", "Piece", "Prompt", "SamplingOptions", "Score", 
 _READ_ONLY = SamplingParams(max_new_tokens=0)
 
 
-class GPT2:
+class GPT2(Scorable):
     """A model, ready to generate.
 
     Every method may be called from several threads at once; each of their calls is one more row of the same
@@ -74,7 +75,7 @@ class GPT2:
         self._draft = draft
         limits = {"max_slots": max_batch, "cache_nbytes": cache_nbytes}
         self.engine = Engine(backend, tokenizer, **limits, speculation=speculation, draft=draft)
-        self._loop = StepLoop(self.engine)
+        self._run_until = StepLoop(self.engine).run_until
 
     @classmethod
     def from_pretrained(
@@ -226,10 +227,14 @@ class GPT2:
         """Of the weights that the backend runs: "float32", "int8", "int4" or "bfloat16"."""
         return getattr(self.backend, "precision", "float32")  # a backend that names none has no other
 
-    @property
-    def config(self) -> ModelConfig:
-        """What the model computes."""
-        return self.backend.config
+    def wait_with(self, run_until: Callable[[Callable[[], bool]], None]) -> None:
+        """Leave the engine's steps to somebody else, as a server that runs them in a thread of its own.
+
+        Args:
+            run_until: is called by every method that waits, with what says whether it need wait no longer;
+                returns when that is so.
+        """
+        self._run_until = run_until
 
     @property
     def speculated(self) -> tuple[int, int]:
@@ -298,7 +303,7 @@ class GPT2:
         params = merge_options(params, sampling)
         prompts, single = self._prompts(prompt, params, allow_special)
         with self._submitted(prompts, params) as requests:
-            self._loop.run_until(lambda: all_done(requests))
+            self._run_until(lambda: all_done(requests))
         raise_error(requests)
         generations = [make_generation(request) for request in requests]
         return generations[0] if single and params.n == 1 else generations
@@ -345,45 +350,6 @@ class GPT2:
 
         self._read(ids, 0, read)
         return result
-
-    def score(
-        self,
-        text: Prompt,
-        *,
-        allow_special: bool = False,
-        on_progress: Callable[[int, int], None] | None = None,
-    ) -> Score:
-        """How well the model predicts a text, or token ids, of any length.
-
-        A text that exceeds the context is read in windows that overlap by half
-        (`gpt2core.generation.score_windows`), so that each token is predicted from at least half a context,
-        or from all that precedes it.
-
-        Args:
-            text: a text, or token ids.
-            allow_special: as of `generate`.
-            on_progress: is called after each window with the tokens scored so far and the tokens in all.
-
-        Raises:
-            RequestError: fewer than 2 tokens: the first is not predicted.
-            BackendError: the backend failed.
-        """
-        self._check_open()
-        given = self.tokenizer.encode(text, allow_special=allow_special) if isinstance(text, str) else text
-        ids = check_token_ids(given, self.config.vocab_size)
-        if len(ids) < 2:
-            raise RequestError("text has 1 token; a score needs at least 2, since the first is not predicted")
-        logprobs: list[float] = []
-        for window in score_windows(len(ids), self.config.n_positions):
-            reader = PromptLogprobs(ids[window.start : window.end + 1], 0)
-            self._read(ids[window.start : window.end], window.scored_from - window.start, reader)
-            logprobs += [entry.logprob for entry in reader.entries if entry.logprob is not None]
-            if on_progress is not None:
-                on_progress(window.end + 1, len(ids))
-        text_nbytes = None
-        if isinstance(text, str):
-            text_nbytes = len(text.encode()) - len(self.tokenizer.token_bytes(ids[0]))
-        return make_score(ids, logprobs, text_nbytes)
 
     def embed(
         self,
@@ -436,7 +402,7 @@ class GPT2:
         with self._submitted(prompts, params, stream=True) as requests:
             left = list(requests)
             while left:
-                self._loop.run_until(lambda: any(request.pieces or request.finished for request in left))
+                self._run_until(lambda: any(request.pieces or request.finished for request in left))
                 for request in list(left):
                     finished = request.finished  # before its pieces are taken: no more can follow
                     assert request.pieces is not None
@@ -450,7 +416,7 @@ class GPT2:
         """Let `reader` see the logits from position `logits_from` on."""
         options = {"logits_from": logits_from, "on_logits": reader}
         with self._submitted([ids], _READ_ONLY, **options) as requests:
-            self._loop.run_until(lambda: all_done(requests))
+            self._run_until(lambda: all_done(requests))
         raise_error(requests)
         if any(request.finish_reason == "cancelled" for request in requests):
             self._check_open()
@@ -481,7 +447,3 @@ class GPT2:
             return self.engine.encode(prompt, params, allow_special=allow_special)
 
         return check_prompts(prompt, encode)
-
-    def _check_open(self) -> None:
-        if self.engine.closed:
-            raise RequestError("this model is closed; load it again with GPT2.from_pretrained")

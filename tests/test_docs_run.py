@@ -152,9 +152,10 @@ def test_python_md_shows_every_parameter():
     from dataclasses import fields
 
     from gpt2core import GPT2, SamplingParams
+    from gpt2core.scoring.options import ScoreChoices
 
     page = "\n".join(text for language, text in blocks(ROOT / "docs/python.md") if language == "python")
-    names = {field.name for field in fields(SamplingParams)}
+    names = {field.name for field in fields(SamplingParams)} | {*ScoreChoices.__annotations__}
     for method in (GPT2.from_pretrained, GPT2.generate, GPT2.stream, GPT2.logits, GPT2.score):
         parameters = inspect.signature(method).parameters.values()
         names |= {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}

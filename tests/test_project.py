@@ -146,7 +146,7 @@ def test_the_floors_in_pyproject_admit_the_pinned_versions():
 
 
 def test_each_dependency_of_the_core_is_imported_by_the_core():
-    outside = {"backends", "bench", "codec", "serve"}
+    outside = {"backends", "bench", "codec", "integrations", "serve"}
     used = {name.split(".")[0] for path in MODULES if part_of(path) not in outside for name in imports(path)}
     assert {Requirement(text).name.replace("-", "_") for text in PROJECT["dependencies"]} <= used
 
@@ -170,18 +170,19 @@ LAYERS = (
     ("errors", "_shapes", "_files", "_machine", "_version"),
     ("_json", "encodings", "kernels", "token_ids"),
     ("config",),
-    ("weights", "batch", "trace"),
+    ("weights", "batch", "trace", "token_scores"),
     ("sampling", "tokenizer"),
     ("prompts", "reference"),
     ("quantization",),
     ("checkpoint",),
     ("backends",),
     ("engine",),
-    ("generation", "loading"),
+    ("scoring",),
+    ("generation", "loading", "scorable"),
     ("model",),
     ("testing",),
     ("verify",),
-    ("bench", "serve", "codec"),
+    ("bench", "codec", "integrations", "serve"),
     ("cli",),
     ("__main__",),
 )
@@ -232,10 +233,12 @@ def test_no_module_imports_another_that_imports_it_in_turn():
 
 
 @pytest.mark.parametrize(
-    "path", [p for p in MODULES if part_of(p) in ("bench", "codec", "serve")], ids=relative
+    "path",
+    [p for p in MODULES if part_of(p) in ("bench", "codec", "integrations", "scoring", "serve")],
+    ids=relative,
 )
-def test_bench_codec_and_serve_use_public_names_only(path):
-    helpers = {"_files", "_json", "_machine", "_shapes"}  # one of each in the whole library
+def test_what_stands_apart_uses_public_names_only(path):
+    helpers = {"_files", "_json", "_machine", "_shapes", "token_ids"}  # one of each in the whole library
     public = {*gpt2core.__all__, "__version__", *helpers, "backends", "errors", "testing", part_of(path)}
     used = {name.split(".")[1] for name in imports(path) if name.startswith("gpt2core.")}
     assert used - public == set()

@@ -18,6 +18,7 @@ from gpt2core.sampling.draw import SamplingParams
 
 PUBLIC = [
     "GPT2",
+    "Alternative",
     "Backend",
     "BackendError",
     "BackendFactory",
@@ -41,15 +42,21 @@ PUBLIC = [
     "RequestError",
     "SamplingParams",
     "Score",
+    "ScoreReader",
+    "ScoresTokens",
     "Sequence",
     "Timing",
     "TokenLogprob",
+    "TokenQuery",
+    "TokenScore",
+    "TokenScores",
     "Tokenizer",
     "Trace",
     "Traces",
     "UnsupportedCheckpointError",
     "Update",
     "Weights",
+    "WordScore",
     "export_onnx",
     "open_checkpoint",
 ]
@@ -178,7 +185,8 @@ def test_the_results_have_these_fields():
         "ttft_s", "elapsed_s", "tokens_per_s", "proposed_tokens", "accepted_tokens",
     ]  # fmt: skip
     assert [f.name for f in dataclasses.fields(gpt2core.Score)] == [
-        "token_ids", "logprobs", "perplexity", "bits_per_byte",
+        "token_ids", "logprobs", "perplexity", "bits_per_byte", "ranks", "entropies", "top",
+        "boundary_logprobs", "text", "byte_offsets", "marks",
     ]  # fmt: skip
     assert [f.name for f in dataclasses.fields(gpt2core.Piece)] == [
         "text", "token_id", "logprobs", "finish_reason", "prompt", "choice",

@@ -11,8 +11,8 @@ from gpt2core.errors import (
     ContextLengthError,
     RequestError,
 )
-from gpt2core.generation import score_windows
 from gpt2core.sampling.draw import token_logprobs
+from gpt2core.scoring.windows import score_windows
 
 
 def test_logits_are_those_of_every_position():

@@ -14,6 +14,7 @@ import numpy as np
 from gpt2core._shapes import Float32
 from gpt2core.batch import Batch
 from gpt2core.config import ModelConfig
+from gpt2core.token_scores import TokenQuery, TokenScores
 from gpt2core.trace import Trace
 from gpt2core.weights import Weights
 
@@ -109,6 +110,25 @@ class PortableBits(Protocol):
     @property
     def precision(self) -> str:
         """Of the weights."""
+        ...
+
+
+@runtime_checkable
+class ScoresTokens(Protocol):
+    """A capability: say what logits say of given tokens, without keeping the logits.
+
+    Of other backends the engine takes the logits, and `gpt2core.token_scores.score_logits` does the rest.
+    """
+
+    def score(
+        self, batch: Batch, cache: Cache, query: TokenQuery
+    ) -> tuple[Float32[np.ndarray, "N V"], TokenScores]:
+        """`forward`, but for the last logits: the query is answered from these, as `score_logits` does.
+
+        Shapes: of P targets (P,) and M indices in `logits_at`, the logits of the first N = M - P and the
+        scores of the others. Errors are those of `forward`; a logit that is not finite makes the entropy of
+        its position not finite either.
+        """
         ...
 
 

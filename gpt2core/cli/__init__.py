@@ -23,6 +23,7 @@ from gpt2core.cli.convert import convert
 from gpt2core.cli.export import export
 from gpt2core.cli.generate import generate
 from gpt2core.cli.info import info
+from gpt2core.cli.pairs import pairs
 from gpt2core.cli.quantize import quantize
 from gpt2core.cli.score import score
 from gpt2core.cli.serve import serve
@@ -41,6 +42,7 @@ def program() -> None:
 for _command in (
     generate,
     score,
+    pairs,
     serve,
     bench,
     verify,

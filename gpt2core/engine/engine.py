@@ -19,19 +19,29 @@ from typing import Any, Final
 import numpy as np
 
 from gpt2core._shapes import Float32
-from gpt2core.backends.base import Backend, Cache, Embeds
+from gpt2core.backends.base import Backend, Cache, Embeds, ScoresTokens
 from gpt2core.batch import Batch
 from gpt2core.engine.draft import draft_nbytes, make_speculation
 from gpt2core.engine.guarded import GuardedScheduler
 from gpt2core.engine.pacing import Pacer
-from gpt2core.engine.request import LogitsReader, PromptLogprobs, Request, Update
-from gpt2core.engine.rows import Drawn, Row, RowFailed, build_batch, count_accepted, draw_row, fail_row
+from gpt2core.engine.request import LOGITS_CHUNK, LogitsReader, PromptLogprobs, Request, ScoreReader, Update
+from gpt2core.engine.rows import (
+    Drawn,
+    Row,
+    RowFailed,
+    build_batch,
+    build_query,
+    count_accepted,
+    draw_row,
+    fail_row,
+)
 from gpt2core.engine.scheduler import Scheduler, Step
 from gpt2core.engine.speculation import SpeculationMode
 from gpt2core.errors import BackendError, NumericalError, RequestError
 from gpt2core.prompts import encode_prompt
 from gpt2core.sampling.params import SamplingParams
 from gpt2core.token_ids import Tensor, TokenIds, check_token_ids
+from gpt2core.token_scores import TokenScores
 from gpt2core.tokenizer.stream import TextStream
 from gpt2core.tokenizer.tokenizer import Tokenizer
 
@@ -97,6 +107,7 @@ class Engine:
         self._scheduler = Scheduler(slots=self.slots, step_tokens=step_tokens)
         self._guarded = GuardedScheduler(self._scheduler)
         self._speculation = make_speculation(speculation, draft, backend, self.slots, step_tokens)
+        self._scorer = backend if isinstance(backend, ScoresTokens) else None
         self._cache: Cache | None = None
         self._closed = False
         self._eos = frozenset(self.config.eos_token_ids)
@@ -174,6 +185,7 @@ class Engine:
         stream: bool = False,
         logits_from: int = 0,
         on_logits: LogitsReader | None = None,
+        on_scores: ScoreReader | None = None,
     ) -> list[Request]:
         """Queue a prompt; return one request per choice (`params.n`), in order of choice.
 
@@ -182,9 +194,11 @@ class Engine:
             params: how to sample; `seed=None` draws a seed, which the requests name.
             prompt: number of the prompt in the caller's list, for the pieces.
             stream: whether to collect `Piece`s in `request.pieces`, for the caller to take.
-            logits_from: first prompt position whose logits `on_logits` reads.
+            logits_from: first prompt position whose logits are read.
             on_logits: is called in a step with a position and the logits from there on, (n, V) float32, chunk
                 by chunk in order, until the prompt's last. It must not call the engine.
+            on_scores: what is asked of these logits instead; on a backend with the capability `ScoresTokens`
+                they are never kept. For prompts after which nothing is generated.
 
         Raises:
             RequestError: what `check` raises, or the engine is closed.
@@ -192,6 +206,7 @@ class Engine:
         """
         ids, max_new_tokens = self.check(prompt_ids, params)
         scored = on_logits is None and params.echo and params.logprobs is not None
+        reads = on_logits is not None or on_scores is not None
         seed = int.from_bytes(os.urandom(8)) >> 1 if params.seed is None else params.seed
         end_token_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos)
         now_s = time.perf_counter()
@@ -207,8 +222,10 @@ class Engine:
                 end_token_ids=end_token_ids,
                 stream=TextStream(self.tokenizer.stream_decoder(), params.stop) if self.tokenizer else None,
                 echo=self.tokenizer.decode(ids) if self.tokenizer and params.echo else "",
-                logits_from=0 if scored else None if on_logits is None else logits_from,
+                logits_from=0 if scored else logits_from if reads else None,
                 on_logits=PromptLogprobs(ids, params.logprobs or 0) if scored else on_logits,
+                on_scores=on_scores,
+                logits_chunk=None if on_scores is not None and self._scorer is not None else LOGITS_CHUNK,
                 pieces=deque() if stream else None,
                 submitted_s=now_s,
             )
@@ -347,20 +364,27 @@ class Engine:
     def _draw(self, rows: list[Row], batch: Batch) -> list[list[Drawn] | RowFailed]:
         """What the pass gives each row."""
         try:
-            logits = self._forward(batch)
+            logits, scores = self._forward(rows, batch)
         except Exception as error:  # of whatever type a backend raises
             return [fail_row(error, self.backend.name, self.steps) for _ in rows]
         with np.errstate(invalid="ignore", over="ignore"):
             finite = math.isfinite(logits.sum())  # else a look at each row decides: a sum may overflow
-        return [draw_row(row, logits, finite, self.backend, self.steps) for row in rows]
+        return [draw_row(row, logits, scores, finite, self.backend, self.steps) for row in rows]
 
-    def _forward(self, batch: Batch) -> Float32[np.ndarray, "M V"]:
+    def _forward(
+        self, rows: list[Row], batch: Batch
+    ) -> tuple[Float32[np.ndarray, "N V"], TokenScores | None]:
         assert self._cache is not None
-        logits = self.backend.forward(batch, self._cache)
-        if logits.shape != (len(batch.logits_at), self.config.vocab_size):
-            wanted = f"({len(batch.logits_at)}, {self.config.vocab_size})"
+        query = None if self._scorer is None else build_query(rows)
+        wanted = len(batch.logits_at), self.config.vocab_size
+        if self._scorer is None or query is None:
+            logits, scores = self.backend.forward(batch, self._cache), None
+        else:
+            logits, scores = self._scorer.score(batch, self._cache, query)
+            wanted = wanted[0] - len(query.targets), wanted[1]
+        if logits.shape != wanted:
             raise BackendError(f"it returned logits of shape {logits.shape} instead of {wanted}")
-        return logits
+        return logits, scores
 
     def _commit(self, rows: list[Row], drawn: list[list[Drawn] | RowFailed]) -> list[Update]:
         now_s = time.perf_counter()

@@ -12,6 +12,7 @@ import numpy as np
 from gpt2core._shapes import Float32
 from gpt2core.errors import Gpt2CoreError
 from gpt2core.sampling.draw import SamplingParams, TokenLogprob, token_logprobs
+from gpt2core.token_scores import TokenScores
 from gpt2core.tokenizer.stream import TextStream
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -48,6 +49,25 @@ class Update(NamedTuple):
     error: Gpt2CoreError | None
 
 
+@dataclass(frozen=True, slots=True)
+class ScoreReader:
+    """What is asked of a prompt whose positions are scored, and who reads the answers.
+
+    Attributes:
+        targets: for each position of the prompt the token whose probability is wanted there.
+        top: how many of the likeliest tokens are wanted.
+        members: 1 for the tokens of a set whose probability is wanted too, else 0; one array for all requests
+            of an engine, or they cannot be answered together.
+        read: is called in a step with a position and the scores from there on, chunk by chunk in order; after
+            an interrupt a chunk may come again. It must not call the engine.
+    """
+
+    targets: Sequence[int]
+    top: int
+    members: Float32[np.ndarray, "V"] | None
+    read: Callable[[int, TokenScores], None]
+
+
 class PromptLogprobs:
     """A `LogitsReader` that keeps the log probability of each token that follows a position read."""
 
@@ -80,8 +100,10 @@ class Request:
     end_token_ids: frozenset[int]  # each ends the text: the end-of-text tokens, and `stop_token_ids`
     stream: TextStream | None  # None without a tokenizer: then there is no text
     echo: str  # the prompt's text, when the parameters ask for it
-    logits_from: int | None = None  # first prompt position whose logits `on_logits` reads
+    logits_from: int | None = None  # first prompt position whose logits are read
     on_logits: LogitsReader | None = None
+    on_scores: ScoreReader | None = None  # instead: reads what they say of given tokens
+    logits_chunk: int | None = LOGITS_CHUNK  # most positions per step whose logits are read; None: any number
     pieces: deque[Piece] | None = None  # not yet taken by the one who streams; None when nobody does
 
     slot: int | None = None  # in the cache; None while waiting
@@ -117,9 +139,9 @@ class Request:
     def prefill_tokens(self) -> int:
         """How many prompt tokens the next step may take: all that are left, or fewer if logits are wanted."""
         left = self.prompt_tokens - self.cached
-        if self.logits_from is None:
+        if self.logits_from is None or self.logits_chunk is None:
             return left
-        return min(left, max(0, self.logits_from - self.cached) + LOGITS_CHUNK)
+        return min(left, max(0, self.logits_from - self.cached) + self.logits_chunk)
 
     def take_prompt(self, now_s: float) -> Update | None:
         """The prompt is in the cache: emit the echo, and end here when no new token is wanted."""

@@ -15,6 +15,7 @@ from gpt2core.engine.request import Request
 from gpt2core.engine.scheduler import Step
 from gpt2core.errors import BackendError, Gpt2CoreError, NumericalError
 from gpt2core.sampling.draw import TokenLogprob, sample_token, token_logprobs
+from gpt2core.token_scores import TokenQuery, TokenScores, score_logits
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ def build_batch(step: Step, proposals: Mapping[Request, Sequence[int]]) -> tuple
         tokens += (request.token_ids[-1], *proposed)
         rows.append(Row(request, len(tokens) - first, first, len(tokens), proposed=proposed))
     logits_at = list(range(len(tokens)))
-    for request, count in step.prefill:
+    for request, count in sorted(step.prefill, key=_is_scored):  # the scored ones last, else in their order
         start, end, first = request.cached, request.cached + count, len(logits_at)
         at = len(tokens) - start  # where the request's position 0 would be among the tokens
         tokens += request.token_ids[start:end]
@@ -72,6 +73,25 @@ def build_batch(step: Step, proposals: Mapping[Request, Sequence[int]]) -> tuple
         logits_at=np.array(logits_at, np.int32),
     )
     return rows, batch
+
+
+def _is_scored(prefill: tuple[Request, int]) -> bool:
+    return prefill[0].on_scores is not None
+
+
+def build_query(rows: Sequence[Row]) -> TokenQuery | None:
+    """What the scored rows ask together; None where there are none, or they ask of different sets."""
+    targets: list[int] = []
+    top, members = 0, None
+    for row in rows:
+        reader = row.request.on_scores
+        if reader is None or row.reads_at is None:
+            continue
+        if members is not None and reader.members is not None and members is not reader.members:
+            return None
+        targets += reader.targets[row.reads_at : row.reads_at + row.end - row.first]
+        top, members = max(top, reader.top), reader.members if members is None else members
+    return TokenQuery(np.array(targets, np.int32), top, members) if targets else None
 
 
 def _build_decode_batch(decode: list[Request]) -> tuple[list[Row], Batch]:
@@ -94,29 +114,50 @@ def _ones_and_indices(rows: int) -> tuple[Int32[np.ndarray, "B"], Int32[np.ndarr
 
 
 def draw_row(
-    row: Row, logits: Float32[np.ndarray, "M V"], finite: bool, backend: Backend, step: int
+    row: Row,
+    logits: Float32[np.ndarray, "N V"],
+    scores: TokenScores | None,
+    finite: bool,
+    backend: Backend,
+    step: int,
 ) -> list[Drawn] | RowFailed:
-    """The row's tokens, none in the middle of a prompt."""
+    """The row's tokens, none in the middle of a prompt.
+
+    Args:
+        logits: of the batch, or of its first rows.
+        scores: of the further rows.
+        finite: whether all logits are known to be so.
+    """
     if row.request.finished:  # cancelled while the backend computed
         return []
     try:
+        if scores is not None and row.request.on_scores is not None and row.reads_at is not None:
+            own = scores.part(row.first - len(logits), row.end - len(logits))
+            if not own.finite:
+                return _not_finite(
+                    row, row.reads_at + int(np.isfinite(own.entropies).argmin()), backend, step
+                )
+            row.request.on_scores.read(row.reads_at, own)
+            return []
         mine = logits[row.first : row.end]  # (n, V)
         if not finite and len(mine) > 0:
             mine = mine[: _finite_rows(row, mine)]
             if len(mine) == 0:
-                at = row.request.cached + row.tokens - len(row.proposed)
-                return RowFailed(
-                    NumericalError(
-                        f"backend {backend.name!r} returned logits that are not finite in step {step} at "
-                        f"token {at} of a request; check the checkpoint with `gpt2core verify`, or take "
-                        "another backend"
-                    )
-                )
+                return _not_finite(row, row.request.cached + row.tokens - len(row.proposed), backend, step)
         return _read_row(row, mine)
     except Gpt2CoreError as error:
         return RowFailed(error)
     except Exception as error:
         return fail_row(error, backend.name, step)
+
+
+def _not_finite(row: Row, at: int, backend: Backend, step: int) -> RowFailed:
+    return RowFailed(
+        NumericalError(
+            f"backend {backend.name!r} returned logits that are not finite in step {step} at token {at} of a "
+            "request; check the checkpoint with `gpt2core verify`, or take another backend"
+        )
+    )
 
 
 def fail_row(error: Exception, backend: str, step: int) -> RowFailed:
@@ -156,6 +197,10 @@ def _read_row(row: Row, logits: Float32[np.ndarray, "n V"]) -> list[Drawn]:
     request = row.request
     if row.reads_at is not None and request.on_logits is not None:
         request.on_logits(row.reads_at, logits)
+    if row.reads_at is not None and request.on_scores is not None:
+        query = build_query([row])
+        assert query is not None
+        request.on_scores.read(row.reads_at, score_logits(logits, query))
     if not row.draws:
         return []
     if not row.proposed:

@@ -4,9 +4,11 @@ GPT-2's tokens are pieces of UTF-8, not of text: a character may be split betwee
 into bytes, and bytes into text, here.
 """
 
+import itertools
 import json
 import operator
 import os
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -180,6 +182,44 @@ class Tokenizer:
         if not self._byte_level:
             return self._inner.decode(ids, skip_special_tokens=False)
         return b"".join(map(self._token_bytes, ids)).decode("utf-8", "replace")
+
+    def locate(
+        self, token_ids: Sequence[int], text: str | None = None, *, allow_special: bool = False
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """Where the tokens of a text lie in its UTF-8, as (start, end) in bytes, and the text.
+
+        Args:
+            token_ids: what `encode` made of the text, or any.
+            text: what they were made of; None takes what they stand for, each byte that is not UTF-8 being
+                one U+FFFD.
+            allow_special: as of `encode`.
+        """
+        pieces = list(map(self.token_bytes, token_ids))
+        data = b"".join(pieces) if text is None or self._byte_level else None
+        if text is not None and data != text.encode():
+            inner = self._special_encoder() if allow_special else self._inner
+            spans = inner.encode(text).offsets[: len(pieces)]  # in characters
+            at = [0, *itertools.accumulate(len(character.encode()) for character in text)]
+            return text, [(at[start], at[end]) for start, end in spans]
+        assert data is not None
+        if text is None:
+            text = re.sub("[\ud800-\udfff]", "\ufffd", data.decode("utf-8", "surrogateescape"))
+            if len(text.encode()) != len(data):  # a replacement is three bytes where one stood
+                return text, self._replaced_spans(data, pieces)
+        ends = list(itertools.accumulate(map(len, pieces)))
+        return text, list(zip([0, *ends], ends, strict=False))
+
+    @staticmethod
+    def _replaced_spans(data: bytes, pieces: list[bytes]) -> list[tuple[int, int]]:
+        """`locate`, in a text whose broken bytes were replaced."""
+        at = [0]  # of each byte: where it lies in the new text
+        for character in data.decode("utf-8", "surrogateescape"):
+            if "\ud800" <= character <= "\udfff":
+                at.append(at[-1] + 3)
+            else:
+                at += range(at[-1] + 1, at[-1] + 1 + len(character.encode()))
+        ends = list(itertools.accumulate(map(len, pieces)))
+        return [(at[start], at[end]) for start, end in zip([0, *ends], ends, strict=False)]
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token stands for; b"" for ids past the vocabulary, as padded embeddings have them.

@@ -19,10 +19,11 @@ from gpt2core.backends._shared.memory import private_memory
 from gpt2core.backends._shared.threads import check_threads
 from gpt2core.backends.native.build import load_library
 from gpt2core.backends.native.library import declare
-from gpt2core.backends.native.packing import CCache, CModel, CTrace, PackedModel
+from gpt2core.backends.native.packing import CCache, CModel, CTrace, PackedModel, point_to
 from gpt2core.batch import Batch, whole_sequence
 from gpt2core.errors import BackendError, BackendUnavailableError, RequestError
 from gpt2core.quantization.rounding import PRECISIONS
+from gpt2core.token_scores import TokenQuery, TokenScores
 from gpt2core.trace import Trace
 from gpt2core.weights import Weights
 
@@ -136,14 +137,24 @@ class NativeBackend:
 
     def forward(self, batch: Batch, cache: NativeCache) -> Float32[np.ndarray, "M V"]:
         """See `gpt2core.backends.base.Backend.forward`."""
-        if not isinstance(cache, NativeCache) or cache.layout != self._layout:
+        self._check(batch, cache)
+        return self._run(batch, cache)[0]
+
+    def score(
+        self, batch: Batch, cache: NativeCache, query: TokenQuery
+    ) -> tuple[Float32[np.ndarray, "N V"], TokenScores]:
+        """See `gpt2core.backends.base.ScoresTokens.score`; scores too have the same bits in any batch."""
+        self._check(batch, cache)
+        vocab_size, most = self.config.vocab_size, len(batch.logits_at)
+        targets = np.asarray(query.targets)
+        if not 0 < len(targets) <= most or targets.min() < 0 or targets.max() >= vocab_size:
             raise RequestError(
-                f"the cache is {getattr(cache, 'layout', type(cache).__name__)}, and this model's is "
-                f"{self._layout}; use what new_cache of this backend returned"
+                f"the query's targets are {targets.tolist()!r:.60}; give from 1 to {most}, one for each "
+                f"of the last positions, each at least 0 and below the vocabulary's size, {vocab_size}"
             )
-        capacity = min(cache.capacity, self.config.n_positions)
-        batch.check(vocab_size=self.config.vocab_size, slots=cache.slots, capacity=capacity)
-        return self._logits(batch, cache, None)
+        logits, scores = self._run(batch, cache, query=query)
+        assert scores is not None
+        return logits, scores
 
     def trace(self, token_ids: Sequence[int]) -> Trace:
         """See `gpt2core.backends.base.Traces.trace`; the logits have the bits of `forward`."""
@@ -152,7 +163,7 @@ class NativeBackend:
         hidden_states = np.zeros((2 * config.n_layer + 1, count, config.n_embd), np.float32)
         attentions = np.zeros((config.n_layer, config.n_head, count, count), np.float32)
         notes = CTrace(hidden_states.ctypes.data, attentions.ctypes.data, count)
-        logits = self._logits(batch, self.new_cache(1, count), notes)
+        logits, _ = self._run(batch, self.new_cache(1, count), trace=notes)
         return Trace(hidden_states, attentions, logits)
 
     def hidden_states(self, token_ids: Sequence[int]) -> Float32[np.ndarray, "T D"]:
@@ -160,29 +171,54 @@ class NativeBackend:
         if self._packed is None:
             raise RequestError(_CLOSED)
         batch = whole_sequence(self.config, token_ids)
-        return self._logits(batch, self.new_cache(1, len(token_ids)), None, self._packed.without_head())
+        return self._run(batch, self.new_cache(1, len(token_ids)), model=self._packed.without_head())[0]
 
-    def _logits(
-        self, batch: Batch, cache: NativeCache, trace: CTrace | None, model: CModel | None = None
-    ) -> Float32[np.ndarray, "M V"]:
+    def _check(self, batch: Batch, cache: NativeCache) -> None:
+        if not isinstance(cache, NativeCache) or cache.layout != self._layout:
+            raise RequestError(
+                f"the cache is {getattr(cache, 'layout', type(cache).__name__)}, and this model's is "
+                f"{self._layout}; use what new_cache of this backend returned"
+            )
+        capacity = min(cache.capacity, self.config.n_positions)
+        batch.check(vocab_size=self.config.vocab_size, slots=cache.slots, capacity=capacity)
+
+    def _run(
+        self,
+        batch: Batch,
+        cache: NativeCache,
+        *,
+        model: CModel | None = None,
+        trace: CTrace | None = None,
+        query: TokenQuery | None = None,
+    ) -> tuple[Float32[np.ndarray, "N V"], TokenScores | None]:
+        """The logits, but for the last ones, of which the query asks; and what it asks."""
         packed = self._packed
         if packed is None:
             raise RequestError(_CLOSED)
         model = packed.model if model is None else model
-        logits = np.empty((len(batch.logits_at), model.vocabulary), np.float32)
+        given = len(batch.logits_at) - (0 if query is None else len(query.targets))
+        logits = np.empty((given, model.vocabulary), np.float32)
+        scores = None if query is None else query.empty_scores(model.vocabulary)
         firsts = batch.firsts
         pieces = np.stack([firsts, batch.lengths, batch.starts, batch.slots], 1)  # (B, 4)
         if len(batch.tokens) <= _MOST_TOKENS:
-            self._pass(model, cache, batch.tokens, pieces, batch.logits_at, logits, trace)
-            return logits
+            notes = trace, query, scores
+            self._pass(model, cache, batch.tokens, pieces, batch.logits_at, logits, *notes)
+            return logits, scores
         for first in range(0, len(batch.tokens), _MOST_TOKENS):
             last = min(first + _MOST_TOKENS, len(batch.tokens))
             here = np.flatnonzero((batch.logits_at >= first) & (batch.logits_at < last))
-            part = np.empty((len(here), logits.shape[1]), np.float32)
+            plain, asked = here[here < given], here[here >= given] - given
+            part = np.empty((len(plain), logits.shape[1]), np.float32)
             wanted = (batch.logits_at[here] - first).astype(np.int32)
-            self._pass(model, cache, batch.tokens[first:last], _cut(pieces, first, last), wanted, part, trace)
-            logits[here] = part
-        return logits
+            own = None if query is None else query.at(asked)
+            found = None if own is None else own.empty_scores(model.vocabulary)
+            cut = _cut(pieces, first, last)
+            self._pass(model, cache, batch.tokens[first:last], cut, wanted, part, trace, own, found)
+            logits[plain] = part
+            if scores is not None and found is not None:
+                scores.put(asked, found)
+        return logits, scores
 
     def _pass(
         self,
@@ -193,8 +229,11 @@ class NativeBackend:
         wanted: np.ndarray,
         logits: np.ndarray,
         trace: CTrace | None,
+        query: TokenQuery | None,
+        scores: TokenScores | None,
     ) -> None:
         tokens, pieces, wanted = map(np.ascontiguousarray, (tokens, pieces, wanted))
+        asked = None if query is None or scores is None else point_to(query, scores, len(logits))
         with self._lock:
             if not self._end_team.alive:
                 raise RequestError(_CLOSED)
@@ -203,6 +242,7 @@ class NativeBackend:
                 *(tokens.ctypes.data, len(tokens), pieces.ctypes.data, len(pieces)),
                 *(wanted.ctypes.data, len(wanted), logits.ctypes.data),
                 None if trace is None else byref(trace),
+                None if asked is None else byref(asked),
             )
         if failed:
             raise BackendError(f"the native backend found no memory for a pass of {len(tokens)} tokens")

@@ -8,10 +8,12 @@ from ctypes import POINTER, Structure, byref, c_char_p, c_int, c_int64, c_void_p
 from dataclasses import dataclass
 from typing import Any, Final
 
-from gpt2core.backends.native.packing import CBlock, CCache, CLinear, CMatrix, CModel, CNorm, CTrace
+from gpt2core.backends.native.packing import CBlock, CCache, CLinear, CMatrix, CModel, CNorm, CScores, CTrace
 from gpt2core.errors import BackendUnavailableError
 
-_STRUCTURES: Final[tuple[type[Structure], ...]] = (CMatrix, CLinear, CNorm, CBlock, CModel, CCache, CTrace)
+_STRUCTURES: Final[tuple[type[Structure], ...]] = (
+    *(CMatrix, CLinear, CNorm, CBlock, CModel, CCache, CTrace, CScores),
+)
 _FAILURES: Final = {
     1: "rounds or fuses otherwise than IEEE 754 and the kernels say",
     2: "multiplies and adds with a rounding too many",
@@ -50,7 +52,7 @@ _TYPES: Final[dict[str, tuple[Any, Sequence[Any]]]] = {
         (
             *(c_void_p, POINTER(CModel), POINTER(CCache)),
             *(c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_void_p),
-            POINTER(CTrace),
+            *(POINTER(CTrace), POINTER(CScores)),
         ),
     ),
     "team_new": (c_void_p, (c_int,)),

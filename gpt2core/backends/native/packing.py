@@ -17,6 +17,7 @@ import numpy as np
 from gpt2core.backends._shared.memory import giving_back, private_memory
 from gpt2core.encodings import BFloat16, Int4, Int8, unpack_nibbles
 from gpt2core.errors import BackendUnavailableError
+from gpt2core.token_scores import TokenQuery, TokenScores
 from gpt2core.weights import LINEAR, Block, LayerNorm, Linear, Matrix, Table, Weights, named_arrays
 
 _FLOAT32, _BFLOAT16, _INT8, _INT4 = range(4)
@@ -88,6 +89,30 @@ class CTrace(Structure):
     """`Trace` of gpt2.c."""
 
     _fields_ = [("hidden_states", c_void_p), ("attentions", c_void_p), ("tokens", c_int64)]
+
+
+class CScores(Structure):
+    """`Scores` of scores.h."""
+
+    _fields_ = [
+        *((name, c_int64) for name in ("first", "top")),
+        *((name, c_void_p) for name in ("targets", "members", "ranks", "logprobs", "entropies")),
+        *((name, c_void_p) for name in ("member_logprobs", "top_ids", "top_logprobs")),
+    ]
+
+
+def point_to(query: TokenQuery, scores: TokenScores, first: int) -> CScores:
+    """A structure that names the query's arrays, and those for its answers; they must live as long as it."""
+    asked = CScores(first, scores.top_ids.shape[1])
+    arrays = {"targets": query.targets, "members": query.members}
+    for name, array in (*arrays.items(), *((field, getattr(scores, field)) for field in _SCORES)):
+        if array is not None:
+            assert array.flags.c_contiguous
+            setattr(asked, name, array.ctypes.data)
+    return asked
+
+
+_SCORES: Final = ("ranks", "logprobs", "entropies", "member_logprobs", "top_ids", "top_logprobs")
 
 
 class PackedModel:

@@ -6,6 +6,7 @@
 
 #include "attention.h"
 #include "packing.h"
+#include "scores.h"
 
 typedef struct {
   Matrix weight;
@@ -65,11 +66,13 @@ typedef struct {
   const Piece *pieces;
   const int32_t *logits_at; /* (M,) of the pass's tokens */
   int64_t tokens_count, pieces_count, logits_count;
-  float *logits; /* (M, V) */
+  float *logits; /* (M, V), of those before the scored ones */
+  const Scores *scores; /* or NULL */
   /* what the team works with */
   Shape shape;
+  ScoreWork score_work;
   int64_t padded, mlp_padded, qkv_padded; /* widths in whole strips */
-  float *x, *qkv, *y, *h, *last_x, *last_y, *scores;
+  float *x, *qkv, *y, *h, *last_x, *last_y, *attention_scores;
   int8_t *rounded;
   float *round_scale, *round_sum;
 } Pass;
@@ -213,7 +216,7 @@ static void attention(Pass *p, Member *me, int64_t layer) {
     }
   int64_t items = 0;
   for (int64_t b = 0; b < p->pieces_count; b++) items += (p->pieces[b].count + QUERIES - 1) / QUERIES * heads;
-  float *scores = p->scores + me->thread * QUERIES * p->cache->capacity;
+  float *scores = p->attention_scores + me->thread * QUERIES * p->cache->capacity;
   STAGE(me, items, items > 8 * p->pieces_count * heads ? 32 : 4, range) {
     int64_t before = 0;
     for (int64_t b = 0; b < p->pieces_count && before < range.last; b++) {
@@ -263,7 +266,9 @@ static void run_pass(Pass *p, Member *me) {
     trace_hidden_state(p, me, 2 * layer + 2, x);
   }
   Rows in = prepare_rows(p, me, &m->head, &m->ln_f, x, p->padded, m->width, rows, y);
-  multiply(me, &m->head, &in, rows, &(Result){p->logits, m->vocabulary, 1, 0, NULL, NULL});
+  const int64_t given = p->scores ? p->scores->first : rows;
+  multiply(me, &m->head, &in, given, &(Result){p->logits, m->vocabulary, 1, 0, NULL, NULL});
+  if (p->scores) score_rows(p->scores, &p->score_work, me, &m->head, &in, rows - given);
 }
 
 static void run_member(void *pass, Member *me) { run_pass(pass, me); }
@@ -283,20 +288,21 @@ static int64_t max_inputs(const Model *model) {
   return max;
 }
 
-/* Append the tokens to the cache and compute the logits that are asked for. 0, or -1 without memory for that: then
-   nothing was written. */
+/* Append the tokens to the cache and compute the logits that are asked for, or, with `scores`, what they say of the
+   tokens that follow. 0, or -1 without memory for that: then nothing was written. */
 EXPORT int gpt2core_forward(Team *team, const Model *model, const Cache *cache, const int32_t *tokens,
                             int64_t tokens_count, const Piece *pieces, int64_t pieces_count, const int32_t *logits_at,
-                            int64_t logits_count, float *logits, const Trace *trace) {
+                            int64_t logits_count, float *logits, const Trace *trace, const Scores *scores) {
   const int64_t width = model->width, rows = max_of(logits_count, tokens_count);
   Pass pass = {.model = model, .cache = cache, .tokens = tokens, .pieces = pieces, .logits_at = logits_at,
                .tokens_count = tokens_count, .pieces_count = pieces_count, .logits_count = logits_count,
-               .logits = logits, .trace = trace};
+               .logits = logits, .trace = trace, .scores = scores};
   pass.shape = (Shape){model->bfloat16_cache, width / model->heads, round_up(width / model->heads, LOGICAL_LANES),
                        cache->capacity};
   pass.padded = round_up(width, WIDE);
   pass.mlp_padded = round_up(model->mlp, WIDE);
   pass.qkv_padded = round_up(3 * width, WIDE);
+  const int64_t scored = scores ? logits_count - scores->first : 0, threads = team->requested_threads;
   const int64_t rounded = rows * max_inputs(model); /* numbers; their groups have 8 or more, or all of a row */
   const struct {
     void *place;
@@ -308,10 +314,14 @@ EXPORT int gpt2core_forward(Team *team, const Model *model, const Cache *cache, 
       {&pass.qkv, tokens_count * pass.qkv_padded},
       {&pass.last_x, logits_count * pass.padded},
       {&pass.last_y, logits_count * pass.padded},
-      {&pass.scores, team->requested_threads * QUERIES * cache->capacity},
+      {&pass.attention_scores, threads * QUERIES * cache->capacity},
       {&pass.rounded, rounded / 4},
       {&pass.round_scale, rounded / 8 + rows},
       {&pass.round_sum, rounded / 8 + rows},
+      {&pass.score_work.targets, scored},
+      {&pass.score_work.blocks, scored ? threads * GROUP_ROWS * SCORE_BLOCK : 0},
+      {&pass.score_work.sums, scored * score_blocks(model->vocabulary) * (int64_t)(sizeof(BlockSums) / sizeof(float))},
+      {&pass.score_work.candidates, scores ? threads * scored * scores->top * 2 : 0},
   };
   const int count = sizeof parts / sizeof *parts;
   const int64_t unit = 64 / sizeof(float); /* every part on lines of its own; aligned_alloc wants whole ones too */

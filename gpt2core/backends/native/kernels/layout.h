@@ -26,6 +26,10 @@ static const int64_t LAYOUT[] = {
     sizeof(Cache), AT(Cache, keys), AT(Cache, values), AT(Cache, slots), AT(Cache, capacity),
 
     sizeof(Trace), AT(Trace, hidden_states), AT(Trace, attentions), AT(Trace, tokens),
+
+    sizeof(Scores), AT(Scores, first), AT(Scores, top), AT(Scores, targets), AT(Scores, members), AT(Scores, ranks),
+    AT(Scores, logprobs), AT(Scores, entropies), AT(Scores, member_logprobs), AT(Scores, top_ids),
+    AT(Scores, top_logprobs),
 };
 _Static_assert(sizeof(Piece) == 16, "packing.py gives pieces as int32 (B, 4)");
 

@@ -169,6 +169,48 @@ static Model pack_model(const PlainModel *m) {
 
 #define ROWS 4
 
+/* The same pass again, with its last rows scored instead of given out: what it says of them must be what a loop in
+   double precision says of their logits. */
+static void check_scores(Team *team, const Model *model, const Cache *cache, const int32_t *tokens, int64_t count,
+                         const Piece *pieces, int64_t pieces_count, const int32_t *logits_at, const float *want) {
+  enum { TOP = 3 };
+  const int64_t vocabulary = model->vocabulary, first = count / 3, scored = count - first;
+  float *out = malloc(4 * (first * vocabulary + 1)), *members = malloc(4 * vocabulary);
+  double *sums = malloc(8 * scored * (3 + TOP));
+  int64_t *ranks = malloc(8 * scored);
+  int32_t *targets = malloc(4 * scored), *top_ids = malloc(4 * scored * TOP);
+  for (int64_t v = 0; v < vocabulary; v++) members[v] = v % 3 == 1;
+  for (int64_t n = 0; n < scored; n++) targets[n] = (int32_t)((tokens[first + n] + 7 * n) % vocabulary);
+  const Scores scores = {first, vocabulary < TOP ? vocabulary : TOP, targets, members, ranks, sums, sums + scored,
+                         sums + 2 * scored, top_ids, sums + 3 * scored};
+  int wrong = gpt2core_forward(team, model, cache, tokens, count, pieces, pieces_count, logits_at, count, out, NULL,
+                               &scores);
+  wrong |= memcmp(out, want, 4 * first * vocabulary) != 0;
+  for (int64_t n = 0; n < scored && !wrong; n++) {
+    const float *row = want + (first + n) * vocabulary;
+    int64_t best = 0, above = 0;
+    for (int64_t v = 0; v < vocabulary; v++) {
+      if (row[v] > row[best]) best = v;
+      above += row[v] > row[targets[n]];
+    }
+    double sum = 0, weighted = 0, inside = 0;
+    for (int64_t v = 0; v < vocabulary; v++) {
+      const double below = (double)row[v] - row[best], power = exp(below);
+      sum += power;
+      weighted += power * below;
+      inside += power * members[v];
+    }
+    const double logarithm = log(sum);
+    wrong |= ranks[n] != above + 1 || top_ids[n * scores.top] != best;
+    wrong |= fabs(scores.logprobs[n] - ((double)row[targets[n]] - row[best] - logarithm)) > 1e-6;
+    wrong |= fabs(scores.entropies[n] - (logarithm - weighted / sum)) > 1e-5;
+    wrong |= inside > 0 && fabs(scores.member_logprobs[n] - (log(inside) - logarithm)) > 1e-5;
+    wrong |= fabs(scores.top_logprobs[n * scores.top] + logarithm) > 1e-6;
+  }
+  free(out), free(members), free(sums), free(ranks), free(targets), free(top_ids);
+  if (wrong) fprintf(stderr, "scores differ from those of the logits\n"), exit(1);
+}
+
 /* Texts of `lengths` tokens, side by side in chunks of random sizes; logits (ROWS, context, V). */
 static void run_kernels(const PlainModel *plain, Random *random, int32_t *const tokens[], const int64_t *lengths,
                         float *logits) {
@@ -195,8 +237,9 @@ static void run_kernels(const PlainModel *plain, Random *random, int32_t *const 
     }
     float *out = malloc(4 * (count + 1) * plain->vocabulary);
     if (count && gpt2core_forward(team, &model, &cache, batch, count, pieces, pieces_count, logits_at, count, out,
-                                 NULL))
+                                 NULL, NULL))
       exit(1);
+    if (count) check_scores(team, &model, &cache, batch, count, pieces, pieces_count, logits_at, out);
     for (int64_t p = 0; p < pieces_count; p++) {
       const Piece piece = pieces[p];
       memcpy(logits + (piece.slot * plain->context + piece.start) * plain->vocabulary,
