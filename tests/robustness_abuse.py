@@ -12,7 +12,6 @@ from typing import Any
 
 import psutil
 from exit_program import ENDS, WAYS, exit_code
-from fuzz_schema import fuzz_schema
 from load_client import ask, ask_all, request
 from malformed import malformed_requests
 from robustness_report import get, must, port_of, report
@@ -119,6 +118,8 @@ def slope(points: list[tuple[int, int]]) -> float:
 
 def fuzz(args: argparse.Namespace, short: str) -> None:
     """Raw malformed requests and schemathesis; no 5xx, and alive afterwards."""
+    from fuzz_schema import fuzz_schema  # the rest of this module runs without schemathesis
+
     with process("--model", short, GPT2CORE_RECEIPT_S="0.5") as (running, url):
         statuses = asyncio.run(send_malformed(port_of(url), args.cases // 2, seed=args.seed))
         report("fuzz", what="raw malformed requests", cases=sum(statuses.values()), statuses=dict(statuses))

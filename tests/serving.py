@@ -1,6 +1,7 @@
 """A server for tests: the real app under real uvicorn on a socket, or as a process of its own."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -22,6 +23,8 @@ from gpt2core.serve import Settings, create_app
 from gpt2core.serve.app import load_model
 from gpt2core.serve.server import configure, listen
 
+EVENT_LOOPS = ("asyncio", "uvloop") if importlib.util.find_spec("uvloop") else ("asyncio",)
+"""The extra `dev` brings both, the extra `serve` one; scripts/test-extras runs tests with that alone."""
 HANG_S = 20
 """What takes so long on the slowest machine hangs."""
 

@@ -10,12 +10,12 @@ import sys
 import time
 
 import pytest
-from serving import HANG_S, Fake, post_bytes, raw, serving, strict, until
+from serving import EVENT_LOOPS, HANG_S, Fake, post_bytes, raw, serving, strict, until
 
 from gpt2core.serve.server import raise_descriptor_limit
 from gpt2core.testing import random_checkpoint
 
-LOOPS = pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+LOOPS = pytest.mark.parametrize("loop", EVENT_LOOPS)
 LIVEZ = b"GET /livez HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
 
 
@@ -262,11 +262,18 @@ def test_one_connection_too_many_is_503_and_is_logged(caplog):
         server.check_works()
 
 
-def test_more_clients_than_descriptors_are_refused_and_logged_and_the_server_lives_on(tmp_path):
+@LOOPS
+def test_more_clients_than_descriptors_are_refused_and_logged_and_the_server_lives_on(tmp_path, loop):
     most = 128
+    environment = dict(os.environ)
+    if loop == "asyncio":  # as where uvloop is not installed
+        hidden = tmp_path / "hidden"
+        hidden.mkdir()
+        (hidden / "uvloop.py").write_text("raise ImportError")
+        environment["PYTHONPATH"] = os.pathsep.join([str(hidden), os.environ.get("PYTHONPATH", "")])
     serve = f"{sys.executable} -m gpt2core serve --port 0 --backend numpy"
     command = ["sh", "-c", f"ulimit -n {most}; exec {serve} --model {random_checkpoint(tmp_path)}"]
-    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     lines = iter(running.stderr)
 
     def read_until(name):

@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any, Final
@@ -26,6 +27,8 @@ DRAIN_GRACE_S: Final = 2.0
 BACKLOG: Final = 2048
 SPARE_DESCRIPTORS: Final = 64
 """Of open files, for all but connections."""
+ACCEPT_PAUSE_S: Final = 1.0
+"""Between two lines about connections that could not be accepted."""
 DESCRIPTORS: Final = 2**20
 """Where the system sets no limit."""
 
@@ -126,12 +129,30 @@ class Server(uvicorn.Server):
         self._driver = driver
         self._lame_duck_s = lame_duck_s
         self._has_signal = False
+        self._told_s = -ACCEPT_PAUSE_S
         self._loop: asyncio.AbstractEventLoop
 
     async def startup(self, sockets: Any = None) -> None:
         """Begin to listen."""
         self._loop = asyncio.get_running_loop()
+        self._loop.set_exception_handler(self._tell_error)
         await super().startup(sockets)
+
+    def _tell_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Log what nothing else caught.
+
+        Python 3.11's asyncio goes on to accept when it has run out of descriptors, as often as the backlog is
+        long, and says so each time: 2,048 tracebacks a second, for which the server waits if its log is read
+        slowly.
+        """
+        error = context.get("exception")
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            now_s = time.monotonic()
+            if now_s - self._told_s >= ACCEPT_PAUSE_S:
+                self._told_s = now_s
+                logs.event("error", "out_of_descriptors", error=logs.describe_error(error))
+            return
+        loop.default_exception_handler(context)
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: whether to stop."""
