@@ -114,7 +114,7 @@ def create_app(settings: Settings | None = None, *, load: Callable[[Settings], G
     app.include_router(chat.router(service), dependencies=keyed)
     app.include_router(apidocs.router(describe_once), dependencies=keyed)
     if settings.playground:
-        app.include_router(playground.routes(), dependencies=keyed)
+        app.include_router(playground.router(driver, settings), dependencies=keyed)
 
     for kind in (Refusal, Disconnected, Gpt2CoreError, HTTPException):
         app.add_exception_handler(kind, answer_error)

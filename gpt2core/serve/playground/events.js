@@ -1,13 +1,4 @@
-// Server-sent events out of a fetch response, and errors out of its status.
-
-export class RequestError extends Error {
-  constructor(message, { param = null, status = 0, retryAfter = null } = {}) {
-    super(message);
-    this.param = param;
-    this.status = status;
-    this.retryAfter = retryAfter; // seconds
-  }
-}
+// Server-sent events out of a fetch response.
 
 // A seed has up to 63 bits, a number of JavaScript 53: so it stays a string of digits. A quote inside a JSON string
 // is escaped, so that this pattern matches keys only.
@@ -39,40 +30,4 @@ export async function* eventsOf(stream) {
   } finally {
     reader.cancel().catch(() => {}); // an aborted stream cannot be cancelled once more, and need not be
   }
-}
-
-const MEANING = {
-  401: "The API key is missing or wrong.",
-  408: "The request came too slowly.",
-  413: "The prompt is too large for this server.",
-  429: "The server has too much to do.",
-  502: "The server cannot be reached.",
-  503: "The server is not ready.",
-  504: "It took too long.",
-};
-
-export async function refusal(response) {
-  let error = {};
-  try {
-    error = (await response.json()).error ?? {};
-  } catch {
-    // not of this server, but of a proxy before it: the status alone has to do
-  }
-  const seconds = Number(response.headers.get("Retry-After"));
-  const begin = MEANING[response.status] ?? `The server refused (status ${response.status}).`;
-  return described(error, begin, {
-    status: response.status,
-    retryAfter: Number.isFinite(seconds) && seconds > 0 ? Math.ceil(seconds) : null,
-  });
-}
-
-export function described(error, begin, details = {}) {
-  const message = typeof error.message === "string" ? `${begin} ${sentence(error.message)}` : begin;
-  const again = details.retryAfter ? ` Try again in ${details.retryAfter} s.` : "";
-  return new RequestError(message + again, { param: error.param ?? null, ...details });
-}
-
-function sentence(text) {
-  const begun = text.charAt(0).toUpperCase() + text.slice(1);
-  return /[.!?]$/.test(begun) ? begun : `${begun}.`;
 }

@@ -1,163 +1,13 @@
 """The playground in a headless browser: against planted events, and against the real server."""
 
-import asyncio
-import contextlib
 import json
-import math
-import shutil
-import socket
-import threading
 
 import pytest
-import uvicorn
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, StreamingResponse
-from playwright.sync_api import expect, sync_playwright
+from pages import BINS, HOSTILE, SEED, data, run, summary, token
+from playwright.sync_api import expect
 from serving import HANG_S, serving, until
 
 from gpt2core import GPT2
-from gpt2core.serve import playground
-from gpt2core.serve.guard import SECURITY_HEADERS
-
-expect.set_options(timeout=1000 * HANG_S)
-SEED = 2**63 - 25  # is no number of JavaScript
-BINS = ((0.01, "0"), (0.05, "1"), (0.2, "2"), (0.5, "3"), (0.9, "4"))
-HOSTILE = "<img src=x onerror=alert(1)>"
-
-
-def token(text, probability=0.9, *, token_id=5, name=None, top=(), finish=None):
-    logprob = math.log(probability)
-    others = [{"token": t, "token_id": 1000 + i, "logprob": math.log(p)} for i, (t, p) in enumerate(top)]
-    shown = {"token": text if name is None else name, "token_id": token_id, "logprob": logprob}
-    return {
-        **{"index": 0, "choice": 0, "text": text, **shown, "finish_reason": finish},
-        "top_logprobs": sorted([shown, *others], key=lambda one: -one["logprob"]),
-    }
-
-
-def summary(text, completion_tokens, finish="length"):
-    one = {"text": text, "finish_reason": finish, "prompt_tokens": 1, "completion_tokens": completion_tokens}
-    return {
-        **{"generated_text": text, "generations": [{**one, "index": 0, "choice": 0, "seed": SEED}]},
-        **{"model": "planted", "backend": "none", "seed": SEED, "elapsed_s": 0.5, "usage": {}},
-    }
-
-
-def data(*events):
-    return "".join(f"data: {e if isinstance(e, str) else json.dumps(e)}\n\n" for e in events).encode()
-
-
-class Planted:
-    """An app whose `/generate` answers what a test planted."""
-
-    def __init__(self):
-        self.app = FastAPI()
-        self.app.include_router(playground.routes())
-        self.app.post("/generate")(self.generate)
-        self.app.get("/readyz")(self.readyz)
-        self.app.middleware("http")(self.secure)
-        self.forget()
-
-    def forget(self):
-        self.chunks, self.refusal, self.ready, self.hold = [], None, [], False
-        self.bodies, self.keys, self.gone = [], [], threading.Event()
-
-    async def secure(self, request, call_next):
-        answer = await call_next(request)
-        answer.headers.update(SECURITY_HEADERS)
-        return answer
-
-    async def readyz(self):
-        if self.ready:
-            return error_response(*self.ready.pop(0))
-        return {"status": "ready"}
-
-    async def generate(self, request: Request):
-        self.bodies.append((await request.body()).decode())
-        self.keys.append(request.headers.get("authorization"))
-        if self.refusal is not None:
-            return error_response(*self.refusal)
-
-        async def chunks():
-            try:
-                for chunk in self.chunks:
-                    yield chunk
-                    await asyncio.sleep(0.01)
-                while self.hold:
-                    await asyncio.sleep(0.01)
-            except asyncio.CancelledError:
-                self.gone.set()
-                raise
-
-        return StreamingResponse(chunks(), media_type="text/event-stream")
-
-
-def error_response(status, message, param=None, headers=None):
-    body = {"error": {"type": "t", "code": "c", "param": param, "message": message}}
-    return JSONResponse(body, status, headers)
-
-
-@pytest.fixture(scope="module")
-def planted():
-    app = Planted()
-    sock = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app.app, log_config=None, ws="none", timeout_graceful_shutdown=1))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
-    thread.start()
-    until(lambda: server.started)
-    app.url = f"http://127.0.0.1:{sock.getsockname()[1]}/"
-    yield app
-    server.should_exit = True
-    thread.join(HANG_S)
-    sock.close()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    path = shutil.which("chromium")
-    assert path, "these tests need a browser: apt-get install chromium"
-    with (
-        sync_playwright() as playwright,
-        contextlib.closing(playwright.chromium.launch(executable_path=path)) as running,
-    ):
-        yield running
-
-
-@pytest.fixture
-def open_page(browser):
-    """Opens a page; whatever the browser complains of fails the test, refused scripts and styles among it."""
-    complaints, contexts, allowed = [], [], []
-
-    def open_(url, *, expected=(), **options):
-        allowed.extend(expected)
-        contexts.append(browser.new_context(**options))
-        page = contexts[-1].new_page()
-        page.set_default_timeout(1000 * HANG_S)
-        page.on("console", lambda line: complaints.append(line.text) if line.type != "log" else None)
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("request", lambda request: complaints.append(request.url) if foreign(request, url) else None)
-        page.goto(url)
-        return page
-
-    yield open_
-    for context in contexts:
-        context.close()
-    assert [text for text in complaints if not any(part in text for part in allowed)] == []
-
-
-def foreign(request, url):
-    return not request.url.startswith(url)
-
-
-@pytest.fixture
-def page(planted, open_page):
-    planted.forget()
-    return open_page(planted.url, expected=["Failed to load resource"])
-
-
-def run(page, prompt="Hello"):
-    page.locator("#prompt").fill(prompt)
-    page.keyboard.press("Control+Enter")
 
 
 def test_the_text_arrives_whole_and_each_token_has_the_colour_of_its_probability(planted, page):
@@ -209,7 +59,7 @@ def test_alternatives_are_told_on_hover_and_on_keyboard_focus(planted, page):
     expect(tip).to_be_hidden()
 
     page.locator("#logprobs").focus()
-    for _ in range(3):  # stop strings, API key, tokens
+    for _ in range(4):  # stop strings, API key, the button that copies, tokens
         page.keyboard.press("Tab")
     expect(page.locator(".token").first).to_be_focused()
     expect(tip.locator("caption")).to_have_text("␣cat had 25.0 %")
@@ -255,7 +105,7 @@ def test_the_seed_is_shown_with_all_its_digits_and_can_be_used_again(planted, pa
     expect(page.locator("#seed")).to_have_value(str(SEED))
     page.locator("#run").click()
     until(lambda: len(planted.bodies) == 2)
-    assert '"seed"' not in planted.bodies[0]
+    assert json.loads(planted.bodies[0])["seed"] < 2**63  # drawn by the page
     assert f'"seed":{SEED}' in planted.bodies[1]
 
 
@@ -286,26 +136,53 @@ def test_stop_ends_the_request_and_keeps_the_text(planted, page, way):
     ("refusal", "shown", "focused"),
     [
         (
-            (429, "the queue of 64 texts is full", None, {"Retry-After": "7"}),
-            "The server has too much to do. The queue of 64 texts is full. Try again in 7 s.",
+            (429, "the queue of 64 texts is full; try again later", None, {"Retry-After": "7"}, "queue_full"),
+            "The server is busy with other texts. Try again in 7 s.",
             None,
         ),
         (
-            (503, "the model is being loaded", None, {"Retry-After": "5"}),
-            "The server is not ready. The model is being loaded. Try again in 5 s.",
+            (429, "this client's requests hold 48 of the 48 places", None, {}, "client_queue_full"),
+            "The server is still busy with your other texts.",
+            None,
+        ),
+        ((429, "slow down", None, {"Retry-After": "soon"}), "The server is busy.", None),
+        (
+            (503, "the model is being loaded", None, {"Retry-After": "5"}, "loading"),
+            "The model is still being loaded. Try again in 5 s.",
             None,
         ),
         (
-            (401, "send Authorization: Bearer KEY"),
-            "The API key is missing or wrong. Send Authorization: Bearer KEY.",
+            (503, "the engine has failed", None, {}, "engine_failed"),
+            "The model has failed. Whoever runs the server has to start it again.",
+            None,
+        ),
+        (
+            (401, "send Authorization: Bearer KEY", None, {}, "invalid_api_key"),
+            "The API key is missing or wrong. Enter it here.",
             "api_key",
         ),
         (
-            (422, "top_p must be above 0", "top_p"),
-            "The server refused (status 422). Top_p must be above 0.",
+            (413, "the request's body has more than 9 bytes; send less", None, {}, "body_too_large"),
+            "The prompt is too long for this server. Shorten it.",
+            None,
+        ),
+        (
+            (422, "top_p is too small; above 0 and at most 1", "top_p"),
+            "Top p is too small. Above 0 and at most 1.",
             "top_p",
         ),
-        ((500, HOSTILE), f"The server refused (status 500). {HOSTILE}.", None),
+        (
+            (
+                422,
+                "prompt has 4 tokens and max_new_tokens is 50, 54 in all; this model's context is 32; "
+                "shorten the prompt or pass max_new_tokens=28 or less",
+                *("prompt", {}, "context_length_exceeded"),
+            ),
+            "Prompt has 4 tokens and Max new tokens is 50, 54 in all. This model's context is 32. "
+            "Shorten the prompt or set Max new tokens to 28 or less.",
+            "prompt",
+        ),
+        ((500, HOSTILE), f"The server could not answer (status 500). {HOSTILE}.", None),
     ],
 )
 def test_a_refusal_is_told_readably(planted, page, refusal, shown, focused):
@@ -349,21 +226,25 @@ def test_a_seed_that_is_no_number_is_refused_before_anything_is_sent(planted, pa
 
 def test_a_server_that_still_loads_is_told_and_looked_at_again(planted, open_page):
     planted.forget()
-    planted.ready = [(503, "the model is being loaded")]
+    planted.ready = [(503, "the model is being loaded", None, {}, "loading")]
+    planted.about["backend"] = planted.about["context"] = None
     page = open_page(planted.url, expected=["Failed to load resource"])
-    expect(page.locator("#status")).to_have_text("The server is not ready. The model is being loaded.")
+    expect(page.locator("#status")).to_have_text("The model is still being loaded.")
+    expect(page.locator("#model")).to_have_text("planted")
+    planted.about |= {"backend": "none", "context": 32}
     expect(page.locator("#status")).to_have_text("")
+    expect(page.locator("#model")).to_have_text("planted on none, context 32")
 
 
 def test_everything_is_reached_by_tab_in_the_order_of_the_page(planted, page):
     page.locator("a").focus()
     seen = []
-    for _ in range(13):
+    for _ in range(15):
         seen.append(page.evaluate("document.activeElement.id || document.activeElement.tagName"))
         page.keyboard.press("Tab")
     assert seen == [
-        *("A", "prompt", "run", "max_new_tokens", "temperature", "top_k", "top_p", "min_p"),
-        *("repetition_penalty", "seed", "logprobs", "stop", "api_key"),
+        *("A", "prompt", "run", "stop-button", "SUMMARY", "max_new_tokens", "temperature", "top_k", "top_p"),
+        *("min_p", "repetition_penalty", "seed", "logprobs", "stop", "api_key"),
     ]
     unnamed = "all => all.filter(e => !e.labels?.length && !e.textContent.trim()).map(e => e.id)"
     assert page.locator("input, textarea, button:visible").evaluate_all(unnamed) == []
@@ -378,7 +259,8 @@ LUMINANCE = """() => {
     return 0.2126 * r + 0.7152 * g + 0.0722 * b;
   };
   const page = getComputedStyle(document.body).backgroundColor;
-  const texts = document.querySelectorAll(".token, .prompt, .hint, label, a, #run, #error, #status");
+  const texts = document.querySelectorAll(
+    ".token, .prompt, .hint, label, a, summary, #model, #run, #error, #status");
   return [...texts].map((e) => {
     const around = [page];
     for (let one = e, found = []; one; one = one.parentElement) {
@@ -408,7 +290,6 @@ def test_every_text_has_the_contrast_that_wcag_asks_for(planted, open_page, sche
 def test_nothing_is_wider_than_a_small_screen(planted, open_page):
     planted.forget()
     page = open_page(planted.url, viewport={"width": 320, "height": 640})
-    expect(page.locator("#output")).not_to_be_in_viewport()
     long = "x" * 400
     planted.chunks = [data(token(long, top=[(long, 0.05)]), summary(long, 1), "[DONE]")]
     run(page)
