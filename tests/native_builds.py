@@ -55,7 +55,8 @@ def use_build(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def driver(compiler: str, flags: str, source: str = "hash_model.c") -> pathlib.Path:
-    """One of `kernels/tests` as a program."""
+    """One of `kernels/tests` as a program; the compiler's assembly lies beside it."""
+    flags = f"{flags} -save-temps=obj"
     digest = hashlib.sha256(repr((compiler, flags, source, describe_processor())).encode())
     for path in sorted(KERNELS.rglob("*.[ch]")):
         digest.update(path.read_bytes())
@@ -63,6 +64,8 @@ def driver(compiler: str, flags: str, source: str = "hash_model.c") -> pathlib.P
         program = folder / "driver"
         if not program.exists():
             bits.compile_driver(compiler, flags, folder / "new", source).rename(program)
+            for path in folder.glob("*.[io]"):
+                path.unlink()
     return program
 
 

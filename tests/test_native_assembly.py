@@ -1,10 +1,10 @@
 """The native kernels' inner loops keep their sums in registers, which only the assembly shows."""
 
 import re
-import shutil
 
 import bits
 import pytest
+from native_builds import driver
 
 PRODUCTS = {
     "product_float32": r"\tv?fmla|\tvfmadd",
@@ -13,12 +13,9 @@ PRODUCTS = {
     "product_int4": r"\tsdot|\tvpmaddubsw",
     "attend_bfloat16": r"\tv?fmla|\tvfmadd",
 }
-TARGETS = {
-    "aarch64, dot products": ("aarch64-linux-gnu-gcc", "-march=armv8.2-a+dotprod", 24, 0.0),
-    "AVX2, tuned for AMD": ("gcc", "-march=haswell -mtune=znver3", 12, 0.34),
-}
-"""Compiler, flags, products of a whole tile's step, stores for each that are allowed: with 16 registers one
-or two sums of int4 may lie in memory."""
+TARGETS = {"aarch64, dot products": (24, 0.0), "gcc, AVX2, FMA": (12, 0.34)}
+"""Products of a whole tile's step, stores for each that are allowed: with 16 registers one or two sums of
+int4 may lie in memory."""
 
 
 def inner_loops(assembly, function):
@@ -32,11 +29,10 @@ def inner_loops(assembly, function):
             yield block[: back.end()]
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_sums_stay_in_registers_in_each_inner_loop_of_a_whole_tile(target, tmp_path):
-    compiler, flags, products, allowed = TARGETS[target]
-    assert shutil.which(compiler), f"install {compiler}"
-    path = bits.compile_driver(compiler, f"-O3 {flags} -S", tmp_path / "kernels.s", "../gpt2.c")
+@pytest.mark.parametrize("build", TARGETS)
+def test_sums_stay_in_registers_in_each_inner_loop_of_a_whole_tile(build):
+    products, allowed = TARGETS[build]
+    (path,) = driver(*bits.BUILDS[build]).parent.glob("*.s")
     assembly = path.read_text()
     for function, pattern in PRODUCTS.items():
         whole = [

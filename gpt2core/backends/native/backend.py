@@ -106,7 +106,7 @@ class NativeBackend:
             itemsize=2 if self.precision in ("int8", "int4") else 4,
             lanes=self._library.lanes(),
         )
-        self._packed: PackedModel | None = PackedModel(weights, self._library)
+        self._packed: PackedModel | None = PackedModel(weights, self._library, threads or count_cores())
         team = self._library.team_new(threads or count_cores())
         if not team:
             raise BackendError("the native backend found no memory for its threads")

@@ -8,7 +8,7 @@ The structures have the fields of those in `kernels/products.h` and `kernels/gpt
 
 import ctypes
 import mmap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from ctypes import POINTER, Structure, c_float, c_int, c_int64, c_void_p
 from typing import Any, Final
 
@@ -121,11 +121,13 @@ class PackedModel:
     Args:
         weights: float32 or quantized. Matrices are copied; the table of embeddings is read where it lies.
         library: the compiled kernels.
+        threads: how many matrices are packed at once.
     """
 
-    def __init__(self, weights: Weights, library: Any) -> None:
+    def __init__(self, weights: Weights, library: Any, threads: int = 1) -> None:
         self._library, self._wide = library, library.strip_width()
         self._kept: list[Any] = []
+        self._to_pack: list[Callable[[], object]] = []
         self._bare: CModel | None = None
         self._arena = _Arena(sum(self._packed_nbytes(m) for m in _matrices(weights)))
         config = weights.config
@@ -133,6 +135,7 @@ class PackedModel:
             blocks = [self._block(block, config.attention_scale(i)) for i, block in enumerate(weights.blocks)]
             self._blocks = (CBlock * config.n_layer)(*blocks)
             head = self._matrix(weights.lm_head.T)
+            self._pack(threads)
         kind, wte, wte_scale = self._table(weights.wte)
         self.nbytes = self._arena.nbytes
         self.model = CModel(
@@ -153,6 +156,7 @@ class PackedModel:
             identity, arena = np.eye(width, dtype=np.float32), self._arena
             self._arena = self._kept_arena = _Arena(self._packed_nbytes(identity))
             head, self._arena = self._matrix(identity), arena
+            self._pack(threads=1)
             self._bare = CModel.from_buffer_copy(self.model)
             self._bare.vocabulary, self._bare.head = width, head
         return self._bare
@@ -197,24 +201,42 @@ class PackedModel:
             )
         return _whole(inputs * _whole(matrix.shape[1], self._wide) * bits // 8, _ALIGNMENT)
 
+    def _pack(self, threads: int) -> None:
+        """Do what `_matrix` has left to do; C works outside the interpreter's lock."""
+        from concurrent.futures import ThreadPoolExecutor  # milliseconds that only those who load spend
+
+        largest_first = self._to_pack[::-1]  # the head comes last
+        if threads == 1:
+            for pack in largest_first:
+                pack()
+        else:
+            with ThreadPoolExecutor(threads, "gpt2core-packing") as pool:
+                for done in [pool.submit(pack) for pack in largest_first]:
+                    done.result()
+        self._to_pack.clear()
+
     def _matrix(self, matrix: Matrix) -> CMatrix:
-        """Pack a matrix (I, O), of any strides."""
+        """Lay out a matrix (I, O), of any strides, which `_pack` then fills in."""
         kind, padded, _ = _layout(matrix)
         inputs, outputs = matrix.shape
         to = self._arena.take(self._packed_nbytes(matrix))
-        pack, group, scale, zero = self._library, padded, None, None
+        library, later, group, scale, zero = self._library, self._to_pack.append, padded, None, None
         match matrix:
             case Int4():
-                pack.pack_int4(np.ascontiguousarray(matrix.packed).ctypes.data, padded, outputs, to)
+                packed = np.ascontiguousarray(matrix.packed)
+                later(lambda: library.pack_int4(packed.ctypes.data, padded, outputs, to))
                 zeros = unpack_nibbles(matrix.zero)[:, : matrix.scale.shape[1]].astype(np.float32)
                 group, scale, zero = matrix.group_size, self._per_group(matrix.scale), self._per_group(zeros)
             case Int8():
-                pack.pack_int8(*_strided(matrix.values), inputs, padded, outputs, to)
+                int8 = matrix.values
+                later(lambda: library.pack_int8(*_strided(int8), inputs, padded, outputs, to))
                 scale = self._padded(matrix.scale)
             case BFloat16():
-                pack.pack_bfloat16(*_strided(matrix.bits), inputs, outputs, to)
+                bits = matrix.bits
+                later(lambda: library.pack_bfloat16(*_strided(bits), inputs, outputs, to))
             case _:
-                pack.pack_float32(*_strided(matrix), inputs, outputs, to)
+                float32 = matrix
+                later(lambda: library.pack_float32(*_strided(float32), inputs, outputs, to))
         return CMatrix(kind, group, padded, outputs, to, scale, zero)
 
     def _per_group(self, numbers: np.ndarray) -> int:
