@@ -103,7 +103,7 @@ def full(stack, fake, **settings):
 def test_a_refusal_looks_at_no_body_and_keeps_the_connection(monkeypatch):
     with contextlib.ExitStack() as stack:
         server = full(stack, Fake())
-        monkeypatch.setattr(Service, "_encode", None)
+        monkeypatch.setattr(Service, "encode", None)
         monkeypatch.setattr("gpt2core.serve.body.parse", None)
         for _ in range(3):
             answer = server.client.post("/v1/completions", content=b"{", headers={"X-Request-ID": "mine"})
@@ -114,6 +114,15 @@ def test_a_refusal_looks_at_no_body_and_keeps_the_connection(monkeypatch):
         assert len(server.uvicorn.server_state.connections) == 5
         name = 'gpt2core_requests_total{method="POST",route="/v1/completions",status="429"}'
         assert server.metric(name) == 3
+
+
+def test_a_page_of_an_allowed_origin_can_read_when_to_try_again():
+    with contextlib.ExitStack() as stack:
+        server = full(stack, Fake(), allowed_origins="https://a.example")
+        answer = server.client.post("/generate", json={}, headers={"Origin": "https://a.example"})
+        assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
+        assert answer.headers["access-control-allow-origin"] == "https://a.example"
+        assert "Retry-After" in answer.headers["access-control-expose-headers"]
 
 
 def test_refusals_are_one_line_of_the_log_together(caplog):

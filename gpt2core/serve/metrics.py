@@ -109,6 +109,10 @@ class Metrics:
         self._rows.observe(rows)
         self._generated.inc(tokens)
 
+    def count_prompt(self, tokens: int) -> None:
+        """Count the tokens of a text that was read and not continued."""
+        self._prompt.inc(tokens)
+
     def count_text(self, request: Request, route: str) -> None:
         """Count a text that is complete."""
         self._prompt.inc(request.prompt_tokens)
