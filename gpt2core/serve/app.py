@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 from gpt2core import GPT2, Gpt2CoreError, RequestError
 from gpt2core.serve import apidocs, chat, completions, embeddings, generate, logs, playground, tokens
 from gpt2core.serve.auth import require_key
+from gpt2core.serve.doorkeeper import Doorkeeper
 from gpt2core.serve.driver import Driver
 from gpt2core.serve.errors import Disconnected, Refusal, answer_error
 from gpt2core.serve.guard import Guard
@@ -98,6 +99,7 @@ def create_app(settings: Settings | None = None, *, load: Callable[[Settings], G
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.state.driver = driver
+    app.state.doorkeeper = Doorkeeper(driver, metrics)
     description: dict[str, Any] = {}
 
     def describe_once() -> dict[str, Any]:

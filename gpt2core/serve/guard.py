@@ -18,7 +18,7 @@ from gpt2core.serve import logs
 from gpt2core.serve.auth import find_key
 from gpt2core.serve.cors import Cors
 from gpt2core.serve.driver import Driver
-from gpt2core.serve.errors import CLIENT_GONE, Disconnected, Refusal, headers_too_large, to_refusal
+from gpt2core.serve.errors import CLIENT_GONE, Disconnected, Refusal, headers_too_large, slow_body, to_refusal
 from gpt2core.serve.metrics import Metrics
 from gpt2core.serve.settings import LOOPBACK_HOSTS, Settings
 from gpt2core.serve.state import Client, RequestState
@@ -83,6 +83,7 @@ class Guard:
             await exchange.run(preflight)
         elif (refusal := self.refuse_early(scope, exchange)) is not None:
             exchange.route = scope["path"]
+            exchange.is_refused = True
             await exchange.run(_ReadAndRefuse(refusal))
         else:
             await exchange.run(self._app)
@@ -150,6 +151,7 @@ class Exchange:
         self.headers = Headers(scope=scope)
         self.route: str | None = None  # where no route was looked for
         self.more_headers: list[tuple[bytes, bytes]] = []
+        self.is_refused = False  # for want of a place
         self._driver = driver
         self._scope = scope
         self._receive = receive
@@ -160,9 +162,11 @@ class Exchange:
         self._complete = False
         self._status: int | None = None
         given = self.headers.get("x-request-id", "")
-        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        has_given_id = _REQUEST_ID.fullmatch(given) is not None
+        request_id = given if has_given_id else uuid.uuid4().hex
         address = scope["client"][0] if scope.get("client") else None
-        self.state = RequestState(request_id, begun_s=time.perf_counter(), client=Client(address))
+        begun_s = time.perf_counter()
+        self.state = RequestState(request_id, begun_s, Client(address), has_given_id)
         self.state.attach(scope)
 
     async def run(self, app: ASGIApp) -> None:
@@ -192,10 +196,7 @@ class Exchange:
             async with asyncio.timeout(left_s):
                 message = await self._receive()
         except TimeoutError:
-            message_text = f"the request's body did not arrive within {settings.receipt_s:g} s"
-            raise Refusal(
-                408, "timeout_error", "slow_body", message_text, headers={"Connection": "close"}
-            ) from None
+            raise slow_body(settings.receipt_s) from None
         if message["type"] == "http.disconnect":  # before its body was here
             raise Disconnected
         self._received_nbytes += len(message.get("body", b""))
@@ -208,6 +209,10 @@ class Exchange:
         """Pass a message of the answer on, with the headers that every answer has."""
         if message["type"] == "http.response.start":
             self._status = message["status"]
+            length = self.headers.get("content-length", "")
+            if self.is_refused and self._status == 429 and self._scope["http_version"] == "1.1":
+                self.state.refused_with = [*_RAW_SECURITY_HEADERS, *self.more_headers]
+                self.state.body_nbytes = int(length) if length.isdecimal() else None
             headers = [(name.lower(), value) for name, value in message.get("headers", [])]
             given = {name for name, _ in headers}
             headers += [pair for pair in _RAW_SECURITY_HEADERS if pair[0] not in given]

@@ -77,6 +77,7 @@ class Metrics:
         # Exposed as gpt2core_server_info.
         self._server = Info("gpt2core_server", "What answers.", registry=self.registry)
         self._of_route: dict[str, RouteMetrics] = {}
+        self._counted: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
         ProcessCollector(registry=self.registry)
 
     def of_route(self, route: str) -> RouteMetrics:
@@ -101,8 +102,12 @@ class Metrics:
 
     def count_request(self, method: str, route: str, status: int, elapsed_s: float) -> None:
         """Count a request that was answered."""
-        self._requests.labels(method, route, str(status)).inc()
-        self._request_s.labels(route).observe(elapsed_s)
+        counted = self._counted.get((method, route, status))
+        if counted is None:  # prometheus_client's own look-up takes as long as a refusal
+            counted = self._requests.labels(method, route, str(status)), self._request_s.labels(route)
+            self._counted[method, route, status] = counted
+        counted[0].inc()
+        counted[1].observe(elapsed_s)
 
     def count_step(self, rows: int, tokens: int) -> None:
         """Count a step of the engine."""
