@@ -89,7 +89,7 @@ class Settings(BaseSettings):
         description="Part of all places that one client (address and key) may hold, running and waiting.",
     )
     max_stretch: float = Field(
-        default=2,
+        default=1.75,
         gt=1,
         le=1000,
         description="How many times longer prompts may make a step for the texts that are written.",
