@@ -1,10 +1,16 @@
 """Many HTTP clients in one thread, cheap enough not to disturb the server that they measure."""
 
 import asyncio
+import contextlib
+import heapq
 import json
+import re
+import selectors
+import socket
 import time
+from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 
 @dataclass
@@ -77,6 +83,46 @@ def ask_all(port: int, requests: list[bytes], *, clients: int) -> list[Answer]:
         return answers
 
     return asyncio.run(run())
+
+
+def insist(
+    port: int, data: bytes, *, clients: int, seconds: float, pause_s: float = 0.25
+) -> dict[int, list[float]]:
+    """So many clients on kept connections, for a while: each asks again, when it is refused after a pause.
+
+    One plain loop, since hundreds of clients that are refused ask a thousand times a second. By status, how
+    long the answers took.
+    """
+    elapsed_s: dict[int, list[float]] = defaultdict(list)
+    begun_s: dict[socket.socket, float] = {}
+    parts: dict[socket.socket, bytes] = {}
+    with contextlib.ExitStack() as stack, selectors.DefaultSelector() as selector:
+        now_s = time.perf_counter()
+        end_s = now_s + seconds
+        due: list[tuple[float, int, socket.socket]] = []
+        for i in range(clients):
+            connection = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+            selector.register(connection, selectors.EVENT_READ)
+            heapq.heappush(due, (now_s + pause_s * i / clients, i, connection))
+        while (now_s := time.perf_counter()) < end_s:
+            while due and due[0][0] <= now_s:
+                _, _, connection = heapq.heappop(due)
+                begun_s[connection], parts[connection] = now_s, b""
+                connection.sendall(data)
+            next_s = min(end_s, due[0][0]) if due else end_s
+            for key, _ in selector.select(max(0, next_s - now_s)):
+                connection = cast(socket.socket, key.fileobj)
+                received = connection.recv(65536)
+                assert received, "closed"
+                parts[connection] += received
+                head, end, body = parts[connection].partition(b"\r\n\r\n")
+                if end and len(body) == int(re.findall(rb"(?i)content-length: (\d+)", head)[0]):
+                    now_s = time.perf_counter()
+                    status = int(head.split(b" ", 2)[1])
+                    elapsed_s[status].append(now_s - begun_s[connection])
+                    again_s = now_s + (pause_s if status == 429 else 0)
+                    heapq.heappush(due, (again_s, connection.fileno(), connection))
+    return elapsed_s
 
 
 def percentile(values: list[float], q: float) -> float:

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from robustness_abuse import disconnects, exits, faults, fuzz, leaks
-from robustness_load import clients, fairness, load, overhead
+from robustness_load import clients, fairness, load, overhead, refusals, stutter
 from robustness_report import FAILED
 from robustness_texts import determinism, prompts, threads
 
@@ -24,6 +24,8 @@ PARTS = {
     "faults": (faults, "tiny"),
     "overhead": (overhead, "tiny"),
     "clients": (clients, "tiny"),
+    "refusals": (refusals, "tiny"),
+    "stutter": (stutter, "small"),
     "disconnects": (disconnects, "tiny"),
     "fuzz": (fuzz, "short"),
     "leaks": (leaks, "tiny"),
@@ -39,7 +41,8 @@ def main() -> int:
     parser.add_argument("--backend", default="onnx")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=64, help="new tokens per client of `load`")
-    parser.add_argument("--rounds", type=int, default=3, help="of `load`; the best counts")
+    parser.add_argument("--rounds", type=int, default=3, help="of `load`, `refusals` and `stutter`")
+    parser.add_argument("--seconds", type=float, default=10, help="of each half of a pair of `refusals`")
     parser.add_argument("--requests", type=int, default=10_000, help="of `leaks`")
     parser.add_argument("--cases", type=int, default=20_000, help="of `fuzz`")
     parser.add_argument("--exits", type=int, default=10, help="of `exit`, in each of its ten ways")

@@ -3,10 +3,11 @@
 import argparse
 import asyncio
 import json
+import re
 import time
 from collections import Counter
 
-from load_client import Answer, ask, ask_all, percentile, request
+from load_client import Answer, ask, ask_all, insist, percentile, request
 from robustness_report import get, lag_p99_s, must, port_of, report
 from serving import process
 
@@ -81,6 +82,91 @@ def clients(args: argparse.Namespace, tiny: str) -> None:
             )
             must("clients", f"{count}: only 200 and 429", set(statuses) <= {200, 429})
             must("clients", f"{count}: 429 within 250 ms", max(refused_s, default=0) <= 0.25)
+
+
+def refusals(args: argparse.Namespace, tiny: str) -> None:
+    """What those that are refused and ask again cost the others: 96 clients and 256, in interleaved pairs."""
+    body = {"prompt": "Once upon a time", "max_new_tokens": 64, "temperature": 0.8}
+    data = request("/generate", body, keep=True)
+    environment = {"GPT2CORE_CLIENT_SHARE": "1", "GPT2CORE_DEADLINE_S": "600"}
+    with process("--model", "demo", "--threads", "1", **environment) as (_, url):
+
+        def generate(count: int) -> tuple[float, dict[int, list[float]]]:
+            time.sleep(1)  # those of the round before are gone
+            before, begun_s = generated(get(f"{url}/metrics")), time.perf_counter()
+            answers = insist(port_of(url), data, clients=count, seconds=args.seconds)
+            tokens, elapsed_s = generated(get(f"{url}/metrics")) - before, time.perf_counter() - begun_s
+            return tokens / elapsed_s, answers
+
+        generate(96)
+        pairs = []
+        for _ in range(args.rounds):
+            (alone, few), (beside, many) = generate(96), generate(256)
+            pairs.append((alone, beside))
+            must("refusals", "only 200 and 429", {*few, *many} <= {200, 429})
+        refused_s = many[429]
+    ratios = [beside / alone for alone, beside in pairs]
+    ratio = percentile(ratios, 0.5)
+    report(
+        "refusals",
+        tokens_per_s=[[round(rate) for rate in pair] for pair in pairs],
+        ratios=ratios,
+        ratio=ratio,
+        refused_per_s=len(refused_s) / args.seconds,
+        refused_p95_s=percentile(refused_s, 0.95),
+    )
+    must("refusals", "at least 0.85 of the tokens/s without them", ratio >= 0.85)
+
+
+def generated(metrics: str) -> float:
+    return float(re.findall(r"^gpt2core_generated_tokens_total (\S+)$", metrics, re.MULTILINE)[0])
+
+
+def stutter(args: argparse.Namespace, small: str) -> None:
+    """16 streams while a prompt of 900 tokens is read: the longest gap between two tokens, in medians."""
+    options = {"max_new_tokens": 400, "ignore_eos": True, "stream": True}
+    streams = [request("/generate", {"prompt": f"Client {i}", **options}) for i in range(16)]
+    long = request("/v1/completions", {"prompt": [7] * 900, "max_tokens": 1})
+    wait_s = 3.0
+    with process("--model", small, "--backend", args.backend, "--threads", str(args.threads)) as (_, url):
+
+        async def beside() -> tuple[list[Answer], Answer, bool]:
+            jobs = [asyncio.create_task(ask(port_of(url), data)) for data in streams]
+            await asyncio.sleep(wait_s)
+            answer = await ask(port_of(url), long)
+            ended = any(job.done() for job in jobs)
+            return [await job for job in jobs], answer, ended
+
+        worst: list[float] = []
+        without: list[float] = []
+        for _ in range(args.rounds):
+            answers, answer, ended = asyncio.run(beside())
+            medians_s = [percentile(one.gaps_s, 0.5) for one in answers]
+            halves = [split_gaps(one, wait_s, wait_s + answer.elapsed_s) for one in answers]
+            for gaps, half in zip((worst, without), zip(*halves, strict=True), strict=True):
+                gaps.append(max(max(one) / median_s for one, median_s in zip(half, medians_s, strict=True)))
+            must("stutter", "all answered, the streams last", answer.status == 200 and not ended)
+    report(
+        "stutter",
+        median_gap_s=percentile(medians_s, 0.5),
+        worst_gap_in_medians=worst,
+        worst_gap_without_the_prompt=without,
+        long_prompt_s=answer.elapsed_s,
+    )
+    must("stutter", "no gap beyond 3 medians", max(worst) <= 3)
+
+
+def split_gaps(answer: Answer, begin_s: float, end_s: float) -> tuple[list[float], list[float]]:
+    """A stream's gaps that ended in a time after its begin, and of the rest, but its first second."""
+    inside, outside = [], []
+    passed_s = answer.ttft_s
+    for gap_s in answer.gaps_s:
+        passed_s += gap_s
+        if begin_s <= passed_s <= end_s + gap_s:
+            inside.append(gap_s)
+        elif passed_s > answer.ttft_s + 1:
+            outside.append(gap_s)
+    return inside, outside
 
 
 def overhead(args: argparse.Namespace, tiny: str) -> None:

@@ -14,14 +14,22 @@ from gpt2core.sampling.params import SamplingParams
 
 
 class Clock:
-    """Time that passes only while the backend computes: so much per step, and so much per token."""
+    """Time that passes only while the backend computes: so much per step, and so much per token.
 
-    def __init__(self, monkeypatch, *, step_s=0.02, token_s=0.002):
+    A token costs more by `position_s` for each token before it.
+    """
+
+    def __init__(self, monkeypatch, *, step_s=0.02, token_s=0.002, position_s=0.0):
         self.now_s, self.step_s, self.token_s = 0.0, step_s, token_s
+        self.position_s = position_s
         monkeypatch.setattr(engine_module.time, "perf_counter", lambda: self.now_s)
 
     def pass_step(self, batch):
-        self.now_s += self.step_s + self.token_s * len(batch.tokens)
+        positions = sum(
+            count * start + count * (count - 1) // 2
+            for start, count in zip(batch.starts, batch.lengths, strict=True)
+        )
+        self.now_s += self.step_s + self.token_s * len(batch.tokens) + self.position_s * positions
 
 
 def stream_beside_a_prompt(clock, stretch, *, prompt_tokens=900, streams=16):
@@ -45,10 +53,34 @@ def stream_beside_a_prompt(clock, stretch, *, prompt_tokens=900, streams=16):
     return gaps[2 : arrived - 1], gaps[arrived - 1 :], backend, engine
 
 
-@pytest.mark.parametrize("token_s", [0.0001, 0.001, 0.002, 0.004])
-def test_no_gap_between_tokens_is_beyond_three_medians_while_a_long_prompt_is_read(monkeypatch, token_s):
-    before, during, _, _ = stream_beside_a_prompt(Clock(monkeypatch, token_s=token_s), 2.0)
+@pytest.mark.parametrize("streams", [1, 4, 16])
+@pytest.mark.parametrize(
+    "cost",
+    [
+        {"token_s": 0.0001},
+        {"token_s": 0.001},
+        {"token_s": 0.002},
+        {"token_s": 0.004},
+        {"token_s": 0.001, "position_s": 0.000003},
+        {"token_s": 0.0002, "position_s": 0.000002},
+    ],
+    ids=str,
+)
+def test_no_gap_between_tokens_is_beyond_three_medians_while_a_long_prompt_is_read(
+    monkeypatch, cost, streams
+):
+    before, during, _, _ = stream_beside_a_prompt(Clock(monkeypatch, **cost), 2.0, streams=streams)
     assert max(during) <= 3 * statistics.median(before)
+
+
+def test_the_next_prompt_begins_with_parts_as_large_as_the_last_one_s_could_be(monkeypatch):
+    clock = Clock(monkeypatch, token_s=0.0001)
+    *_, backend, engine = stream_beside_a_prompt(clock, 2.0)
+    first = len(backend.batches)
+    [long] = engine.submit([1] * 900, SamplingParams(max_new_tokens=1))
+    while not long.finished:
+        engine.step()
+    assert len(backend.batches) - first <= 6
 
 
 def test_without_pacing_the_gap_is_that_of_the_whole_budget(monkeypatch):
@@ -59,7 +91,7 @@ def test_without_pacing_the_gap_is_that_of_the_whole_budget(monkeypatch):
 def test_a_prompt_takes_as_much_as_its_measured_cost_allows(monkeypatch):
     dear = stream_beside_a_prompt(Clock(monkeypatch, token_s=0.004), 2.0)[1]
     cheap = stream_beside_a_prompt(Clock(monkeypatch, token_s=0.0001), 2.0)[1]
-    assert len(cheap) < 10 < len(dear) <= 900 / LEAST_TOKENS + 1
+    assert len(cheap) < 20 < len(dear) <= 900 / LEAST_TOKENS + 1
 
 
 def test_pacing_changes_no_token(monkeypatch):

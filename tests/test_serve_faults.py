@@ -275,7 +275,7 @@ def test_an_error_that_nobody_expected_is_500_and_tells_nothing(monkeypatch):
 
     with serving(Fake().load) as server:
         with monkeypatch.context() as patch:
-            patch.setattr(Service, "_encode", broken)
+            patch.setattr(Service, "encode", broken)
             answer = server.generate("ab")
         assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")
         assert "secret" not in answer.text

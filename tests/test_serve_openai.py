@@ -1,14 +1,16 @@
 """`/v1`: OpenAI's client and lm-evaluation-harness's requests, with numbers checked against the library."""
 
 import math
+import threading
 
 import numpy as np
 import openai
 import pytest
 from fakes import END, scripted
-from serving import Fake, events_of, serving
+from serving import Fake, events_of, serving, until
 
 from gpt2core import GPT2
+from gpt2core.serve import events
 from gpt2core.testing import random_checkpoint
 
 
@@ -359,6 +361,48 @@ def test_an_unknown_model_and_a_wrong_key_have_their_own_errors(server, client):
         pytest.raises(openai.AuthenticationError),
     ):
         other.models.list()
+
+
+@pytest.mark.parametrize("queued", [False, True])
+@pytest.mark.parametrize("chat", [False, True])
+def test_the_client_reads_a_stream_with_comments_in_its_long_waits(monkeypatch, chat, queued):
+    fake, sent = Fake(), []
+
+    async def send(write, data, inner=events._send):
+        sent.append(data)
+        if sent.count(b": ping\n\n") == 3:
+            fake.gate.set()
+        await inner(write, data)
+
+    monkeypatch.setattr(events, "_send", send)
+    with (
+        serving(fake.load, model="demo", ping_s=0.05, chat_template="plain", max_batch=1) as server,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0) as client,
+    ):
+        fake.gate.clear()
+        if queued:  # behind another, which needs no comments
+            other = threading.Thread(target=server.generate, kwargs={"max_new_tokens": 30})
+            other.start()
+            until(lambda: server.driver.requests == 1)
+        asked = {"model": "demo", "max_tokens": 8, "seed": 3, "temperature": 0.5}
+        if chat:
+            asked["messages"] = [{"role": "user", "content": "ab"}]
+            stream = client.chat.completions.create(**asked, stream=True)
+            parts = [chunk.choices[0].delta.content for chunk in stream]
+            whole = client.chat.completions.create(**asked).choices[0].message.content
+        else:
+            stream = client.completions.create(**asked, prompt="ab", stream=True)
+            parts = [chunk.choices[0].text for chunk in stream]
+            whole = client.completions.create(**asked, prompt="ab").choices[0].text
+        assert "".join(part or "" for part in parts) == whole
+        assert len(whole) > 0
+    assert sent.count(b": ping\n\n") >= 3
+    assert sent[:3] == [b": ping\n\n"] * 3 or chat
+
+
+def test_a_stream_that_never_waits_has_no_comments(server):
+    body = {"prompt": "Once", "max_tokens": 20, "stream": True}
+    assert b":" not in {line[:1] for line in server.post("/v1/completions", body).content.split(b"\n")}
 
 
 def test_the_client_raises_when_a_stream_fails():

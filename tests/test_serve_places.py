@@ -4,11 +4,13 @@ import contextlib
 import json
 import logging
 import socket
+import time
 
 import httpx2
 import pytest
-from serving import HANG_S, Fake, post_bytes, serving, strict, until
+from serving import HANG_S, Fake, post_bytes, raw, serving, strict, until
 
+from gpt2core.serve.guard import Guard
 from gpt2core.serve.places import Places
 from gpt2core.serve.service import Service
 from gpt2core.serve.state import Client
@@ -97,13 +99,15 @@ def full(stack, fake, **settings):
         stack.enter_context(connection)
         connection.sendall(post_bytes(b'{"prompt": "a", "max_new_tokens": 60}', extra=key))
     until(lambda: server.driver.places.used == 4)
+    engine, inbox = server.driver.engine, server.driver._inbox
+    until(lambda: engine.running + engine.waiting + len(inbox) == 4)  # all are encoded
     return server
 
 
 def test_a_refusal_looks_at_no_body_and_keeps_the_connection(monkeypatch):
     with contextlib.ExitStack() as stack:
         server = full(stack, Fake())
-        monkeypatch.setattr(Service, "_encode", None)
+        monkeypatch.setattr(Service, "encode", None)
         monkeypatch.setattr("gpt2core.serve.body.parse", None)
         for _ in range(3):
             answer = server.client.post("/v1/completions", content=b"{", headers={"X-Request-ID": "mine"})
@@ -114,6 +118,15 @@ def test_a_refusal_looks_at_no_body_and_keeps_the_connection(monkeypatch):
         assert len(server.uvicorn.server_state.connections) == 5
         name = 'gpt2core_requests_total{method="POST",route="/v1/completions",status="429"}'
         assert server.metric(name) == 3
+
+
+def test_a_page_of_an_allowed_origin_can_read_when_to_try_again():
+    with contextlib.ExitStack() as stack:
+        server = full(stack, Fake(), allowed_origins="https://a.example")
+        answer = server.client.post("/generate", json={}, headers={"Origin": "https://a.example"})
+        assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
+        assert answer.headers["access-control-allow-origin"] == "https://a.example"
+        assert "Retry-After" in answer.headers["access-control-expose-headers"]
 
 
 def test_refusals_are_one_line_of_the_log_together(caplog):
@@ -150,3 +163,143 @@ def test_while_it_drains_a_full_server_says_so():
         until(lambda: server.driver.state == "draining")
         answer = httpx2.post(f"{server.url}/generate", json={"prompt": "a"})
         assert (answer.status_code, strict(answer.content)["error"]["code"]) == (503, "draining")
+
+
+# The same request once more
+
+
+def send_all(connection, *parts):
+    """Send parts, each in a segment of its own, and read one answer with its body."""
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    for part in parts:
+        connection.sendall(part)
+        time.sleep(0.02 if len(parts) > 1 else 0)
+    return read_answer(connection)
+
+
+def read_answer(connection):
+    received = b""
+    while b"\r\n\r\n" not in received:
+        received += connection.recv(65536) or pytest.fail("closed")
+    head, _, body = received.partition(b"\r\n\r\n")
+    lines = dict(line.lower().split(b": ", 1) for line in head.split(b"\r\n")[1:])
+    while len(body) < int(lines[b"content-length"]):
+        body += connection.recv(65536)
+    return int(head.split(b" ")[1]), lines, strict(body)
+
+
+@contextlib.contextmanager
+def watched(monkeypatch, **settings):
+    """A full server, a connection to it, and the paths of the requests that its guard sees."""
+    seen = []
+
+    async def guard(self, scope, receive, send, inner=Guard.__call__):
+        seen.append(scope.get("path"))
+        await inner(self, scope, receive, send)
+
+    fake = Fake()
+    with contextlib.ExitStack() as stack:
+        server = full(stack, fake, **settings)
+        monkeypatch.setattr(Guard, "__call__", guard)
+        connection = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), HANG_S))
+        yield server, fake, connection, seen
+
+
+BODY = b'{"prompt": "a", "max_new_tokens": 2}'
+
+
+def asking(extra="", body=BODY):
+    return post_bytes(body, extra=extra).replace(b"Connection: close\r\n", b"")
+
+
+def test_who_asks_again_while_the_queue_is_full_is_refused_without_the_app(monkeypatch):
+    with watched(monkeypatch) as (server, fake, connection, seen):
+        first = send_all(connection, asking())
+        again = [send_all(connection, asking()) for _ in range(4)]
+        split = asking().partition(b"\r\n\r\n")
+        again.append(send_all(connection, split[0] + split[1], split[2]))  # as many clients send it
+        again.append(send_all(connection, split[0] + split[1] + split[2][:9], split[2][9:]))
+        assert seen == ["/generate"]
+        assert first[0] == 429
+        ids = [lines.pop(b"x-request-id") for _, lines, _ in (first, *again)]
+        assert len(set(ids)) == len(ids)
+        assert again == [first] * 6
+        name = 'gpt2core_requests_total{method="POST",route="/generate",status="429"}'
+        assert server.metric(name) == 7
+        fake.gate.set()
+        until(server.idle)
+        status, _, answer = send_all(connection, asking())
+        assert (status, answer["usage"]["completion_tokens"]) == (200, 2)
+
+
+@pytest.mark.parametrize(
+    ("extra", "body", "status"),
+    [
+        ("Host: evil", BODY, 400),
+        ("Origin: http://evil.example\r\n", BODY, 403),
+        ("Authorization: Bearer wrong\r\n", BODY, 401),
+        ("", BODY, 401),
+        ("Authorization: Bearer k\r\nX-Forwarded-For: 192.0.2.1\r\n", BODY, 429),
+        ("Authorization: Bearer k\r\n", b" " * 2000, 413),
+        ("Authorization: Bearer k\r\n", BODY + b" ", 429),
+    ],
+)
+def test_other_headers_go_the_whole_way(monkeypatch, extra, body, status):
+    with watched(monkeypatch, api_key="k", max_body_nbytes=1000) as (_, _, connection, seen):
+        for _ in range(2):
+            assert send_all(connection, asking("Authorization: Bearer k\r\n"))[0] == 429
+        assert len(seen) == 1
+        other = asking("" if extra.startswith("Host") else extra, body)
+        if extra.startswith("Host"):
+            other = other.replace(b"Host: 127.0.0.1", extra.encode())
+        assert send_all(connection, other)[0] == status
+        assert len(seen) == 2
+
+
+def test_a_client_that_closes_after_each_request_is_refused_so_too(monkeypatch):
+    with watched(monkeypatch) as (server, _, _, seen):
+        answers = [raw(server.port, post_bytes(BODY, extra="X-Request-ID: mine\r\n")) for _ in range(3)]
+        assert len(seen) == 1
+        for answer in answers:
+            head = answer.partition(b"\r\n\r\n")[0].lower()
+            assert head.startswith(b"http/1.1 429")
+            assert b"\r\nx-request-id: mine" in head
+            assert b"\r\nconnection: close" in head
+
+
+def test_requests_ahead_of_their_answers_are_all_answered(monkeypatch):
+    with watched(monkeypatch) as (_, _, connection, seen):
+        assert send_all(connection, asking())[0] == 429
+        connection.sendall(asking() * 3)
+        received = b""
+        while received.count(b"HTTP/1.1 429") < 3:
+            received += connection.recv(65536)
+        assert len(seen) == 4
+        assert send_all(connection, asking())[0] == 429
+        assert len(seen) == 4
+
+
+def test_the_body_of_a_known_request_must_come_in_time(monkeypatch):
+    with watched(monkeypatch, receipt_s=0.3) as (_, _, connection, seen):
+        assert send_all(connection, asking())[0] == 429
+        status, lines, body = send_all(connection, asking()[:-5])
+        assert (status, body["error"]["code"], lines[b"connection"]) == (408, "slow_body", b"close")
+        assert connection.recv(100) == b""
+        assert len(seen) == 1
+
+
+def test_refusals_that_nobody_reads_do_not_pile_up(monkeypatch):
+    with watched(monkeypatch, stall_s=0.5) as (server, _, _, _), socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", server.port))
+        assert send_all(connection, asking())[0] == 429
+        port = connection.getsockname()[1]
+        [served] = [c for c in server.uvicorn.server_state.connections if c.client[1] == port]
+        waiting_nbytes = []
+        with contextlib.suppress(ConnectionError):
+            for _ in range(20_000):
+                connection.sendall(asking())
+                waiting_nbytes.append(served.transport.get_write_buffer_size())
+                time.sleep(0.0003)
+        assert served.transport.is_closing()
+        assert 0 < max(waiting_nbytes) < 200_000

@@ -11,12 +11,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from pathlib import Path
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # every port on the loopback address
+os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = "gpt2core.serve.ray_proxy:middlewares"
 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # or Ray would write one into the home folder
 
 import httpx2
@@ -34,6 +36,7 @@ with warnings.catch_warnings():
     from ray import serve
 
     from gpt2core.serve.ray_app import Arguments, ReadyApp, Replica, build
+    from gpt2core.serve.ray_proxy import SayAsApi
 
 EXAMPLE = Path(__file__).parent.parent / "examples/batch_inference_ray.py"
 ASKED = {"max_new_tokens": 30, "temperature": 0.9}
@@ -186,6 +189,35 @@ def test_a_full_replica_says_429_itself(client):
     assert refused.json()["error"]["code"] == "queue_full"
 
 
+def test_requests_whose_replica_is_killed_get_an_error_of_the_api_or_a_broken_stream(client):
+    """Each asks until its replica is killed; Ray then starts others, which answer again."""
+    body = {"prompt": "Once", "max_new_tokens": 900, "logit_bias": {"0": -100}}
+    begun = threading.Barrier(10)
+
+    def ask(i):
+        begun.wait()
+        try:
+            return client.post("/generate", json={**body, "stream": i % 3 == 0})
+        except httpx2.RemoteProtocolError:  # its answer broke off
+            return None
+
+    with concurrent.futures.ThreadPoolExecutor(9) as pool:
+        asked = [pool.submit(ask, i) for i in range(9)]
+        begun.wait()
+        time.sleep(0.5)
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if process.cmdline()[0].startswith("ray::ServeReplica:"):
+                    process.kill()
+        answers = [one.result() for one in asked]
+    assert [answer is None for answer in answers] == [True, False, False] * 3
+    for answer in filter(None, answers):
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+        assert answer.json()["error"]["type"] == "unavailable_error"
+        assert answer.json()["error"]["code"] in ("replica_lost", "no_replica")
+    until(lambda: client.post("/generate", json={**body, "max_new_tokens": 2}).status_code == 200, START_S)
+
+
 def test_a_running_stream_ends_whole_when_the_deployment_is_removed(client):
     body = {"prompt": "Once", "max_new_tokens": 400, "logit_bias": {"0": -100}, "stream": True}
     with client.stream("POST", "/generate", json=body) as response:
@@ -200,6 +232,53 @@ def test_a_running_stream_ends_whole_when_the_deployment_is_removed(client):
 
 
 # Without a Ray
+
+
+def through_the_proxy(*messages):
+    """What a client reads of what Ray's proxy sends."""
+
+    async def proxy(scope, receive, send):
+        for message in messages:
+            await send(message)
+
+    async def run():
+        sent = []
+
+        async def send(message):
+            sent.append(message)
+
+        scope = {"type": "http", "path": "/generate", "method": "POST", "headers": []}
+        await SayAsApi(proxy)(scope, None, send)
+        return sent
+
+    return asyncio.run(run())
+
+
+def start(status, kind):
+    return {"type": "http.response.start", "status": status, "headers": [(b"content-type", kind)]}
+
+
+@pytest.mark.parametrize(
+    ("status", "code"), [(404, "unknown_path"), (408, "timeout"), (429, "queue_full"), (503, "no_replica")]
+)
+def test_the_proxy_s_own_errors_have_the_api_s_body(status, code):
+    text = {"type": "http.response.body", "body": b"Path not found"}
+    begin, body = through_the_proxy(start(status, b"text/plain"), text)
+    assert begin["status"] == status
+    assert json.loads(body["body"])["error"]["code"] == code
+
+
+def test_a_request_that_no_replica_has_answered_gets_an_error_and_one_half_answered_nothing_more():
+    begin, body = through_the_proxy()
+    assert begin["status"] == 503
+    assert json.loads(body["body"])["error"]["code"] == "replica_lost"
+    half = (
+        start(200, b"text/event-stream"),
+        {"type": "http.response.body", "body": b"data: 1", "more_body": True},
+    )
+    assert through_the_proxy(*half) == list(half)
+    own = (start(503, b"application/json"), {"type": "http.response.body", "body": b"{}"})
+    assert through_the_proxy(*own) == list(own)
 
 
 @pytest.mark.parametrize(

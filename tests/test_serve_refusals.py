@@ -9,6 +9,7 @@ import pytest
 from fastapi.routing import APIRoute
 from serving import HANG_S, Fake, post_bytes, raw, serving, strict, until
 
+import gpt2core
 from gpt2core.errors import RequestError
 from gpt2core.serve import Settings, logs
 from gpt2core.serve.guard import SECURITY_HEADERS
@@ -182,7 +183,76 @@ def test_there_are_no_cors_headers_unless_an_origin_is_allowed(server):
         assert answer.headers["access-control-allow-origin"] == "https://a.example"
         asking = {**origin, "Access-Control-Request-Method": "POST"}
         assert other.client.options("/generate", headers=asking).status_code == 200
+        assert other.client.options("/generate", headers=origin).status_code == 405
         assert other.client.get("/livez", headers={"Origin": "https://b.example"}).status_code == 403
+
+
+STAINLESS = (  # of OpenAI's client for JavaScript, in a browser
+    "authorization,content-type,x-stainless-arch,x-stainless-lang,x-stainless-os,x-stainless-package-version,"
+    "x-stainless-retry-count,x-stainless-runtime,x-stainless-runtime-version,x-stainless-timeout"
+)
+
+
+def test_openai_s_client_in_a_page_of_an_allowed_origin_may_ask_and_read_what_it_needs():
+    with serving(Fake().load, allowed_origins="https://a.example", api_key="k", max_queue=0) as server:
+        asking = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": STAINLESS}
+        answer = server.client.options("/v1/completions", headers={"Origin": "https://a.example", **asking})
+        assert answer.status_code == 200
+        assert answer.headers["access-control-allow-origin"] == "https://a.example"
+        assert "POST" in answer.headers["access-control-allow-methods"]
+        assert answer.headers["access-control-allow-headers"] == STAINLESS
+        assert answer.headers["vary"] == "Origin"
+        foreign = server.client.options("/v1/completions", headers={"Origin": "https://b.example", **asking})
+        assert foreign.status_code == 403
+        assert not [name for name in foreign.headers if name.startswith("access-control")]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "headers", "status"),
+    [
+        ("/v1/completions", b'{"prompt":"a","max_tokens":1}', {}, 200),
+        ("/v1/completions", b'{"prompt":"a","max_tokens":1,"stream":true}', {}, 200),
+        ("/v1/completions", b"{", {}, 400),
+        ("/v1/completions", b"{}", {"Authorization": "Bearer wrong"}, 401),
+        ("/nope", b"{}", {}, 404),
+        ("/v1/completions", b" " * 300_000, {}, 413),
+    ],
+)
+def test_a_page_of_an_allowed_origin_can_read_every_answer(path, body, headers, status):
+    with serving(Fake().load, allowed_origins="https://a.example", api_key="k") as server:
+        headers = {"Authorization": "Bearer k", "Origin": "https://a.example", **headers}
+        headers["Content-Type"] = "application/json"
+        answer = server.client.post(path, content=body, headers=headers)
+        assert answer.status_code == status
+        assert answer.headers["access-control-allow-origin"] == "https://a.example"
+        exposed = {
+            name.strip().lower() for name in answer.headers["access-control-expose-headers"].split(",")
+        }
+        assert exposed == {"x-request-id", "retry-after"}
+
+
+def test_head_is_answered_wherever_get_is_and_without_a_body(server):
+    got = [path for path, method in routes_of(server.app).items() if method == "GET"]
+    assert len(got) >= 12
+    for path in got:
+        path = path.replace("{model:path}", "demo")
+        whole, head = server.client.get(path), server.client.head(path)
+        assert head.status_code == whole.status_code, path
+        assert head.headers["content-type"] == whole.headers["content-type"]
+        assert "content-length" in head.headers
+        sent = raw(
+            server.port, f"HEAD {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode()
+        )
+        assert sent.endswith(b"\r\n\r\n")
+    assert server.client.head("/generate").status_code == 405
+    assert server.metric('gpt2core_requests_total{method="HEAD",route="/livez",status="200"}') == 2
+
+
+def test_health_is_that_of_llama_server_and_version_that_of_vllm(server):
+    assert server.client.get("/health").json() == {"status": "ok"}
+    assert server.client.get("/version").json() == {"version": gpt2core.__version__}
+    with serving(lambda settings: until(lambda: False, 1), ready=False) as loading:
+        assert loading.client.get("/health").status_code == 503
 
 
 @pytest.mark.parametrize("path", ["/nope", "/generate/", "/v1", "/v1/edits", "/docs/../x", "//livez"])
@@ -252,7 +322,7 @@ def test_one_character_of_128_kib_is_done_or_refused_and_others_are_answered_mea
 def test_probes_may_call_the_server_by_a_loopback_name_whatever_hosts_are_allowed():
     with serving(Fake().load, allowed_hosts=("api.example.org",), host="0.0.0.0", api_key="k") as running:
         for host in ("127.0.0.1", "localhost:8000", "[::1]:80", "api.example.org"):
-            for path in ("/livez", "/readyz"):
+            for path in ("/livez", "/readyz", "/health"):
                 assert running.client.get(path, headers={"Host": host}).status_code == 200
         for path, host in (("/livez", "evil"), ("/v1/models", "localhost"), ("/livez/", "localhost")):
             assert running.client.get(path, headers={"Host": host}).status_code == 400
@@ -276,12 +346,12 @@ def routes_of(app):
     return found
 
 
-def test_every_route_asks_for_the_key_but_liveness_and_readiness(keyed):
+def test_every_route_asks_for_the_key_but_the_probes(keyed):
     routes = routes_of(keyed.app)
     assert {"/generate", "/v1/completions", "/v1/models", "/metrics", "/docs", "/openapi.json"} <= set(routes)
     for path, method in routes.items():
         answer = keyed.client.request(method, path.replace("{model:path}", "x"))
-        expected = 200 if path in ("/livez", "/readyz") else 401
+        expected = 200 if path in ("/livez", "/readyz", "/health") else 401
         assert answer.status_code == expected, path
         if expected == 401:
             first = "Basic" if method == "GET" else "Bearer"  # browsers look at the first scheme only

@@ -137,6 +137,45 @@ class ChatCompletion(BaseModel):
     prompt_token_ids: list[int] | None = None
 
 
+class Embedding(BaseModel):
+    """One vector: numbers, or base64 of float32 in little-endian order."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingUsage(BaseModel):
+    """Tokens of the whole request."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingList(BaseModel):
+    """The answer of `POST /v1/embeddings`."""
+
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
+
+
+class Tokens(BaseModel):
+    """The answer of `POST /tokenize`."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class Detokenized(BaseModel):
+    """The answer of `POST /detokenize`."""
+
+    prompt: str
+
+
 class ModelCard(BaseModel):
     """A model of this server."""
 
@@ -155,6 +194,12 @@ class ModelList(BaseModel):
 
 
 class Health(BaseModel):
-    """The answer of `/livez` and `/readyz`."""
+    """The answer of `/livez`, `/readyz` and `/health`."""
 
     status: str
+
+
+class Version(BaseModel):
+    """The answer of `/version`."""
+
+    version: str

@@ -8,15 +8,16 @@ from typing import Any
 from fastapi import Depends, FastAPI
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
 
 from gpt2core import GPT2, Gpt2CoreError, RequestError
-from gpt2core.serve import apidocs, chat, completions, generate, logs, playground
+from gpt2core.serve import apidocs, chat, completions, embeddings, generate, logs, playground, tokens
 from gpt2core.serve.auth import require_key
+from gpt2core.serve.doorkeeper import Doorkeeper
 from gpt2core.serve.driver import Driver
 from gpt2core.serve.errors import Disconnected, Refusal, answer_error
 from gpt2core.serve.guard import Guard
-from gpt2core.serve.health import health_router, metrics_router
+from gpt2core.serve.head import AnswerHead
+from gpt2core.serve.health import health_router, metrics_router, version_router
 from gpt2core.serve.metrics import Metrics
 from gpt2core.serve.openapi import describe
 from gpt2core.serve.service import Service
@@ -98,6 +99,7 @@ def create_app(settings: Settings | None = None, *, load: Callable[[Settings], G
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.state.driver = driver
+    app.state.doorkeeper = Doorkeeper(driver, metrics)
     description: dict[str, Any] = {}
 
     def describe_once() -> dict[str, Any]:
@@ -112,19 +114,16 @@ def create_app(settings: Settings | None = None, *, load: Callable[[Settings], G
     app.include_router(generate.router(service), dependencies=keyed)
     app.include_router(completions.router(service), dependencies=keyed)
     app.include_router(chat.router(service), dependencies=keyed)
+    app.include_router(embeddings.router(service, metrics), dependencies=keyed)
+    app.include_router(tokens.router(service), dependencies=keyed)
+    app.include_router(version_router(), dependencies=keyed)
     app.include_router(apidocs.router(describe_once), dependencies=keyed)
     if settings.playground:
         app.include_router(playground.router(driver, settings), dependencies=keyed)
 
     for kind in (Refusal, Disconnected, Gpt2CoreError, HTTPException):
         app.add_exception_handler(kind, answer_error)
-    if settings.allowed_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=settings.allowed_origins,
-            allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type", "X-Request-ID"],
-        )
+    app.add_middleware(AnswerHead)
     app.add_middleware(Guard, settings=settings, metrics=metrics, driver=driver)
     metrics.gauge("gpt2core_requests_running", "Requests that hold a place.", lambda: driver.requests)
     metrics.gauge("gpt2core_queue_depth", "Texts that wait for a slot.", lambda: driver.waiting)

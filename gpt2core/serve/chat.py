@@ -74,7 +74,7 @@ def router(service: Service) -> APIRouter:
             job = await service.accept(request, [encode], params, stream=bool(asked.stream))
         answer = _Answer(service, job, asked, tokenizer)
         if asked.stream:
-            return EventStream(job, answer.chunk, answer.closing)
+            return EventStream(job, answer.chunk, answer.closing, ping_s=service.settings.ping_s)
         try:
             await job.ticket.done()
             body = await service.in_thread(answer.whole) if asked.logprobs else answer.whole()

@@ -9,6 +9,7 @@ has been handed over, is bounded here, on each request of a connection:
 - Headers that are not complete within `receipt_s` of their first byte close the connection.
 - Bytes that come while an answer is made are kept, up to one largest request, so that reading never pauses
   and a client that leaves is seen.
+- What the doorkeeper knows to be refused is refused without a look at it.
 - A client that takes nothing of what waits for it for `stall_s` is let go.
 """
 
@@ -23,8 +24,10 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
 from gpt2core.serve import logs
-from gpt2core.serve.errors import Refusal, headers_too_large, json_text, unavailable
+from gpt2core.serve.doorkeeper import MOST_NBYTES, Doorkeeper, Hold
+from gpt2core.serve.errors import Refusal, headers_too_large, json_text, slow_body, unavailable
 from gpt2core.serve.settings import Settings
+from gpt2core.serve.state import look_for_state
 
 LOG_PAUSE_S = 1.0
 """Between two lines about too many connections."""
@@ -38,6 +41,7 @@ class Connection(H11Protocol):
 
     settings: ClassVar[Settings | None] = None
     most: ClassVar[int | None] = None  # connections, where less is possible than the settings allow
+    doorkeeper: ClassVar[Doorkeeper | None] = None
     _logged_s: ClassVar[float] = -LOG_PAUSE_S
 
     def __init__(
@@ -55,6 +59,8 @@ class Connection(H11Protocol):
         self.conn = h11.Connection(h11.SERVER, self._limits.max_header_nbytes)
         self.timeout_keep_alive = self._limits.keep_alive_s  # type: ignore[assignment]
         self._early = bytearray()  # of requests that follow the one that is answered
+        self._begun: bytes | None = b""  # of the request that is received; None: more than is worth keeping
+        self._held = b""  # the same, as long as the parser has nothing of it
         self._arrival: asyncio.TimerHandle | None = None  # runs while headers are awaited
         self._stall: asyncio.TimerHandle | None = None  # runs while a client leaves bytes unread
         self._has_read = False  # since the timer began
@@ -72,20 +78,36 @@ class Connection(H11Protocol):
             if timer is not None:
                 timer.cancel()
         self._early.clear()
+        self._begun, self._held = None, b""
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         """Parse, or keep for later what comes while an answer is made."""
-        if not self._is_answering():
-            super().data_received(data)
-            self._watch_arrival()
+        if self._is_answering():
+            self._early += data
+            if len(self._early) > self._limits.max_header_nbytes + self._limits.max_body_nbytes:
+                self.transport.abort()
             return
-        self._early += data
-        if len(self._early) > self._limits.max_header_nbytes + self._limits.max_body_nbytes:
-            self.transport.abort()
+        if self.doorkeeper is not None:
+            if self._is_between():
+                data = self._begun = self._held + data
+                if self._refuse_again(self.doorkeeper, data):
+                    return
+                self._held = b""
+            elif self._begun:
+                self._begun += data
+            if self._begun is not None and len(self._begun) > MOST_NBYTES:
+                self._begun = None
+        super().data_received(data)
+        self._watch_arrival()
 
     def on_response_complete(self) -> None:
         """Go on with what came meanwhile."""
+        state = look_for_state(self.scope)
+        if self.doorkeeper is not None and self._begun and self.client and state is not None:
+            path, closes = self.scope["path"], self.transport.is_closing()
+            self.doorkeeper.remember(self.client[0], self._begun, state, path, closes=closes)
+        self._begun = b""
         super().on_response_complete()
         self._watch_reader()
         if self._early and not self.transport.is_closing() and not self._is_answering():
@@ -118,6 +140,41 @@ class Connection(H11Protocol):
         super().timeout_keep_alive_handler()
         self._watch_reader()
 
+    def _is_between(self) -> bool:
+        """Whether the parser has nothing of a request."""
+        ended = self.cycle is None or self.cycle.response_complete
+        return ended and self.conn.our_state is h11.IDLE and not self.conn.trailing_data[0]
+
+    def _refuse_again(self, doorkeeper: Doorkeeper, data: bytes) -> bool:
+        """Whether nothing more is to be done with what came.
+
+        A client that leaves answers unread is not served so: the app waits until they are gone.
+        """
+        if self.client is None or self.transport.get_write_buffer_size():
+            return False
+        answer = doorkeeper.answer(self.client[0], data)
+        if answer is None:
+            return False
+        self._unset_keepalive_if_required()
+        if isinstance(answer, Hold):
+            self._held = data
+            self._watch_arrival()
+            return True
+        self._held = b""
+        if self._arrival is not None:
+            self._arrival.cancel()
+            self._arrival = None
+        refusal, closes = answer
+        self.transport.write(refusal)
+        self.server_state.total_requests += 1
+        if closes:
+            self.transport.close()
+        else:
+            wait_s, end = self.timeout_keep_alive, self.timeout_keep_alive_handler
+            self.timeout_keep_alive_task = self.loop.call_later(wait_s, end)
+        self._watch_reader()
+        return True
+
     def _is_answering(self) -> bool:
         """Whether a request is here whole, and its answer is not."""
         return self.cycle is not None and not self.cycle.response_complete and not self.cycle.more_body
@@ -134,6 +191,8 @@ class Connection(H11Protocol):
     def _end_arrival(self) -> None:
         self._arrival = None
         if not self.transport.is_closing():
+            if self._held:
+                self._write(slow_body(self._limits.receipt_s))
             self.transport.close()
             self._watch_reader()
 
@@ -165,11 +224,14 @@ class Connection(H11Protocol):
         """Answer without an app, for good."""
         body = json_text(refusal.body)
         headers = {**refusal.headers, "Content-Type": "application/json", "Content-Length": str(len(body))}
+        headers.pop("Connection", None)
         lines = [f"{name}: {value}\r\n" for name, value in headers.items()]
         head = f"HTTP/1.1 {refusal.status} \r\n{''.join(lines)}Connection: close\r\n\r\n"
         self.transport.write(head.encode() + body)
 
 
-def connection_class(settings: Settings, most: int | None = None) -> type[Connection]:
+def connection_class(
+    settings: Settings, most: int | None = None, doorkeeper: Doorkeeper | None = None
+) -> type[Connection]:
     """`Connection` with these limits, as uvicorn's `http`; `most` bounds the connections further."""
-    return type("Connection", (Connection,), {"settings": settings, "most": most})
+    return type("Connection", (Connection,), {"settings": settings, "most": most, "doorkeeper": doorkeeper})

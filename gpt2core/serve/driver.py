@@ -225,7 +225,8 @@ class Driver:
             )
             logs.event("info", "ready", model=self._settings.name, backend=self.engine.backend.name)
 
-    def _fail(self, error: BaseException) -> None:
+    def fail(self, error: BaseException) -> None:
+        """The engine does not work any more: everybody is told, and readiness and liveness say so."""
         if self.state in ("failed", "closed"):
             return
         self.state = "failed"
@@ -245,7 +246,7 @@ class Driver:
                 told_s = due_s
                 self._tell_refusals()
             if not self._thread.is_alive():
-                self._fail(BackendError("the engine thread has ended"))
+                self.fail(BackendError("the engine thread has ended"))
 
     def _tell_refusals(self) -> None:
         requests, clients = (0, 0) if self.places is None else self.places.pop_refusals()
@@ -267,7 +268,7 @@ class Driver:
         except BaseException as caught:  # whatever it is, nobody may wait for this thread any longer
             error = caught
         if error is not None:
-            self._call(self._fail, error)
+            self._call(self.fail, error)
         if self.model is not None:
             self.model.close()
 

@@ -124,6 +124,12 @@ def headers_too_large(most_nbytes: int, most_lines: int) -> Refusal:
     )
 
 
+def slow_body(receipt_s: float) -> Refusal:
+    """The body takes longer than it may."""
+    message = f"the request's body did not arrive within {receipt_s:g} s"
+    return Refusal(408, "timeout_error", "slow_body", message, headers={"Connection": "close"})
+
+
 def unavailable(code: str, message: str) -> Refusal:
     """The server cannot work now."""
     return Refusal(503, "unavailable_error", code, message, headers={"Retry-After": "5"})

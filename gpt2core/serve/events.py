@@ -12,6 +12,8 @@ from gpt2core.serve.errors import Disconnected, json_text, to_refusal
 from gpt2core.serve.service import Job
 
 DONE: Final = b"data: [DONE]\n\n"
+PING: Final = b": ping\n\n"
+"""A comment, which clients skip: it keeps proxies and clients from taking a long wait for a lost server."""
 SEND_GRACE_S: Final = 5.0
 """After the deadline, for a client that reads slowly."""
 
@@ -26,6 +28,7 @@ class EventStream(Response):
 
     Args:
         job: is closed at the end.
+        ping_s: the longest silence; then comes a comment.
         render: events for one update.
         closing: events after the last one, before `[DONE]`.
     """
@@ -33,11 +36,17 @@ class EventStream(Response):
     media_type = "text/event-stream"
 
     def __init__(
-        self, job: Job, render: Callable[[Update], bytes], closing: Callable[[], Iterable[bytes]]
+        self,
+        job: Job,
+        render: Callable[[Update], bytes],
+        closing: Callable[[], Iterable[bytes]],
+        *,
+        ping_s: float,
     ) -> None:
         super().__init__(headers={"X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._job = job
+        self._ping_s = ping_s
         self._render = render
         self._closing = closing
 
@@ -47,8 +56,8 @@ class EventStream(Response):
             async with asyncio.timeout_at(self._job.ticket.deadline + SEND_GRACE_S):
                 await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
                 try:
-                    async for updates in self._job.ticket.updates():
-                        await _send(send, b"".join(map(self._render, updates)))
+                    async for updates in self._job.ticket.updates(self._ping_s):
+                        await _send(send, b"".join(map(self._render, updates)) if updates else PING)
                 except Disconnected:
                     return  # without an end: there is nobody to be told
                 except asyncio.CancelledError:

@@ -55,7 +55,7 @@ def router(service: Service) -> APIRouter:
         )
         answer = _Answer(service, job)
         if asked.stream:
-            return EventStream(job, answer.piece, answer.closing)
+            return EventStream(job, answer.piece, answer.closing, ping_s=service.settings.ping_s)
         try:
             await job.ticket.done()
             body = await service.in_thread(answer.whole) if asked.logprobs is not None else answer.whole()

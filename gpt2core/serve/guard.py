@@ -16,8 +16,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gpt2core.serve import logs
 from gpt2core.serve.auth import find_key
+from gpt2core.serve.cors import Cors
 from gpt2core.serve.driver import Driver
-from gpt2core.serve.errors import CLIENT_GONE, Disconnected, Refusal, headers_too_large, to_refusal
+from gpt2core.serve.errors import CLIENT_GONE, Disconnected, Refusal, headers_too_large, slow_body, to_refusal
 from gpt2core.serve.metrics import Metrics
 from gpt2core.serve.settings import LOOPBACK_HOSTS, Settings
 from gpt2core.serve.state import Client, RequestState
@@ -37,10 +38,15 @@ _RAW_SECURITY_HEADERS: Final = [
 ]
 DISCARD_NBYTES: Final = 8 * 2**20
 DISCARD_S: Final = 1.0
-PROBES: Final = ("/livez", "/readyz")
+PROBES: Final = ("/livez", "/readyz", "/health")
 PROBE_HOSTS: Final = frozenset(LOOPBACK_HOSTS)
 """A container's own health check asks by these, whatever names its clients use."""
-GENERATING: Final = frozenset({"/generate", "/v1/completions", "/v1/chat/completions"})
+TAKE_PLACES: Final = frozenset(
+    (
+        *("/generate", "/v1/completions", "/v1/chat/completions", "/v1/embeddings"),
+        *("/tokenize", "/detokenize"),
+    )
+)
 """Where a POST needs a place."""
 METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -57,7 +63,7 @@ class Guard:
         self._settings = settings
         self._metrics = metrics
         self._host_names = settings.host_names
-        self._origins = frozenset(settings.allowed_origins)
+        self._cors = Cors(settings.allowed_origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or let the app answer it."""
@@ -69,11 +75,15 @@ class Guard:
             await send({"type": "websocket.close", "code": 1000})
             return
         exchange = Exchange(scope, receive, send, self._settings, self._metrics, self._driver)
+        exchange.more_headers = self._cors.headers(exchange.headers)
         refusal = self.refuse(scope["path"], exchange.headers)
         if refusal is not None:
             await exchange.run(refusal.response())
+        elif (preflight := self._cors.preflight(scope["method"], exchange.headers)) is not None:
+            await exchange.run(preflight)
         elif (refusal := self.refuse_early(scope, exchange)) is not None:
             exchange.route = scope["path"]
+            exchange.is_refused = True
             await exchange.run(_ReadAndRefuse(refusal))
         else:
             await exchange.run(self._app)
@@ -85,7 +95,7 @@ class Guard:
         routes refuse it: docs/robustness.md.
         """
         places = self._driver.places
-        if places is None or scope["method"] != "POST" or scope["path"] not in GENERATING:
+        if places is None or scope["method"] != "POST" or scope["path"] not in TAKE_PLACES:
             return None
         if self._driver.state != "ready":
             return None
@@ -114,7 +124,7 @@ class Guard:
                 "the Host header names no host of this server; add its name to GPT2CORE_ALLOWED_HOSTS",
             )
         origin = headers.get("origin")
-        if origin is not None and origin not in self._origins:
+        if origin is not None and origin not in self._cors.origins:
             scheme, _, authority = origin.partition("://")
             if scheme not in ("http", "https") or authority.lower() != host[0].lower():
                 return Refusal(
@@ -140,6 +150,8 @@ class Exchange:
     ) -> None:
         self.headers = Headers(scope=scope)
         self.route: str | None = None  # where no route was looked for
+        self.more_headers: list[tuple[bytes, bytes]] = []
+        self.is_refused = False  # for want of a place
         self._driver = driver
         self._scope = scope
         self._receive = receive
@@ -150,9 +162,11 @@ class Exchange:
         self._complete = False
         self._status: int | None = None
         given = self.headers.get("x-request-id", "")
-        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        has_given_id = _REQUEST_ID.fullmatch(given) is not None
+        request_id = given if has_given_id else uuid.uuid4().hex
         address = scope["client"][0] if scope.get("client") else None
-        self.state = RequestState(request_id, begun_s=time.perf_counter(), client=Client(address))
+        begun_s = time.perf_counter()
+        self.state = RequestState(request_id, begun_s, Client(address), has_given_id)
         self.state.attach(scope)
 
     async def run(self, app: ASGIApp) -> None:
@@ -182,10 +196,7 @@ class Exchange:
             async with asyncio.timeout(left_s):
                 message = await self._receive()
         except TimeoutError:
-            message_text = f"the request's body did not arrive within {settings.receipt_s:g} s"
-            raise Refusal(
-                408, "timeout_error", "slow_body", message_text, headers={"Connection": "close"}
-            ) from None
+            raise slow_body(settings.receipt_s) from None
         if message["type"] == "http.disconnect":  # before its body was here
             raise Disconnected
         self._received_nbytes += len(message.get("body", b""))
@@ -198,9 +209,14 @@ class Exchange:
         """Pass a message of the answer on, with the headers that every answer has."""
         if message["type"] == "http.response.start":
             self._status = message["status"]
+            length = self.headers.get("content-length", "")
+            if self.is_refused and self._status == 429 and self._scope["http_version"] == "1.1":
+                self.state.refused_with = [*_RAW_SECURITY_HEADERS, *self.more_headers]
+                self.state.body_nbytes = int(length) if length.isdecimal() else None
             headers = [(name.lower(), value) for name, value in message.get("headers", [])]
             given = {name for name, _ in headers}
             headers += [pair for pair in _RAW_SECURITY_HEADERS if pair[0] not in given]
+            headers += self.more_headers
             headers.append((b"x-request-id", self.state.request_id.encode()))
             message = {**message, "headers": headers}
         elif not message.get("more_body", False) and self._unread():

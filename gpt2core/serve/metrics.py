@@ -77,6 +77,7 @@ class Metrics:
         # Exposed as gpt2core_server_info.
         self._server = Info("gpt2core_server", "What answers.", registry=self.registry)
         self._of_route: dict[str, RouteMetrics] = {}
+        self._counted: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
         ProcessCollector(registry=self.registry)
 
     def of_route(self, route: str) -> RouteMetrics:
@@ -101,13 +102,21 @@ class Metrics:
 
     def count_request(self, method: str, route: str, status: int, elapsed_s: float) -> None:
         """Count a request that was answered."""
-        self._requests.labels(method, route, str(status)).inc()
-        self._request_s.labels(route).observe(elapsed_s)
+        counted = self._counted.get((method, route, status))
+        if counted is None:  # prometheus_client's own look-up takes as long as a refusal
+            counted = self._requests.labels(method, route, str(status)), self._request_s.labels(route)
+            self._counted[method, route, status] = counted
+        counted[0].inc()
+        counted[1].observe(elapsed_s)
 
     def count_step(self, rows: int, tokens: int) -> None:
         """Count a step of the engine."""
         self._rows.observe(rows)
         self._generated.inc(tokens)
+
+    def count_prompt(self, tokens: int) -> None:
+        """Count the tokens of a text that was read and not continued."""
+        self._prompt.inc(tokens)
 
     def count_text(self, request: Request, route: str) -> None:
         """Count a text that is complete."""

@@ -9,10 +9,25 @@ from pydantic import BaseModel
 
 from gpt2core import __version__
 from gpt2core.serve.errors import ErrorBody
-from gpt2core.serve.schemas import LIMITS, ChatRequest, CompletionRequest, GenerateRequest
+from gpt2core.serve.schemas import (
+    LIMITS,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    GenerateRequest,
+    TokenizeRequest,
+)
 from gpt2core.serve.settings import Settings
 
-REQUESTS: tuple[type[BaseModel], ...] = (GenerateRequest, CompletionRequest, ChatRequest)
+REQUESTS: tuple[type[BaseModel], ...] = (
+    GenerateRequest,
+    CompletionRequest,
+    ChatRequest,
+    EmbeddingRequest,
+    TokenizeRequest,
+    DetokenizeRequest,
+)
 _REF = "#/components/schemas/{model}"
 _MEANING = {
     400: "Malformed JSON or UTF-8, an unknown Host, or (below /v1) a bad parameter",
@@ -49,14 +64,15 @@ def takes(model: type[BaseModel], examples: Mapping[str, Any]) -> dict[str, Any]
 def answers(
     model: type[BaseModel],
     *,
+    takes_body: bool = False,
     stream: bool = False,
     bad_parameter: int = 422,
     unknown_model: bool = False,
     open_to_all: bool = False,
 ) -> dict[int | str, dict[str, Any]]:
-    """`responses` of a route: the statuses that it can have."""
+    """`responses` of a route: the statuses that it can have. What streams takes a body."""
     statuses = {400, 403} | (set() if open_to_all else {401})
-    if stream:
+    if takes_body or stream:
         statuses |= {408, 413, 415, 429, 500, 503, 504, bad_parameter}
     if unknown_model or bad_parameter == 400:
         statuses.add(404)

@@ -8,6 +8,7 @@ extra `ray`.
 """
 
 import asyncio
+import os
 from typing import Any, Final, Self
 
 from fastapi import FastAPI
@@ -17,6 +18,7 @@ from starlette.types import Message, Receive, Scope, Send
 from gpt2core import BackendError, BackendUnavailableError, RequestError
 from gpt2core.serve import logs
 from gpt2core.serve.app import create_app
+from gpt2core.serve.ray_proxy import IMPORT_PATH, VARIABLE
 from gpt2core.serve.settings import LOOPBACK_HOSTS, Settings, describe_faults
 
 try:
@@ -133,10 +135,13 @@ class Replica:
 def build(args: Arguments) -> Any:
     """The application, for `serve run`, `serve build` and `serve deploy`, or for `serve.run` in Python.
 
+    Lets a Ray that this process starts later say the errors of its proxy as the API does (`ray_proxy`).
+
     Raises:
         RequestError: a setting is wrong.
     """
     settings = args.settings()
+    os.environ.setdefault(VARIABLE, IMPORT_PATH)
 
     def app() -> ReadyApp:  # runs in each replica
         return ReadyApp(settings)

@@ -18,11 +18,25 @@ TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Nothing = Annotated[list[Any], Field(max_length=0)] | None
 StopTokenIds = Annotated[list[TokenId], Field(max_length=128)]
+TextsOrIds = (
+    Text
+    | Annotated[list[Text], Field(min_length=1)]
+    | Annotated[list[TokenId], Field(min_length=1)]
+    | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)]
+)
 Bias = dict[Annotated[str, Field(pattern=r"^[0-9]{1,10}$")], Annotated[float, Field(ge=-100, le=100)]]
 Stops = (
     Annotated[str, Field(min_length=1, max_length=1024)]
     | Annotated[list[Annotated[str, Field(min_length=1, max_length=1024)]], Field(max_length=16)]
 )
+ModelName = Annotated[str, Field(min_length=1, max_length=256)] | None
+MODEL: Any = Field(
+    default=None, description="a name that GET /v1/models lists; null is the one model there is"
+)
+ALLOW_SPECIAL: Any = Field(
+    default=False, description="true or false: whether <|endoftext|> in the prompt is that token"
+)
+USER: Any = Field(default=None, description="a text; is not used")
 LIMITS: dict[str, tuple[str, str]] = {
     "n": ("maximum", "max_n"),
     "best_of": ("maximum", "max_n"),
@@ -33,10 +47,15 @@ LIMITS: dict[str, tuple[str, str]] = {
 """Field -> its bound's name in JSON Schema, and the setting that is this bound."""
 
 
-class Options(BaseModel):
-    """What both ways of generating share."""
+class Body(BaseModel):
+    """What every request's body shares."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
+
+
+class Options(Body):
+    """What all ways of generating share."""
+
     PROMPT: ClassVar[str] = "prompt"
 
     @property
@@ -126,9 +145,7 @@ class GenerateRequest(Options):
         default=None, description="report each token's log probability, and of so many alternatives, from 0"
     )
     echo: bool = Field(default=False, description="true or false: whether the text begins with the prompt")
-    allow_special: bool = Field(
-        default=False, description="true or false: whether <|endoftext|> in the prompt is that token"
-    )
+    allow_special: bool = ALLOW_SPECIAL
     stream: bool = Field(
         default=False, description="true or false: whether the text comes as server-sent events"
     )
@@ -163,9 +180,7 @@ class StreamOptions(BaseModel):
 class OpenAIOptions(Options):
     """What `/v1/completions` and `/v1/chat/completions` share: OpenAI's names, and vLLM's for the rest."""
 
-    model: Annotated[str, Field(min_length=1, max_length=256)] | None = Field(
-        default=None, description="a name that GET /v1/models lists; null is the one model there is"
-    )
+    model: ModelName = MODEL
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(default=1.0, description="from 0 to 2")
     top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(
         default=1.0, description="above 0 and at most 1"
@@ -211,9 +226,7 @@ class OpenAIOptions(Options):
     return_token_ids: bool | None = Field(
         default=False, description="true or false: whether the answer has the token ids, the prompt's too"
     )
-    user: Annotated[str, Field(max_length=256)] | None = Field(
-        default=None, description="a text; is not used"
-    )
+    user: Annotated[str, Field(max_length=256)] | None = USER
 
     @model_validator(mode="after")
     def _streams(self) -> Self:
@@ -245,12 +258,9 @@ class OpenAIOptions(Options):
 class CompletionRequest(OpenAIOptions):
     """`POST /v1/completions`."""
 
-    prompt: (
-        Text
-        | Annotated[list[Text], Field(min_length=1)]
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)]
-    ) = Field(description="a text, a list of texts, token ids, or a list of lists of token ids; none empty")
+    prompt: TextsOrIds = Field(
+        description="a text, a list of texts, token ids, or a list of lists of token ids; none empty"
+    )
     max_tokens: Count | None = Field(default=16, description="at most so many new tokens, from 0")
     best_of: Annotated[int, Field(ge=1, le=128)] | None = Field(
         default=None,
@@ -262,9 +272,7 @@ class CompletionRequest(OpenAIOptions):
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = Field(
         default=None, description="report each token's log probability, and of so many alternatives, from 0"
     )
-    allow_special: bool | None = Field(
-        default=False, description="true or false: whether <|endoftext|> in the prompt is that token"
-    )
+    allow_special: bool | None = ALLOW_SPECIAL
     suffix: Literal[""] | None = Field(
         default=None, description="these models cannot fill in before a suffix; leave it out"
     )
@@ -282,9 +290,7 @@ class CompletionRequest(OpenAIOptions):
     @property
     def prompts(self) -> list[str | list[int]]:
         """One or several, as a list."""
-        if isinstance(self.prompt, list) and isinstance(self.prompt[0], int):
-            return [self.prompt]
-        return as_list(self.prompt)
+        return split_texts(self.prompt)
 
     def params(self) -> SamplingParams:
         """As the library has them; of `best_of` texts the logprobs are needed in any case.
@@ -393,6 +399,67 @@ class ChatRequest(OpenAIOptions):
             max_length=context if most is None else None,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
         )
+
+
+class EmbeddingRequest(Body):
+    """`POST /v1/embeddings`."""
+
+    model: ModelName = MODEL
+    input: TextsOrIds = Field(
+        description="a text, a list of texts, token ids, or a list of lists of token ids; none empty"
+    )
+    encoding_format: Literal["float", "base64"] = Field(
+        default="float", description="float, a list of numbers, or base64, of float32 in little-endian order"
+    )
+    dimensions: None = Field(
+        default=None, description="an embedding has as many numbers as the model is wide; leave it out"
+    )
+    pooling_type: Literal["MEAN", "LAST"] = Field(
+        default="MEAN", description="MEAN of the hidden states of all tokens, or that of the LAST"
+    )
+    normalize: bool = Field(
+        default=True, description="true or false: whether each embedding has the length 1"
+    )
+    user: Annotated[str, Field(max_length=256)] | None = USER
+
+    @model_validator(mode="after")
+    def _within_limits(self, info: ValidationInfo) -> Self:
+        settings: Settings | None = info.context
+        if settings is not None and len(self.inputs) > settings.max_inputs:
+            message = f"there are {len(self.inputs)} inputs; at most {settings.max_inputs} are allowed"
+            raise invalid(message, param="input")
+        return self
+
+    @property
+    def inputs(self) -> list[str | list[int]]:
+        """One or several, as a list."""
+        return split_texts(self.input)
+
+
+class TokenizeRequest(Body):
+    """`POST /tokenize`."""
+
+    model: ModelName = MODEL
+    prompt: str = Field(description="a text")
+    add_special_tokens: bool = Field(
+        default=True, description="true or false: whether a token that begins every text is added"
+    )
+    return_token_strs: bool | None = Field(
+        default=False, description="true or false: whether the answer has the tokens as texts too"
+    )
+    allow_special: bool | None = ALLOW_SPECIAL
+
+
+class DetokenizeRequest(Body):
+    """`POST /detokenize`."""
+
+    model: ModelName = MODEL
+    tokens: list[TokenId] = Field(description="token ids")
+
+
+def split_texts(given: Any) -> list[Any]:
+    """Texts or token ids, of one text or several, as a list of texts or of lists of token ids."""
+    return [given] if isinstance(given, list) and isinstance(given[0], int) else as_list(given)
 
 
 def as_list(value: Any) -> list[Any]:

@@ -66,7 +66,7 @@ def configure(app: FastAPI, settings: Settings) -> uvicorn.Config:
     """How uvicorn runs the app."""
     return uvicorn.Config(
         app,
-        http=connection_class(settings, raise_descriptor_limit() - SPARE_DESCRIPTORS),
+        http=connection_class(settings, raise_descriptor_limit() - SPARE_DESCRIPTORS, app.state.doorkeeper),
         ws="none",
         log_config=None,
         access_log=False,

@@ -1,16 +1,16 @@
 """What the routes share: a request becomes token ids off the event loop, then a ticket of the engine."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from starlette.requests import Request as HttpRequest
-from starlette.types import Message
 
 from gpt2core import Request, RequestError, SamplingParams
 from gpt2core.serve.driver import Driver
+from gpt2core.serve.errand import Errand, watch_client
 from gpt2core.serve.errors import Disconnected, invalid, to_refusal
 from gpt2core.serve.settings import Settings
 from gpt2core.serve.state import find_state
@@ -20,6 +20,7 @@ Prompt = str | list[int] | Callable[[], list[int]]
 """A text, its token ids, or what gives them and may take long."""
 T = TypeVar("T")
 TOKENIZER_THREADS = 2
+_READ_ONLY: Final = SamplingParams(max_new_tokens=0)
 
 
 class Service:
@@ -28,7 +29,9 @@ class Service:
     def __init__(self, driver: Driver, settings: Settings) -> None:
         self.driver = driver
         self.settings = settings
-        self._threads = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="gpt2core-text")
+        self.threads = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="gpt2core-text")
+        # One, since the engine computes one at a time, and not of those above: these shall not wait for it.
+        self.embedder = ThreadPoolExecutor(1, thread_name_prefix="gpt2core-embed")
 
     async def accept(
         self,
@@ -44,11 +47,9 @@ class Service:
         Raises:
             Refusal: it cannot run.
         """
-        state = find_state(request.scope)
-        route = request.scope["route"].path
-        ticket = self.driver.reserve(state.client, len(prompts) * params.n, state.begun_s, route)
+        ticket = self._reserve(request, len(prompts) * params.n)
         try:
-            ids = await self.in_thread(lambda: self._encode(prompts, params, allow_special))
+            ids = await self.in_thread(lambda: self.encode(prompts, params, allow_special))
             self.driver.submit(ticket, ids, params, stream=stream)
         except BaseException:
             ticket.close()
@@ -58,15 +59,35 @@ class Service:
         job.log_fields |= {"prompt_tokens": job.prompt_tokens, "stream": stream}
         return job
 
+    def begin_errand(self, request: HttpRequest) -> Errand:
+        """Begin a request that needs no slot; it holds one place.
+
+        Raises:
+            Refusal: it cannot run.
+        """
+        return Errand(self._reserve(request, 1), request)
+
+    def _reserve(self, request: HttpRequest, count: int) -> Ticket:
+        state = find_state(request.scope)
+        return self.driver.reserve(state.client, count, state.begun_s, request.scope["route"].path)
+
     async def in_thread(self, work: Callable[[], T]) -> T:
         """Run what takes long, and holds no lock, beside the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        return await asyncio.get_running_loop().run_in_executor(self.threads, work)
 
     def close(self) -> None:
         """Let go of the threads."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self.threads, self.embedder):
+            threads.shutdown(wait=False, cancel_futures=True)
 
-    def _encode(self, prompts: Sequence[Prompt], params: SamplingParams, special: bool) -> list[list[int]]:
+    def encode(
+        self, prompts: Sequence[Prompt], params: SamplingParams = _READ_ONLY, special: bool = False
+    ) -> list[list[int]]:
+        """The token ids of each prompt; takes long.
+
+        Raises:
+            Refusal: one of them cannot run.
+        """
         engine = self.driver.engine
         assert engine is not None
         result = []
@@ -92,7 +113,7 @@ class Job:
 
     def __post_init__(self) -> None:
         self.log_fields = find_state(self.request.scope).log_fields
-        self._watch = asyncio.create_task(self._until_gone())
+        self._watch = asyncio.create_task(watch_client(self.request, self.ticket))
 
     @property
     def prompt_tokens(self) -> int:
@@ -123,12 +144,6 @@ class Job:
         self.log_fields["completion_tokens"] = self.generated_tokens()
         if self.ticket.error is not None:
             self.log_fields["outcome"] = name_outcome(self.ticket.error)
-
-    async def _until_gone(self) -> None:
-        receive: Callable[[], Awaitable[Message]] = self.request.receive
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        self.ticket.fail(Disconnected())
 
 
 def name_outcome(error: BaseException) -> str:

@@ -72,6 +72,7 @@ class Settings(BaseSettings):
     max_body_nbytes: int = Field(default=256 * 1024, ge=1, description="Largest request body.")
     max_json_depth: int = Field(default=32, ge=1, le=200, description="Deepest nesting of a request's JSON.")
     max_prompts: int = Field(default=64, ge=1, description="Most prompts of one request.")
+    max_inputs: int = Field(default=2048, ge=1, description="Most texts of one request for embeddings.")
     max_n: int = Field(default=4, ge=1, le=128, description="Most choices per prompt, `best_of` included.")
     max_stops: int = Field(default=4, ge=0, le=16, description="Most stop strings.")
     max_stop_nbytes: int = Field(
@@ -88,7 +89,7 @@ class Settings(BaseSettings):
         description="Part of all places that one client (address and key) may hold, running and waiting.",
     )
     max_stretch: float = Field(
-        default=2,
+        default=1.75,
         gt=1,
         le=1000,
         description="How many times longer prompts may make a step for the texts that are written.",
@@ -102,6 +103,9 @@ class Settings(BaseSettings):
     )
     stall_s: float = Field(
         default=15, gt=0, le=3600, description="Longest time in which a client may leave its answer unread."
+    )
+    ping_s: float = Field(
+        default=15, gt=0, le=3600, description="How long a stream may be silent until a comment is sent."
     )
     keep_alive_s: float = Field(
         default=5, gt=0, le=3600, description="How long a connection is kept without a request."

@@ -23,11 +23,21 @@ class RequestState:
     request_id: str
     begun_s: float  # of `time.perf_counter()`
     client: Client
+    has_given_id: bool = False  # whether `request_id` is the client's
+    refused_with: list[tuple[bytes, bytes]] | None = None  # header lines, of a refusal for want of a place
+    body_nbytes: int | None = None  # as announced, of such a request
     log_fields: dict[str, Any] = field(default_factory=dict)  # that routes add to the request's log line
 
     def attach(self, scope: Scope) -> None:
         """Let `find_state` find it."""
         scope[_KEY] = self
+
+
+def look_for_state(scope: Any) -> RequestState | None:
+    """The same; None if the guard has not seen the request, or there is none."""
+    state = None if scope is None else scope.get(_KEY)
+    assert state is None or isinstance(state, RequestState)
+    return state
 
 
 def find_state(scope: Scope) -> RequestState:

@@ -31,6 +31,7 @@ class Ticket:
         self._open = count
         self._updates: list[Update] = []
         self._error: BaseException | None = None
+        self._silence: asyncio.TimerHandle | None = None  # runs while a stream is read
         self._waiter: asyncio.Future[None] | None = None
         self._release = release
         left_s = begun_s + deadline_s - time.perf_counter()
@@ -76,25 +77,43 @@ class Ticket:
         if self._error is not None:
             raise self._error
 
-    async def updates(self) -> AsyncIterator[list[Update]]:
+    async def updates(self, silence_s: float) -> AsyncIterator[list[Update]]:
         """What the steps gave, as it comes; of several steps together where the reader is slow.
+
+        After each `silence_s` without anything comes an empty list.
 
         Raises:
             Exception: what it failed with.
         """
+        loop = asyncio.get_running_loop()
+        given = loop.time()
+
+        def look() -> None:  # one timer for all waits: one for each would cost every token something
+            due, now = given + silence_s, loop.time()
+            self._silence = loop.call_at(due if due > now else now + silence_s, look)
+            if due <= now:
+                self._wake()
+
+        self._silence = loop.call_later(silence_s, look)
         while True:
             if self._updates:
                 updates, self._updates = self._updates, []
+                given = loop.time()
                 yield updates
             elif self._error is not None:
                 raise self._error
             elif not self._open:
                 return
+            elif loop.time() - given >= silence_s:
+                given = loop.time()
+                yield []
             else:
                 await self._wait()
 
     def close(self) -> None:
         """Give its place back; what still runs is cancelled."""
+        if self._silence is not None:
+            self._silence.cancel()
         if not self.closed:
             self._timer.cancel()
             self._release(self)
