@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     )
     from gpt2core.backends.export import export_onnx
     from gpt2core.batch import Batch
+    from gpt2core.chat_template import ChatTemplate
     from gpt2core.checkpoint.open import Checkpoint, open_checkpoint
     from gpt2core.config import ModelConfig
     from gpt2core.engine.engine import Engine
@@ -60,6 +61,7 @@ _MODULE_OF = {
     "BackendUnavailableError": "errors",
     "Batch": "batch",
     "Cache": "backends.base",
+    "ChatTemplate": "chat_template",
     "Checkpoint": "checkpoint.open",
     "CheckpointError": "errors",
     "CheckpointWarning": "errors",
@@ -108,6 +110,7 @@ __all__ = [
     "BackendUnavailableError",
     "Batch",
     "Cache",
+    "ChatTemplate",
     "Checkpoint",
     "CheckpointError",
     "CheckpointWarning",

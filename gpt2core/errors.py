@@ -14,6 +14,10 @@ Each message names the value, the limit and the remedy. What is no error but sho
 `CheckpointWarning`, of the module `warnings`.
 """
 
+from collections.abc import Iterable, Mapping
+
+_NEAR = 0.6  # of difflib's measure
+
 
 class Gpt2CoreError(Exception):
     """Base of every error that gpt2core raises on purpose."""
@@ -62,3 +66,20 @@ def in_short(value: object) -> str:
     except Exception:  # a repr of the caller's, or an int of more digits than Python prints
         return f"a {type(value).__name__} that cannot be shown"
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def did_you_mean(value: str, known: Iterable[str], elsewhere: Mapping[str, str] | None = None) -> str:
+    """The end of a message about an unknown value: "; did you mean 'torch'?", or nothing if none is near.
+
+    Args:
+        value: what was given.
+        known: what there is.
+        elsewhere: names that others use -> those here.
+    """
+    import difflib  # here: only an error needs it
+
+    folded = value.lower()
+    if elsewhere is not None and folded in elsewhere:
+        return f"; did you mean {elsewhere[folded]!r}?"
+    near = difflib.get_close_matches(folded, list(known), n=1, cutoff=_NEAR)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -1,19 +1,21 @@
 """From a checkpoint's name to a backend that holds its weights, and to its tokenizer."""
 
+import inspect
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from gpt2core import backends
-from gpt2core.backends.base import Backend
+from gpt2core.backends.base import Backend, LoadProgress
 from gpt2core.checkpoint.in_memory import read_transformers
 from gpt2core.checkpoint.open import Source, read_checkpoint
+from gpt2core.checkpoint.rounded import round_or_read
 from gpt2core.engine.draft import check_draft
-from gpt2core.errors import CheckpointError, CheckpointWarning, RequestError
-from gpt2core.quantization.rounding import quantize
+from gpt2core.errors import CheckpointError, CheckpointWarning, RequestError, did_you_mean
+from gpt2core.foreign_names import LOADING
 from gpt2core.tokenizer.tokenizer import Tokenizer
 from gpt2core.weights import Weights
 
@@ -36,7 +38,7 @@ class Origin:
     def rounded(self, precision: str) -> Weights:
         """The weights in a precision."""
         weights = self.weights()
-        return weights if weights.precision == precision else quantize(weights, precision)
+        return weights if weights.precision == precision else round_or_read(weights, precision)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,7 @@ def load_models(
     precision: str,
     device: str,
     threads: int | None,
+    on_progress: LoadProgress | None = None,
 ) -> Loaded:
     """A model and, where one is named, its draft model. Arguments and errors: see `GPT2.from_pretrained`.
 
@@ -74,7 +77,12 @@ def load_models(
         checkpoint = read_checkpoint(source)
         tokenizer, missing = read_tokenizer_if_any(checkpoint.tokenizer_folder)
         made = backends.create_backend(
-            backend, checkpoint.stored, device=device, threads=threads, precision=precision
+            backend,
+            checkpoint.stored,
+            device=device,
+            threads=threads,
+            precision=precision,
+            on_progress=on_progress,
         )
         return made, tokenizer, missing
 
@@ -125,3 +133,15 @@ def read_tokenizer_if_any(folder: Path) -> tuple[Tokenizer | None, str]:
 
 def _same_tokens(a: Tokenizer, b: Tokenizer, vocab_size: int) -> bool:
     return all(a.content(i) == b.content(i) for i in range(vocab_size))
+
+
+def check_unknown(names: Iterable[str], function: Callable[..., object]) -> None:
+    """Refuse keywords that `function` does not have.
+
+    Raises:
+        RequestError: naming the nearest that it has, or what another library's option is called here.
+    """
+    for name in names:
+        known = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        remedy = LOADING.get(name) or did_you_mean(name, known).removeprefix("; ")
+        raise RequestError(f"unknown option {name!r}; {remedy or 'known are ' + ', '.join(known)}")

@@ -6,12 +6,12 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, Self, Unpack, overload
+from typing import Any, Literal, Never, Self, Unpack, overload
 
 import numpy as np
 
 from gpt2core._shapes import Float32
-from gpt2core.backends.base import Backend
+from gpt2core.backends.base import Backend, LoadProgress
 from gpt2core.checkpoint.open import Source, save_model
 from gpt2core.engine.engine import CACHE_NBYTES, Engine
 from gpt2core.engine.request import LogitsReader, Piece, Request
@@ -19,7 +19,7 @@ from gpt2core.engine.speculation import SpeculationMode
 from gpt2core.engine.step_loop import StepLoop, all_done, raise_error
 from gpt2core.errors import RequestError
 from gpt2core.generation import Generation, Timing, make_generation
-from gpt2core.loading import Loaded, Origin, load_models, load_transformers
+from gpt2core.loading import Loaded, Origin, check_unknown, load_models, load_transformers
 from gpt2core.prompts import (
     OneChoiceOptions,
     Prompt,
@@ -50,7 +50,7 @@ class GPT2(Scorable):
         tokenizer: the checkpoint's; without one there are token ids only, no text.
         max_batch: most texts that are generated at once; further ones wait for their turn.
         cache_nbytes: limit on the KV cache, bytes, counted in float32; may lower `max_batch`.
-        speculation, draft: as of `Engine`; `close` closes the draft model too.
+        speculation, draft, prefix_cache: as of `Engine`; `close` closes the draft model too.
 
     Attributes:
         engine: what runs the requests. Its `submit`, `cancel` and `step` may be used beside these methods.
@@ -68,13 +68,16 @@ class GPT2(Scorable):
         cache_nbytes: int = CACHE_NBYTES,
         speculation: SpeculationMode = "off",
         draft: Backend | None = None,
+        prefix_cache: bool = False,
     ) -> None:
         self.backend = backend
         self._tokenizer = tokenizer
         self._origin: Origin | None = None
         self._draft = draft
         limits = {"max_slots": max_batch, "cache_nbytes": cache_nbytes}
-        self.engine = Engine(backend, tokenizer, **limits, speculation=speculation, draft=draft)
+        self.engine = Engine(
+            backend, tokenizer, **limits, speculation=speculation, draft=draft, prefix_cache=prefix_cache
+        )
         self._run_until = StepLoop(self.engine).run_until
 
     @classmethod
@@ -96,6 +99,9 @@ class GPT2(Scorable):
         cache_nbytes: int = CACHE_NBYTES,
         speculation: SpeculationMode = "off",
         draft_model: str | os.PathLike[str] | None = None,
+        prefix_cache: bool = False,
+        on_progress: LoadProgress | None = None,
+        **unknown: Never,
     ) -> Self:
         """Load a checkpoint.
 
@@ -112,18 +118,23 @@ class GPT2(Scorable):
             speculation: "prompt_lookup" is faster where a text repeats itself; the tokens stay the same.
             draft_model: a small model of the same vocabulary that makes `model` faster; the tokens stay the
                 same. Loaded like `model`, but for the revision, which is the hub's default.
+            prefix_cache: a prompt that begins as the text before it in the same slot, as in a chat, is read
+                from there on only; with `max_batch=1` there is one slot. Not together with speculation.
+            on_progress: is called with what takes long (rounding the weights, compiling the native backend),
+                and how many of how many parts of it are done, as far as that is known.
 
         Raises:
             CheckpointError: the checkpoint cannot be found, read or trusted.
             BackendUnavailableError: the backend is unknown, or its package or device is missing.
-            RequestError: an option is out of its range.
+            RequestError: an option is unknown (says what another library's is called here) or out of its
+                range.
         """
+        check_unknown(unknown, cls.from_pretrained)
         source = Source(model, revision, cache_dir, local_files_only, token, strict, adapter)
         limits = {"max_batch": max_batch, "cache_nbytes": cache_nbytes}
-        got = load_models(
-            source, draft_model, backend=backend, precision=precision, device=device, threads=threads
-        )
-        return cls._of(got, **limits, speculation=speculation)
+        how = dict[str, Any](backend=backend, precision=precision, device=device, threads=threads)
+        got = load_models(source, draft_model, **how, on_progress=on_progress)
+        return cls._of(got, **limits, speculation=speculation, prefix_cache=prefix_cache)
 
     @classmethod
     def from_transformers(

@@ -4,7 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, TypeAlias, TypedDict, cast
 
-from gpt2core.errors import ContextLengthError, InvalidSamplingError, RequestError, in_short
+from gpt2core.errors import ContextLengthError, InvalidSamplingError, RequestError, did_you_mean, in_short
+from gpt2core.foreign_names import SAMPLING
 from gpt2core.sampling.params import SamplingParams
 from gpt2core.token_ids import TokenIds, is_tensor
 from gpt2core.tokenizer.tokenizer import Tokenizer
@@ -48,15 +49,14 @@ def merge_options(params: SamplingParams | None, options: Mapping[str, Any]) -> 
     """Take `params`, or the defaults, with some fields replaced.
 
     Raises:
-        InvalidSamplingError: an option is unknown (names the nearest that is known) or out of its range.
+        InvalidSamplingError: an option is unknown (names the nearest that is known, or what another library's
+            option is called here) or out of its range.
     """
     known = [field.name for field in fields(SamplingParams)]
     for name in options:
         if name not in known:
-            import difflib
-
-            near = difflib.get_close_matches(name, known, n=1)
-            remedy = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+            remedy = SAMPLING.get(name) or did_you_mean(name, known).removeprefix("; ")
+            remedy = remedy or f"known are {', '.join(known)}"
             raise InvalidSamplingError(f"unknown sampling parameter {name!r}; {remedy}")
     if params is None:
         return SamplingParams(**options)

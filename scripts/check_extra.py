@@ -15,11 +15,13 @@ import sysconfig
 import tempfile
 import time
 import urllib.request
+from importlib.util import find_spec
 
 PROGRAM = os.path.join(sysconfig.get_path("scripts"), "gpt2core")
 FRAMEWORKS = ("flax", "jax", "onnx", "onnxruntime", "torch", "transformers")
 TEXT = "Once upon a time"
 START_S = 60
+MISSING = 4  # the exit code of what is not installed
 
 
 def gpt2core(*args: str, code: int = 0, stdin: str = "") -> subprocess.CompletedProcess[str]:
@@ -39,7 +41,7 @@ def check_bench(*, installed: bool) -> None:
     """Without the extra `bench` the benchmark is refused with it; with it there are plots and a report."""
     with tempfile.TemporaryDirectory() as folder:
         options = ("--offline", "--runs", "1", "--lengths", "40,50", "--output", folder)
-        done = gpt2core("bench", *options, code=0 if installed else 1)
+        done = gpt2core("bench", *options, code=0 if installed else MISSING)
         found = set(os.listdir(folder))
         if installed:
             assert {"gpt2_benchmark.png", "gpt2_benchmark_line.png", "report.html"} <= found, found
@@ -48,10 +50,18 @@ def check_bench(*, installed: bool) -> None:
             assert found == set(), found
 
 
+def check_chat(*, installed: bool) -> None:
+    """Without Jinja a chat is refused with the extra `chat`; with it the demo model answers."""
+    options = ("--chat-template", "plain", "--seed", "7", "--offline")
+    done = gpt2core("chat", *options, code=0 if installed else MISSING, stdin="Who are you?\n")
+    assert installed == bool(done.stdout.strip()), done.stdout
+    assert installed or "pip install 'gpt2core[chat]'" in done.stderr, done.stderr
+
+
 def check_serve(*, installed: bool) -> None:
     """Without the extra `serve` the server is refused with it; with it a model is served until SIGTERM."""
     if not installed:
-        refused = gpt2core("serve", "--offline", code=1)
+        refused = gpt2core("serve", "--offline", code=MISSING)
         assert "pip install 'gpt2core[serve]'" in refused.stderr, refused.stderr
         return
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -97,11 +107,12 @@ def main(extra: str, backends: list[str]) -> None:
 
     missing = set(backends) - here
     check_bench(installed=extra == "bench")
+    check_chat(installed=find_spec("jinja2") is not None)
     check_serve(installed=extra == "serve")
     for name in missing:
         remedy = f"pip install 'gpt2core[{name}]'"
         assert remedy in listed[name]["reason"], f"{name} is listed as {listed[name]}"
-        refused = generate(name, code=1)
+        refused = generate(name, code=MISSING)
         assert refused.stdout == "", f"{name}: something was written: {refused.stdout}"
         assert len(refused.stderr.splitlines()) == 1, f"{name}: more than one line: {refused.stderr}"
         assert remedy in refused.stderr, f"{name}: {refused.stderr}"

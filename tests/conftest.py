@@ -1,6 +1,7 @@
 """Live shape checks: every call of a module that annotates shapes is checked against its annotations."""
 
 import os
+import sys
 import tempfile
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one thread per worker: spinning pools would fight over the cores
@@ -28,6 +29,13 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """`pytest --benchmark-only` is about the folder benchmarks; None leaves the decision to others."""
     return True if config.getoption("benchmark_only", default=False) else None
+
+
+@pytest.fixture(autouse=True)
+def _no_progress_on_a_pipe(monkeypatch):
+    """What a busy machine makes slow must not tell so where a test wants nothing on stderr."""
+    if (progress := sys.modules.get("gpt2core.cli.progress")) is not None:
+        monkeypatch.setattr(progress, "PIPE_DELAY_S", 3600.0)
 
 
 settings.register_profile("gpt2core", deadline=None)  # a busy machine is not a failing test

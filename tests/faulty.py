@@ -25,6 +25,19 @@ def perturbed_attention(weights, **options):
     return NumpyBackend(replace(weights, blocks=(*weights.blocks[:2], block, *weights.blocks[3:])), **options)
 
 
+def wrong_scale(weights, **options):
+    """In int8 layer 1's MLP has every scale of its second half half as large."""
+    block = weights.blocks[1]
+    matrix = block.mlp_c_proj.weight
+    half = np.arange(len(matrix.scale)) < len(matrix.scale) // 2
+    wrong = replace(matrix, scale=np.where(half, matrix.scale, matrix.scale / 2))
+    block = replace(block, mlp_c_proj=replace(block.mlp_c_proj, weight=wrong))
+    return NumpyBackend(replace(weights, blocks=(weights.blocks[0], block, *weights.blocks[2:])), **options)
+
+
+wrong_scale.precisions = ("float32", "int8")
+
+
 class Wrapped:
     """A sound backend without a trace; what derives from it spoils one thing."""
 

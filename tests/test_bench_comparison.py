@@ -431,7 +431,8 @@ def test_other_work_is_watched_in_every_round(folder, tmp_path, monkeypatch):
 
 def test_progress_and_the_time_left_are_told_also_on_a_pipe(folder, tmp_path, capfd, monkeypatch):
     instantly(monkeypatch)
-    monkeypatch.setattr("gpt2core.cli.bench_progress.PIPE_INTERVAL_S", 0.0)
+    monkeypatch.setattr("gpt2core.cli.progress.PIPE_DELAY_S", 0.0)
+    monkeypatch.setattr("gpt2core.cli.progress.PIPE_INTERVAL_S", 0.0)
     args = ["bench", "compare", "--model", str(folder), "--backends", "numpy", "--rounds", "2"]
     assert main([*args, "--no-report", "--output", str(tmp_path / "out")]) == 0
     lines = capfd.readouterr().err.splitlines()

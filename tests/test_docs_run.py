@@ -50,9 +50,8 @@ def sessions(path: Path) -> list[tuple[str, str | None]]:
                 found.append((command, output))
         elif language == "bash":
             found += [(line.strip(), None) for line in text.splitlines()]
-    return [
-        (command, output) for command, output in found if re.match(r"gpt2core |echo |python [\w-]+/", command)
-    ]
+    programs = re.compile(r"gpt2core |echo |printf |python [\w-]+/")
+    return [(command, output) for command, output in found if programs.match(command)]
 
 
 def is_run(command: str) -> bool:
@@ -85,6 +84,8 @@ def reader(tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.setenv("PATH", f"{bin_}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("HOME", str(folder / "home"))
+    (folder / "home/.config/fish/completions").mkdir(parents=True)  # as fish makes it
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("COLUMNS", "100")
     return folder

@@ -188,7 +188,7 @@ def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenized(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_tokens": 3}, r"unknown sampling parameter 'max_tokens'; did you mean 'max_new_tokens'\?"),
+        ({"max_tokens": 3}, r"unknown sampling parameter 'max_tokens'; use max_new_tokens=100"),
         ({"temprature": 3}, r"did you mean 'temperature'\?"),
         ({"qqq": 3}, "unknown sampling parameter 'qqq'; known are max_new_tokens, "),
         ({"top_p": 2}, "top_p is 2"),

@@ -141,7 +141,7 @@ def test_an_existing_folder_is_kept_unless_forced(checkpoint, tmp_path):
     export_onnx(checkpoint, out)  # empty: nothing to lose
     assert names(out) == OURS
     before = (out / "model.onnx").read_bytes()
-    with pytest.raises(CheckpointError, match=r"out is not empty; .* force=True \(--force\)"):
+    with pytest.raises(CheckpointError, match=r"out is not empty; .* force=True to replace it"):
         export_onnx(checkpoint, out, form="portable")
     assert (out / "model.onnx").read_bytes() == before
     export_onnx(checkpoint, out, form="portable", force=True)
@@ -199,8 +199,8 @@ def test_the_command_says_where_and_refuses_in_one_line(checkpoint, tmp_path, ca
     arguments = ["export", str(out), "--model", str(checkpoint), "--form", "portable"]
     assert main(arguments) == 0
     assert capsys.readouterr().out == f"{out}\n"
-    assert main(arguments) == 1
-    refusal = f"{out} is not empty; name another folder, or pass force=True (--force) to replace it"
+    assert main(arguments) == 3
+    refusal = f"{out} is not empty; name another folder, or pass --force to replace it"
     assert capsys.readouterr().err == f"gpt2core: error: {refusal}\n"
     assert main([*arguments, "--force"]) == 0
 

@@ -167,12 +167,12 @@ def test_a_file_has_at_most_500_lines(path):
 
 # Who may import whom: each part only what stands before it.
 LAYERS = (
-    ("errors", "_shapes", "_files", "_machine", "_version"),
+    ("errors", "foreign_names", "_shapes", "_files", "_machine", "_version"),
     ("_json", "encodings", "kernels", "token_ids"),
     ("config",),
     ("weights", "batch", "trace", "token_scores"),
     ("sampling", "tokenizer"),
-    ("prompts", "reference"),
+    ("prompts", "reference", "chat_template"),
     ("quantization",),
     ("checkpoint",),
     ("backends",),

@@ -7,6 +7,7 @@ import inspect
 import subprocess
 import sys
 from pathlib import Path
+from typing import Never
 
 import pytest
 
@@ -25,6 +26,7 @@ PUBLIC = [
     "BackendUnavailableError",
     "Batch",
     "Cache",
+    "ChatTemplate",
     "Checkpoint",
     "CheckpointError",
     "CheckpointWarning",
@@ -149,7 +151,8 @@ def test_the_keywords_of_generate_are_the_fields_of_sampling_params():
 
 
 def test_the_signatures_are_those_that_callers_write():
-    loads = inspect.signature(GPT2.from_pretrained).parameters
+    loads = dict(inspect.signature(GPT2.from_pretrained).parameters)
+    assert loads.pop("unknown").annotation is Never  # refused, with what others call so
     assert {name: p.default for name, p in loads.items() if name != "model"} == {
         "backend": "auto",
         "precision": "auto",
@@ -165,6 +168,8 @@ def test_the_signatures_are_those_that_callers_write():
         "cache_nbytes": 4 * 2**30,
         "speculation": "off",
         "draft_model": None,
+        "prefix_cache": False,
+        "on_progress": None,
     }
     assert all(p.kind is p.KEYWORD_ONLY for name, p in loads.items() if name != "model")
     for method in (GPT2.generate, GPT2.stream):

@@ -8,8 +8,8 @@ import pytest
 from serving import Fake, serving
 from transformers import AutoTokenizer
 
-from gpt2core import GPT2, RequestError
-from gpt2core.serve.chat_template import DIALOGPT, ChatTemplate, find_template
+from gpt2core import GPT2, ChatTemplate, RequestError
+from gpt2core.chat_template import DIALOGPT
 from gpt2core.testing import random_checkpoint
 
 TURNS = [
@@ -104,13 +104,13 @@ def test_a_template_cannot_reach_beyond_its_sandbox(model):
 
 def test_a_template_is_found_by_name_and_by_file_or_said_to_be_missing(tmp_path, model):
     (tmp_path / "own.jinja").write_text("{{ messages[0].content }}!")
-    found = find_template(str(tmp_path / "own.jinja"))(model.tokenizer)
+    found = ChatTemplate.find(str(tmp_path / "own.jinja"))(model.tokenizer)
     assert found.render(TURNS, model.tokenizer, add_generation_prompt=True) == "Be brief.!"
     (tmp_path / "broken.jinja").write_text("{% for %}")
     with pytest.raises(RequestError, match="is not Jinja"):
-        find_template(str(tmp_path / "broken.jinja"))
+        ChatTemplate.find(str(tmp_path / "broken.jinja"))
     with pytest.raises(RequestError, match="give a file, dialogpt or plain"):
-        find_template(str(tmp_path / "none.jinja"))
+        ChatTemplate.find(str(tmp_path / "none.jinja"))
 
 
 # The answer

@@ -13,12 +13,20 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Final
 
+from gpt2core import foreign_names
 from gpt2core._version import __version__
 from gpt2core.backends._shared.c_compiler import missing_compiler
-from gpt2core.backends.base import Backend, BackendFactory, Cache, RunsPrecisions
+from gpt2core.backends.base import (
+    Backend,
+    BackendFactory,
+    BuildsOnce,
+    Cache,
+    LoadProgress,
+    RunsPrecisions,
+)
 from gpt2core.backends.choose import apply_rules
 from gpt2core.config import ModelConfig
-from gpt2core.errors import BackendUnavailableError, RequestError
+from gpt2core.errors import BackendUnavailableError, RequestError, did_you_mean
 from gpt2core.quantization import rounding
 from gpt2core.weights import Weights
 
@@ -119,7 +127,9 @@ def load_factory(name: str) -> BackendFactory:
         return factory
     plugins = _plugins()
     if name not in plugins:
-        raise BackendUnavailableError(f"there is no backend {name!r}; known are {_known_names()}")
+        raise BackendUnavailableError(
+            f"there is no backend {name!r}; known are {_known_names()}{suggest_backend(name)}"
+        )
     try:
         loaded: BackendFactory = plugins[name].load()
     except Exception as error:  # a stranger's module may raise anything; it becomes one typed error
@@ -156,7 +166,7 @@ def choose(
         if named not in _BUILT_IN and named not in _plugins():
             raise BackendUnavailableError(
                 f"GPT2CORE_BACKEND names {named!r}, which does not exist; known are {_known_names()}; "
-                "name one of these or unset the variable"
+                f"name one of these or unset the variable{suggest_backend(named)}"
             )
         return named, "GPT2CORE_BACKEND names it"
     return _choose(config, device, threads, precision, frozenset())
@@ -184,6 +194,7 @@ def create_backend(
     device: str = "cpu",
     threads: int | None = None,
     precision: str = "auto",
+    on_progress: LoadProgress | None = None,
 ) -> Backend:
     """Make the backend `name` over `weights`; "auto" is `choose`'s answer.
 
@@ -195,7 +206,9 @@ def create_backend(
         weights: float32 or quantized.
         device, threads: as of the backend.
         precision: what the backend is to run: "auto" takes the weights as they are; another rounds float32
-            weights to it, without calibration (see `gpt2core.quantization.rounding`).
+            weights to it, without calibration (see `gpt2core.quantization.rounding`), and keeps the result
+            in the user's cache where that takes long (see `gpt2core.checkpoint.rounded`).
+        on_progress: is told what takes long.
 
     Raises:
         BackendUnavailableError: as `load_factory`, or the backend does not run on `device`.
@@ -204,12 +217,12 @@ def create_backend(
     """
     precision = resolve_precision(weights, precision)
     if name != "auto":
-        return _create(name, weights, device, threads, precision)
+        return _create(name, weights, device, threads, precision, on_progress)
     without: set[str] = set()
     name, _ = choose(weights.config, device=device, threads=threads, precision=precision)
     while True:
         try:
-            return _create(name, weights, device, threads, precision)
+            return _create(name, weights, device, threads, precision, on_progress)
         except BackendUnavailableError as error:
             if device != "cpu" or name == "numpy" or _named_by_environment() is not None:
                 raise
@@ -219,18 +232,49 @@ def create_backend(
             warnings.warn(f"backend='auto' takes {name}: {reason}", RuntimeWarning, stacklevel=2)
 
 
-def _create(name: str, weights: Weights, device: str, threads: int | None, precision: str) -> Backend:
+def _create(
+    name: str,
+    weights: Weights,
+    device: str,
+    threads: int | None,
+    precision: str,
+    on_progress: LoadProgress | None,
+) -> Backend:
     factory = load_factory(name)
     offered = factory.precisions if isinstance(factory, RunsPrecisions) else ("float32",)
     if precision not in offered:
-        able = [n for n, b in _BUILT_IN.items() if precision in b.precisions]
+        able = run_precision(precision)
         raise RequestError(
             f"the {name} backend does not run precision {precision!r}, only {', '.join(offered)}; use "
             f"backend={' or '.join(map(repr, able))} for it"
         )
+    tell = on_progress or _tell_nobody
     if precision != weights.precision:
-        weights = rounding.quantize(weights, precision)
+        from gpt2core.checkpoint.rounded import round_or_read  # only those who round wait for it
+
+        what = f"rounding the weights to {precision}"
+        weights = round_or_read(weights, precision, on_progress=lambda done, all: tell(what, done, all))
+    if isinstance(factory, BuildsOnce):
+        tell(f"compiling the {name} backend, once")
+        factory.build()
+        tell("loading the weights")
     return factory(weights, device=device, threads=threads)
+
+
+def refuse_precision(name: str, precision: str) -> str | None:
+    """Why a built-in backend does not run a precision, without importing it; None where it does."""
+    if name not in _BUILT_IN or precision in (offered := _BUILT_IN[name].precisions):
+        return None
+    return f"does not run precision {precision!r}, only {', '.join(offered)}"
+
+
+def run_precision(precision: str) -> list[str]:
+    """The built-in backends that run a precision, installed or not."""
+    return [name for name, built_in in _BUILT_IN.items() if precision in built_in.precisions]
+
+
+def _tell_nobody(what: str, done: int | None = None, all: int | None = None, /) -> None:
+    """Progress that nobody asked for."""
 
 
 def resolve_precision(weights: Weights, precision: str) -> str:
@@ -241,7 +285,8 @@ def resolve_precision(weights: Weights, precision: str) -> str:
     """
     if precision not in ("auto", *PRECISIONS):
         known = " or ".join(map(repr, PRECISIONS))
-        raise RequestError(f"precision {precision!r} is unknown; use 'auto' or {known}")
+        near = did_you_mean(precision, PRECISIONS, foreign_names.PRECISIONS)
+        raise RequestError(f"precision {precision!r} is unknown; use 'auto' or {known}{near}")
     if precision == "auto":
         return weights.precision
     if weights.precision not in ("float32", precision):
@@ -268,6 +313,11 @@ def _plugins() -> dict[str, "EntryPoint"]:
 
 def _known_names() -> str:
     return ", ".join(["auto", *_BUILT_IN, *_plugins()])
+
+
+def suggest_backend(name: str) -> str:
+    """The end of a message about an unknown backend; see `did_you_mean`."""
+    return did_you_mean(name, ["auto", *_BUILT_IN, *_plugins()], foreign_names.BACKENDS)
 
 
 def _version(package: str | None) -> str | None:

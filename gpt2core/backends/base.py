@@ -98,6 +98,12 @@ class Embeds(Protocol):
         ...
 
 
+class LoadProgress(Protocol):
+    """Is told what takes long while a model is loaded, and how much of it is done where that is known."""
+
+    def __call__(self, what: str, done: int | None = None, all: int | None = None, /) -> None: ...
+
+
 @runtime_checkable
 class PortableBits(Protocol):
     """A capability: logits are the same to the last bit on every machine, in every batch and chunking."""

@@ -3,7 +3,7 @@
 from importlib.util import find_spec
 from typing import Final
 
-from gpt2core.errors import Gpt2CoreError
+from gpt2core.errors import BackendUnavailableError, Gpt2CoreError
 
 ALWAYS: Final = ("scipy",)
 FOR_SERVERS: Final = ("httpx2",)
@@ -13,6 +13,10 @@ FOR_REPORTS: Final = ("jinja2", "matplotlib", "seaborn")
 
 class BenchmarkError(Gpt2CoreError):
     """A benchmark cannot begin, go on or be read; the message names the remedy."""
+
+
+class NotInstalledError(BenchmarkError, BackendUnavailableError):
+    """A package of the extra `bench` is missing."""
 
 
 class ServerError(BenchmarkError):
@@ -33,11 +37,11 @@ def check_installed(*packages: str) -> None:
     """Refuse to begin without a package that will be needed.
 
     Raises:
-        BenchmarkError: naming those that are missing and the extra that brings them.
+        NotInstalledError: naming those that are missing and the extra that brings them.
     """
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
         verb = "is" if len(missing) == 1 else "are"
-        raise BenchmarkError(
+        raise NotInstalledError(
             f"{', '.join(missing)} {verb} not installed; install with: pip install 'gpt2core[bench]'"
         )

@@ -75,7 +75,7 @@ def convert_pickle(folder: str | Path, output: str | Path | None = None, *, forc
     existing = [name for name in made if (target / name).exists()]
     if existing and not force:
         raise CheckpointError(
-            f"{target} already holds {', '.join(existing)}; remove them, or pass force=True (--force)"
+            f"{target} already holds {', '.join(existing)}; remove them, or pass force=True"
         )
     torch = torch or _import_torch()
     tensors: dict[str, Any] = {}

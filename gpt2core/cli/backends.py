@@ -4,10 +4,15 @@ from contextlib import suppress
 
 import click
 
+from gpt2core.cli.command import Command
 from gpt2core.cli.console import json_option, one_line, write, write_json, write_table
 
 
-@click.command(short_help="List the engines and what `auto` would choose.")
+@click.command(
+    cls=Command,
+    short_help="List the engines and what `auto` would choose.",
+    examples=("gpt2core backends", "gpt2core backends --threads 2 --json"),
+)
 @click.option("--threads", type=click.IntRange(min=1), help="What `auto` would choose with so many.")
 @json_option
 def backends(threads: int | None, as_json: bool) -> None:

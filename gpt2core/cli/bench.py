@@ -9,8 +9,10 @@ import click
 from click.core import ParameterSource
 
 from gpt2core.cli.bench_compare import compare, output_options, recommend, timeout_option
-from gpt2core.cli.bench_progress import ProgressLine
-from gpt2core.cli.console import Status, checkpoint_options, json_option, one_line, options, write, write_json
+from gpt2core.cli.choices import backend_names, model_names, precision_names
+from gpt2core.cli.command import Command, Group
+from gpt2core.cli.console import checkpoint_options, json_option, one_line, options, write, write_json
+from gpt2core.cli.progress import Status
 from gpt2core.errors import RequestError
 
 if TYPE_CHECKING:
@@ -18,20 +20,29 @@ if TYPE_CHECKING:
 
 model_options = (
     click.option(
+        "-m",
         "--model",
         metavar="MODEL",
+        shell_complete=model_names,
         help="`demo`, a folder, or an id on the hub; with --url the name that the server is asked for.  "
         "[default: demo, or the first that the server lists]",
     ),
     *checkpoint_options,
     click.option(
-        "--backend", metavar="NAME", default="auto", show_default=True, help="Engine; see `backends`."
+        "-b",
+        "--backend",
+        metavar="NAME",
+        default="auto",
+        show_default=True,
+        shell_complete=backend_names,
+        help="Engine; see `backends`.",
     ),
     click.option(
         "--precision",
         metavar="NAME",
         default="auto",
         show_default=True,
+        shell_complete=precision_names,
         help="Of the weights; auto takes them as the checkpoint holds them.",
     ),
     click.option(
@@ -81,7 +92,7 @@ workload_options = (
 )
 
 
-class BenchGroup(click.Group):
+class BenchGroup(Group):
     """`bench` alone is the classic run; options that meant another command before it had a name still do."""
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
@@ -96,7 +107,13 @@ class BenchGroup(click.Group):
 
 
 @click.group(
-    cls=BenchGroup, invoke_without_command=True, short_help="Measure how fast a model or a server writes."
+    cls=BenchGroup,
+    invoke_without_command=True,
+    short_help="Measure how fast a model or a server writes.",
+    examples=(
+        "gpt2core bench --output my-benchmark",
+        "gpt2core bench --url http://127.0.0.1:8000 --output server",
+    ),
 )
 @options(*model_options, *workload_options, *output_options)
 @click.pass_context
@@ -123,7 +140,7 @@ def bench(
     environment.
     """
     given = [
-        option.opts[0]
+        max(option.opts, key=len)
         for option in context.command.params
         if context.get_parameter_source(option.name or "") is ParameterSource.COMMANDLINE
     ]
@@ -141,7 +158,7 @@ def bench(
     from gpt2core.bench import ClassicSettings, run_classic
 
     try:
-        with ProgressLine() as line:
+        with Status("starting", quiet=True) as status:
             result = run_classic(
                 ClassicSettings(
                     **settings | _prompts(prompts, prompt_file),
@@ -153,7 +170,7 @@ def bench(
                 resume=resume,
                 force=force,
                 report=not no_report,
-                on_progress=line.show,
+                on_progress=status.show,
             )
     except KeyboardInterrupt:
         if output.exists():
@@ -176,7 +193,11 @@ bench.add_command(compare)
 bench.add_command(recommend)
 
 
-@bench.command(short_help="What do the measurements in a folder say?")
+@bench.command(
+    cls=Command,
+    short_help="What do the measurements in a folder say?",
+    examples=("gpt2core bench analyse my-benchmark",),
+)
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option(
     "--components",

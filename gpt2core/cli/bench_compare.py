@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gpt2core.cli.bench_progress import ProgressLine
+from gpt2core.cli.choices import backend_names
+from gpt2core.cli.command import Command
 from gpt2core.cli.console import (
-    Status,
     checkpoint_options,
     format_nbytes,
     json_option,
@@ -19,6 +19,7 @@ from gpt2core.cli.console import (
     write_json,
     write_table,
 )
+from gpt2core.cli.progress import Status
 from gpt2core.errors import RequestError
 
 if TYPE_CHECKING:
@@ -65,13 +66,18 @@ def timeout_option(default_s: float) -> Callable[[Any], Any]:
     )
 
 
-@click.command(short_help="Compare backends, and other libraries, on the same model.")
+@click.command(
+    cls=Command,
+    short_help="Compare backends, and other libraries, on the same model.",
+    examples=("gpt2core bench compare --backends numpy,native --rounds 3",),
+)
 @options(
     model_option,
     *checkpoint_options,
     click.option(
         "--backends",
         metavar="NAMES",
+        shell_complete=backend_names,
         help="Engines of gpt2core, with commas between; `all` for those that are installed.  [default: all, "
         "unless --peers is given]",
     ),
@@ -157,14 +163,14 @@ def compare(
         revision=revision,
         timeout_s=timeout_s,
     )
-    with ProgressLine() as line:
+    with Status("starting", quiet=True) as status:
         run(
             comparison,
             output,
             resume=resume,
             force=force,
             local_files_only=offline,
-            on_progress=line.show,
+            on_progress=status.show,
         )
     analysis = analyse(output)
     assert isinstance(analysis, ComparisonAnalysis)
@@ -179,7 +185,11 @@ def compare(
         raise click.exceptions.Exit(1)
 
 
-@click.command(short_help="Find the fastest backend here, for `--backend auto` to take.")
+@click.command(
+    cls=Command,
+    short_help="Find the fastest backend here, for `--backend auto` to take.",
+    examples=("gpt2core bench recommend --model demo",),
+)
 @options(
     model_option,
     *checkpoint_options,

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
-from gpt2core.cli.console import Status, checkpoint_options, format_nbytes, load, model_option, options
+from gpt2core.cli.choices import precision_names
+from gpt2core.cli.command import Command
+from gpt2core.cli.console import checkpoint_options, format_nbytes, load, model_option, options
+from gpt2core.cli.progress import Status
 
 if TYPE_CHECKING:
     from gpt2core.model import GPT2
@@ -30,6 +33,7 @@ _arguments = (
         metavar="NAME",
         default="auto",
         show_default=True,
+        shell_complete=precision_names,
         help="float32, bfloat16, int8 or int4; the same on both sides.",
     ),
     click.option("--threads", type=click.IntRange(min=1), help="CPU threads; by default the engine decides."),
@@ -37,7 +41,11 @@ _arguments = (
 )
 
 
-@click.command(short_help="Compress a file by a model's predictions.")
+@click.command(
+    cls=Command,
+    short_help="Compress a file by a model's predictions.",
+    examples=("gpt2core compress story.txt", "cat story.txt | gpt2core compress - > story.g2c"),
+)
 @options(*_arguments)
 @click.option(
     "--level",
@@ -56,13 +64,17 @@ def compress(file: Path, *, output: Path | None, force: bool, level: int, **mode
 
     if output is None:
         output = Path("-") if str(file) == "-" else file.with_name(file.name + SUFFIX)
-    progress = _Progress(f"compressing {file}")
+    progress = _Progress(f"compressing {file}", None if str(file) == "-" else file.stat().st_size)
     with _load(**model) as loaded, _streams(file, output, force=force) as (source, sink), progress.status:
         nbytes = compress_stream(source, sink, loaded, level=level, progress=progress)
     print(f"{output}: {format_nbytes(nbytes)} of {format_nbytes(progress.nbytes)}", file=sys.stderr)
 
 
-@click.command(short_help="Expand what compress made.")
+@click.command(
+    cls=Command,
+    short_help="Expand what compress made.",
+    examples=("gpt2core expand story.txt.g2c", "gpt2core expand - < story.g2c > story.txt"),
+)
 @options(*_arguments)
 @click.option("--salvage", is_flag=True, help="Leave damaged segments out, name them, and end with 1.")
 def expand(file: Path, *, output: Path | None, force: bool, salvage: bool, **model: Any) -> None:
@@ -88,14 +100,15 @@ def expand(file: Path, *, output: Path | None, force: bool, salvage: bool, **mod
 class _Progress:
     """Shows how many bytes are done, and remembers them."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, all_nbytes: int | None = None) -> None:
         self.nbytes = 0
+        self._all_nbytes = all_nbytes
         self.status = Status(text)
         self._text = text
 
     def __call__(self, nbytes: int) -> None:
         self.nbytes = nbytes
-        self.status.update(f"{self._text}: {format_nbytes(nbytes)}")
+        self.status.update(f"{self._text}: {format_nbytes(nbytes)}", nbytes, self._all_nbytes)
 
 
 def _load(**model: Any) -> "GPT2":

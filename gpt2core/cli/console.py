@@ -1,23 +1,23 @@
-"""What all commands share: the common options, reading text, writing results, and a status line."""
+"""What all commands share: the common options, reading text and writing results."""
 
 import json
 import math
 import os
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 import click
 
+from gpt2core.cli.choices import backend_names, model_names, precision_names
+from gpt2core.cli.progress import Status
 from gpt2core.errors import RequestError
 
 if TYPE_CHECKING:
     from gpt2core.model import GPT2
 
-STATUS_DELAY_S = 1.0
-Command = TypeVar("Command", bound=Callable[..., Any])
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 checkpoint_options = (
     click.option("--revision", metavar="NAME", help="Branch, tag or commit of a model on the hub."),
@@ -29,23 +29,32 @@ adapter_option = click.option(
     help="A LoRA adapter (folder, or an id on the hub) to merge into the model.",
 )
 model_option = click.option(
+    "-m",
     "--model",
     metavar="MODEL",
     default="demo",
     show_default=True,
+    shell_complete=model_names,
     help="`demo`, a folder, or an id on the hub.",
 )
 model_options = (
     model_option,
     *checkpoint_options,
     click.option(
-        "--backend", metavar="NAME", default="auto", show_default=True, help="Engine; see `backends`."
+        "-b",
+        "--backend",
+        metavar="NAME",
+        default="auto",
+        show_default=True,
+        shell_complete=backend_names,
+        help="Engine; see `backends`.",
     ),
     click.option(
         "--precision",
         metavar="NAME",
         default="auto",
         show_default=True,
+        shell_complete=precision_names,
         help="float32, int8, int4 or bfloat16; auto takes the weights as the checkpoint holds them.",
     ),
     click.option(
@@ -62,16 +71,19 @@ speculation_options = (
         help="prompt_lookup: faster where a text repeats itself; same tokens.",
     ),
     click.option(
-        "--draft-model", metavar="MODEL", help="A small model of the same vocabulary: faster, same tokens."
+        "--draft-model",
+        metavar="MODEL",
+        shell_complete=model_names,
+        help="A small model of the same vocabulary: faster, same tokens.",
     ),
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
 
-def options(*groups: Callable[[Command], Command]) -> Callable[[Command], Command]:
+def options(*groups: Callable[[Function], Function]) -> Callable[[Function], Function]:
     """Apply several `click.option` decorators, shown by --help in the order given."""
 
-    def apply(command: Command) -> Command:
+    def apply(command: Function) -> Function:
         for option in reversed(groups):
             command = option(command)
         return command
@@ -95,8 +107,10 @@ def load(
 
     folder = find(model, revision=revision, offline=offline)
     draft = None if draft_model is None else find(draft_model, revision=None, offline=offline)
-    with Status(f"loading {model}"):
-        return GPT2.from_pretrained(folder, draft_model=draft, local_files_only=offline, **engine)
+    with Status(f"loading {model}", quiet=True) as status:
+        return GPT2.from_pretrained(
+            folder, draft_model=draft, local_files_only=offline, on_progress=status.update, **engine
+        )
 
 
 def write(text: str) -> None:
@@ -129,11 +143,17 @@ def finite(value: float | None) -> float | None:
 
 
 def write_table(rows: Sequence[tuple[str, ...]]) -> None:
-    """Write rows as columns of equal width, two spaces apart."""
+    """Write `table_lines`."""
+    for line in table_lines(rows):
+        write(f"{line}\n")
+
+
+def table_lines(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Rows as columns of equal width, two spaces apart."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        write("  ".join(cells).rstrip() + "\n")
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
 
 
 def discard_stdout() -> None:
@@ -180,44 +200,3 @@ def format_nbytes(nbytes: int) -> str:
         size /= 1000
         units.pop(0)
     return f"{nbytes} bytes" if units[0] == "bytes" else f"{size:.1f} {units[0]}"
-
-
-class Status:
-    """A context that says on stderr what takes long: only on a terminal, after a second, gone at the end."""
-
-    def __init__(self, text: str) -> None:
-        self._text = text
-        self._lock = threading.Lock()
-        self._state: Literal["waiting", "shown", "done"] = "waiting"
-        self._timer = threading.Timer(STATUS_DELAY_S, self._show)
-        self._timer.daemon = True
-
-    def __enter__(self) -> Self:
-        if sys.stderr.isatty():
-            self._timer.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._timer.cancel()
-        with self._lock:
-            if self._state == "shown":
-                _draw("")
-            self._state = "done"
-
-    def update(self, text: str) -> None:
-        """Replace the text."""
-        with self._lock:
-            self._text = text
-            if self._state == "shown":
-                _draw(text)
-
-    def _show(self) -> None:
-        with self._lock:
-            if self._state == "waiting":  # the timer may fire while the context ends
-                self._state = "shown"
-                _draw(self._text)
-
-
-def _draw(text: str) -> None:
-    sys.stderr.write(f"\r\x1b[K{text}")
-    sys.stderr.flush()

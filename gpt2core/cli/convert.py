@@ -5,10 +5,21 @@ from pathlib import Path
 
 import click
 
-from gpt2core.cli.console import Status, checkpoint_options, find, options, write
+from gpt2core.cli.command import Command
+from gpt2core.cli.console import checkpoint_options, find, options, write
+from gpt2core.cli.progress import Status
 
 
-@click.command(short_help="Turn pickled weights or GGUF into model.safetensors, or a model into GGUF.")
+@click.command(
+    cls=Command,
+    short_help="Turn pickled weights or GGUF into model.safetensors, or a model into GGUF.",
+    examples=(
+        "gpt2core convert FOLDER",
+        "gpt2core convert owner/name",
+        "gpt2core convert out --output nanogpt",
+        "gpt2core convert demo --to gguf --output demo.gguf",
+    ),
+)
 @click.argument("model")
 @options(*checkpoint_options)
 @click.option("-o", "--output", metavar="PATH", type=click.Path(path_type=Path), help="Write there instead.")

@@ -4,13 +4,16 @@ import os
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from gpt2core._machine import peak_memory_nbytes
+from gpt2core.cli.command import Command
 from gpt2core.cli.console import (
     adapter_option,
+    finite,
     format_nbytes,
     json_option,
     load,
@@ -18,33 +21,19 @@ from gpt2core.cli.console import (
     options,
     read_stdin,
     speculation_options,
+    table_lines,
     write,
     write_json,
 )
+from gpt2core.cli.sampling_options import sampling_options, to_fields
 from gpt2core.errors import RequestError
 
 if TYPE_CHECKING:
+    from gpt2core.cli.prompt_file import Given
     from gpt2core.model import GPT2, Generation
-    from gpt2core.sampling.draw import SamplingParams
+    from gpt2core.sampling.draw import SamplingParams, TokenLogprob
 
 PROMPT_LIMIT_NBYTES = 2**20  # several times what the longest tokens could fit into any GPT-2's context
-
-sampling_options = (
-    click.option(
-        "--max-new-tokens",
-        metavar="N",
-        type=int,
-        help="How many tokens at most.  [default: 100, or as far as the context reaches]",
-    ),
-    click.option("--temperature", type=float, default=0.8, show_default=True, help="0: the likeliest token."),
-    click.option("--top-k", metavar="K", type=int, help="Only the K likeliest tokens."),
-    click.option("--top-p", metavar="P", type=float, default=1.0, help="Only the likeliest that sum to P."),
-    click.option("--min-p", metavar="P", type=float, default=0.0, help="None below P times the likeliest."),
-    click.option("--repetition-penalty", type=float, default=1.0, help="Above 1: less of what occurred."),
-    click.option("--seed", type=int, help="The same seed gives the same text.  [default: a new one]"),
-    click.option("--n", metavar="N", type=int, default=1, show_default=True, help="How many continuations."),
-    click.option("--stop", metavar="TEXT", multiple=True, help="End before this text; repeatable."),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,18 +45,42 @@ class Speed:
     decode_s: float | None  # from the first token to the last
 
 
-@click.command(short_help="Continue a text.")
-@click.argument("prompt", required=False)
+@click.command(
+    cls=Command,
+    short_help="Continue a text.",
+    examples=(
+        'gpt2core generate "Once upon a time" -t 0.8 -s 7',
+        'gpt2core generate "Once upon a time" "The king said" -n 20 --json',
+        'echo "The king said" | gpt2core generate - --no-prompt',
+        "gpt2core generate --prompts prompts.jsonl -m openai-community/gpt2 -b torch",
+    ),
+)
+@click.argument("prompts", metavar="[PROMPT]...", nargs=-1)
+@click.option(
+    "--prompts",
+    "prompt_file",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Further prompts: one a line; in FILE.jsonl a line is a JSON string, token ids, or an object with "
+    '"prompt".',
+)
 @options(*model_options, *speculation_options, *sampling_options)
 @options(adapter_option)
+@click.option(
+    "--echo/--no-prompt",
+    "echo",
+    default=None,
+    help="Whether the prompt comes before its text.  [default: not with --json]",
+)
 @click.option("--strict", is_flag=True, help="Refuse a config.json with fields that are not known.")
 @click.option("--allow-special", is_flag=True, help="Read <|endoftext|> in the prompt as the special token.")
 @click.option("--no-stream", is_flag=True, help="Print the text once it is complete.")
 @click.option("--stats", is_flag=True, help="Report speed and memory on stderr.")
 @json_option
 def generate(
-    prompt: str | None,
+    prompts: tuple[str, ...],
     *,
+    prompt_file: Path | None,
     model: str,
     revision: str | None,
     offline: bool,
@@ -78,6 +91,7 @@ def generate(
     speculation: str,
     draft_model: str | None,
     adapter: str | None,
+    echo: bool | None,
     strict: bool,
     allow_special: bool,
     no_stream: bool,
@@ -85,7 +99,7 @@ def generate(
     as_json: bool,
     **sampling: Any,
 ) -> None:
-    """Continue PROMPT: print it and, as it is written, what follows it.
+    """Continue PROMPT: print it and, as it is written, what follows it. Several prompts run as one batch.
 
     `-`, or no PROMPT where stdin is not a terminal, reads the prompt from stdin; one line break at its end
     is left out. With --json nothing is streamed, and each text is what was generated, without the prompt.
@@ -94,8 +108,10 @@ def generate(
 
     if sampling["seed"] is None:
         sampling["seed"] = int.from_bytes(os.urandom(4))  # drawn here so that --stats can tell it
-    text = _prompt(prompt)
-    params = SamplingParams(**sampling)  # refuses what is out of range before anything is loaded
+    texts = _prompts(prompts, prompt_file)
+    echo = not as_json if echo is None else echo
+    # `echo` is the library's where it gives what is printed; text from the command line is printed as it is.
+    params = SamplingParams(**to_fields(sampling), echo=as_json and echo)
     start_s = time.perf_counter()
     with load(
         model,
@@ -111,32 +127,53 @@ def generate(
         strict=strict,
     ) as loaded:
         load_s = time.perf_counter() - start_s
-        if as_json or no_stream or params.n > 1:
-            result = loaded.generate([text], params, allow_special=allow_special)
+        if as_json or no_stream or params.n > 1 or len(texts) > 1:
+            # One prompt alone is named without its place in a list.
+            given = texts if len(texts) > 1 else texts[0]
+            got = loaded.generate(given, params, allow_special=allow_special)
+            result = got if isinstance(got, list) else [got]
             speed = _measure_speed(result)
             if as_json:
-                write_json(
-                    {
-                        "model": model,
-                        "backend": loaded.backend.name,
-                        "precision": getattr(loaded.backend, "precision", "float32"),
-                        "prompt": text,
-                        "load_s": load_s,
-                        "generations": [_to_document(generation) for generation in result],
-                    }
-                )
+                head = {
+                    "model": model,
+                    "backend": loaded.backend.name,
+                    "precision": getattr(loaded.backend, "precision", "float32"),
+                }
+                write_json(head | _to_results(texts, result, params.n) | {"load_s": load_s})
             else:
-                _write_whole(text, result)
+                shown = [_as_text(text, loaded) if echo else "" for text in texts]
+                _write_whole(shown, result, params.n)
+            logprobs = [entry for generation in result for entry in generation.logprobs or ()]
         else:
-            speed = _write_stream(loaded, text, params, allow_special)
+            speed, logprobs = _write_stream(loaded, texts[0], params, allow_special, echo=echo)
+        if logprobs and not as_json:
+            _report_logprobs(loaded, logprobs)
         if stats:
-            _report(loaded, params, speed, load_s, speculates=speculation != "off" or draft_model is not None)
+            speculates = speculation != "off" or draft_model is not None
+            count = len(texts) * params.n
+            _report(loaded, sampling["seed"], count, speed, load_s, speculates=speculates)
 
 
-def _prompt(argument: str | None) -> str:
-    if argument is None and sys.stdin is not None and sys.stdin.isatty():
-        raise click.UsageError("no prompt; give a PROMPT, or - to read it from stdin")
-    if argument is None or argument == "-":
+def _prompts(arguments: tuple[str, ...], file: Path | None) -> "list[Given]":
+    """What is to be continued.
+
+    Raises:
+        RequestError: it cannot be read, or there is nothing.
+    """
+    if not arguments and file is None:
+        if sys.stdin is not None and sys.stdin.isatty():
+            raise click.UsageError("no prompt; give a PROMPT, or - to read it from stdin")
+        arguments = ("-",)
+    prompts: list[Given] = [_prompt(argument) for argument in arguments]
+    if file is not None:
+        from gpt2core.cli.prompt_file import read_prompt_file
+
+        prompts += read_prompt_file(file)
+    return prompts
+
+
+def _prompt(argument: str) -> str:
+    if argument == "-":
         text = read_stdin(PROMPT_LIMIT_NBYTES)
         return text.removesuffix("\r\n") if text.endswith("\r\n") else text.removesuffix("\n")
     try:
@@ -148,26 +185,62 @@ def _prompt(argument: str | None) -> str:
     return argument
 
 
-def _write_stream(loaded: "GPT2", prompt: str, params: "SamplingParams", allow_special: bool) -> Speed:
+def _as_text(prompt: "Given", loaded: "GPT2") -> str:
+    return prompt if isinstance(prompt, str) else loaded.tokenizer.decode(prompt)
+
+
+def _write_stream(
+    loaded: "GPT2", prompt: "Given", params: "SamplingParams", allow_special: bool, *, echo: bool
+) -> "tuple[Speed, list[TokenLogprob]]":
     start_s = time.perf_counter()
     pieces = loaded.stream(prompt, params, allow_special=allow_special)
-    write(prompt)
+    if echo:
+        write(_as_text(prompt, loaded))
     times_s = []
+    logprobs: list[TokenLogprob] = []
     for piece in pieces:
         if piece.token_id is not None:
             times_s.append(time.perf_counter() - start_s)
+        logprobs += piece.logprobs
         write(piece.text)
     write("\n")
     if not times_s:
-        return Speed(0, None, None)
-    return Speed(len(times_s), times_s[0], times_s[-1] - times_s[0])
+        return Speed(0, None, None), logprobs
+    return Speed(len(times_s), times_s[0], times_s[-1] - times_s[0]), logprobs
 
 
-def _write_whole(prompt: str, generations: "list[Generation]") -> None:
-    for i, generation in enumerate(generations, 1):
-        if len(generations) > 1:
-            write(f"--- {i} of {len(generations)} ---\n")
-        write(f"{prompt}{generation.text}\n")
+def _write_whole(prompts: list[str], generations: "list[Generation]", n: int) -> None:
+    """Each text; where there are several, each below a line that says which of how many it is."""
+    for i, generation in enumerate(generations):
+        place = [f"{i // n + 1} of {len(prompts)}"] if len(prompts) > 1 else []
+        if n > 1:
+            place.append(f"{i % n + 1} of {n}")
+        if place:
+            write(f"--- {', '.join(place)} ---\n")
+        write(f"{prompts[i // n]}{generation.text}\n")
+
+
+def _to_results(prompts: "list[Given]", generations: "list[Generation]", n: int) -> dict[str, Any]:
+    """Of one prompt its generations; of several one such object each."""
+    results = [
+        {"prompt": prompt, "generations": [_to_document(one) for one in generations[i * n : (i + 1) * n]]}
+        for i, prompt in enumerate(prompts)
+    ]
+    return results[0] if len(results) == 1 else {"results": results}
+
+
+def _report_logprobs(loaded: "GPT2", logprobs: "list[TokenLogprob]") -> None:
+    """On stderr, each token with its log probability and the likeliest ones."""
+
+    def shown(token_id: int) -> str:
+        return ascii(loaded.tokenizer.token_text(token_id))
+
+    rows = [("logprob", "token", "likeliest" if any(entry.top for entry in logprobs) else "")]
+    for entry in logprobs:
+        top = "  ".join(f"{shown(token_id)} {logprob:.4f}" for token_id, logprob in entry.top)
+        value = "-" if entry.logprob is None else f"{entry.logprob:.4f}"
+        rows.append((value, shown(entry.token_id), top))
+    print(*table_lines(rows), sep="\n", file=sys.stderr)
 
 
 def _measure_speed(generations: "list[Generation]") -> Speed:
@@ -181,6 +254,7 @@ def _measure_speed(generations: "list[Generation]") -> Speed:
 
 
 def _to_document(generation: "Generation") -> dict[str, Any]:
+    logprobs = generation.logprobs
     return {
         "text": generation.text,
         "token_ids": generation.token_ids,
@@ -188,6 +262,7 @@ def _to_document(generation: "Generation") -> dict[str, Any]:
         "prompt_tokens": generation.prompt_tokens,
         "seed": generation.seed,
         "choice": generation.choice,
+        "logprobs": None if logprobs is None else [_to_entry(entry) for entry in logprobs],
         "timing": {
             "ttft_s": generation.timing.ttft_s,
             "elapsed_s": generation.timing.elapsed_s,
@@ -198,10 +273,13 @@ def _to_document(generation: "Generation") -> dict[str, Any]:
     }
 
 
-def _report(
-    loaded: "GPT2", params: "SamplingParams", speed: Speed, load_s: float, *, speculates: bool
-) -> None:
-    later = speed.new_tokens - params.n  # what came after each text's first token
+def _to_entry(entry: "TokenLogprob") -> dict[str, Any]:
+    top = [{"id": token_id, "logprob": finite(logprob)} for token_id, logprob in entry.top]
+    return {"id": entry.token_id, "logprob": finite(entry.logprob), "top": top}
+
+
+def _report(loaded: "GPT2", seed: int, texts: int, speed: Speed, load_s: float, *, speculates: bool) -> None:
+    later = speed.new_tokens - texts  # what came after each text's first token
     rate = (
         f"{later / speed.decode_s:.1f} tokens/s after it"
         if speed.decode_s and later > 0
@@ -210,7 +288,7 @@ def _report(
     peak_nbytes = peak_memory_nbytes()
     lines = [
         f"backend       {loaded.backend.name}",
-        f"seed          {params.seed}",
+        f"seed          {seed}",
         f"load          {load_s:.3f} s",
         f"tokens        {speed.new_tokens}",
         "first token   " + ("none" if speed.ttft_s is None else f"{speed.ttft_s:.3f} s, {rate}"),

@@ -5,8 +5,8 @@ from typing import Any, cast
 
 import click
 
+from gpt2core.cli.command import Command
 from gpt2core.cli.console import (
-    Status,
     json_option,
     load,
     model_options,
@@ -14,13 +14,16 @@ from gpt2core.cli.console import (
     write_json,
     write_table,
 )
+from gpt2core.cli.progress import Status
 from gpt2core.errors import RequestError
 
 PHENOMENON = "linguistics_term"
 """BLiMP's field of the phenomenon."""
 
 
-@click.command(short_help="Judge minimal pairs.")
+@click.command(
+    cls=Command, short_help="Judge minimal pairs.", examples=("gpt2core pairs pairs.jsonl --model demo",)
+)
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @options(*model_options)
 @click.option(

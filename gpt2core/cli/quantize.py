@@ -5,8 +5,8 @@ from pathlib import Path
 
 import click
 
+from gpt2core.cli.command import Command
 from gpt2core.cli.console import (
-    Status,
     adapter_option,
     checkpoint_options,
     find,
@@ -14,9 +14,17 @@ from gpt2core.cli.console import (
     options,
     write,
 )
+from gpt2core.cli.progress import Status
 
 
-@click.command(short_help="Round a model's weights to fewer bits.")
+@click.command(
+    cls=Command,
+    short_help="Round a model's weights to fewer bits.",
+    examples=(
+        "gpt2core quantize demo demo-int8",
+        "gpt2core quantize openai-community/gpt2 gpt2-int4 --precision int4 --group-size 64",
+    ),
+)
 @click.argument("model")
 @click.argument("folder", metavar="OUT", type=click.Path(file_okay=False, path_type=Path))
 @options(*checkpoint_options, adapter_option)
@@ -64,8 +72,15 @@ def quantize(
         raise CheckpointError(
             f"{folder} already holds {', '.join(there)}; name another folder, or pass --force"
         )
-    with Status(f"rounding {model} to {precision}"):
-        weights = rounded(checkpoint.stored, precision, group_size=int(group_size))
+    what = f"rounding {model} to {precision}"
+    with Status(what) as status:
+        weights = rounded(
+            checkpoint.stored,
+            precision,
+            group_size=int(group_size),
+            on_progress=lambda done, all: status.update(what, done, all),
+        )
+        status.update(f"writing {folder}")
         save_checkpoint(folder, weights)
     for name in SMALL_FILES:
         if name != "config.json" and (checkpoint.tokenizer_folder / name).is_file():

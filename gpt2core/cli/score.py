@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from gpt2core.cli.command import Command
 from gpt2core.cli.console import (
-    Status,
     finite,
     json_option,
     load,
@@ -18,6 +18,7 @@ from gpt2core.cli.console import (
     write_json,
     write_table,
 )
+from gpt2core.cli.progress import Status
 
 if TYPE_CHECKING:
     from gpt2core.model import GPT2, Score
@@ -35,7 +36,11 @@ choice_options = (
 )
 
 
-@click.command(short_help="Measure how well a model predicts texts.")
+@click.command(
+    cls=Command,
+    short_help="Measure how well a model predicts texts.",
+    examples=("gpt2core score story.txt", 'echo "Once upon a time" | gpt2core score - --by token'),
+)
 @click.argument(
     "files",
     metavar="FILE...",
@@ -119,7 +124,9 @@ def _summarize(corpus: Any, *, per_token: bool, as_json: bool) -> None:
                 text,
                 top=corpus.top,
                 entropy=corpus.entropy or corpus.page is not None,
-                on_progress=lambda done, total: status.update(f"scoring {file}: {done} of {total} tokens"),
+                on_progress=lambda done, total: status.update(
+                    f"scoring {file}: {done} of {total} tokens", done, total
+                ),
                 **corpus.choices,
             )
         if corpus.page is not None:

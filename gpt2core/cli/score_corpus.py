@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import click
 
-from gpt2core.cli.bench_progress import clock
-from gpt2core.cli.console import Status, find, load, write
+from gpt2core.cli.console import find, load, write
+from gpt2core.cli.progress import Status, clock
 from gpt2core.errors import RequestError
 
 if TYPE_CHECKING:

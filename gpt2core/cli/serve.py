@@ -5,13 +5,21 @@ from typing import Any
 
 import click
 
+from gpt2core.cli.command import Command
 from gpt2core.cli.console import model_options, options, speculation_options
 from gpt2core.errors import BackendUnavailableError, RequestError
 
 PACKAGES = ("fastapi", "jinja2", "prometheus_client", "pydantic", "pydantic_settings", "starlette", "uvicorn")
 
 
-@click.command(short_help="Run an HTTP server.")
+@click.command(
+    cls=Command,
+    short_help="Run an HTTP server.",
+    examples=(
+        "gpt2core serve --model demo",
+        "gpt2core serve --model demo --host 0.0.0.0 --api-key-file keys.txt --allowed-hosts api.example.org",
+    ),
+)
 @options(*model_options, *speculation_options)
 @click.option("--served-name", metavar="NAME", help="The model's name in the API.  [default: from --model]")
 @click.option(

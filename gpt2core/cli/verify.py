@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from gpt2core.cli.choices import backend_names
+from gpt2core.cli.command import Command
 from gpt2core.cli.console import (
-    Status,
     checkpoint_options,
     find,
     format_nbytes,
@@ -17,17 +18,23 @@ from gpt2core.cli.console import (
     write_json,
     write_table,
 )
+from gpt2core.cli.progress import Status
 
 if TYPE_CHECKING:
     from gpt2core.verify import BackendReport, Disagreement, Report
 
 
-@click.command(short_help="Compare the engines with each other and with a reference.")
+@click.command(
+    cls=Command,
+    short_help="Compare the engines with each other and with a reference.",
+    examples=("gpt2core verify demo", "gpt2core verify FOLDER --backends numpy,native --layers"),
+)
 @click.argument("model", default="demo")
 @options(*checkpoint_options)
 @click.option(
     "--backends",
     metavar="NAMES",
+    shell_complete=backend_names,
     help="Engines, with commas between; by default all that are installed. A factory of your own is given as "
     "module:attribute.",
 )
@@ -36,9 +43,8 @@ if TYPE_CHECKING:
 @click.option(
     "--tolerance",
     type=click.FloatRange(min=0, min_open=True),
-    default=2e-4,
-    show_default=True,
-    help="Largest allowed difference of a logit.",
+    help="Largest allowed difference of a logit.  [default: 2e-4; in int8 and int4 a root mean square of 0.1 "
+    "of the logits' spread]",
 )
 @click.option(
     "--seeds", type=click.IntRange(min=0), default=5, show_default=True, help="How many texts to draw."
@@ -71,11 +77,11 @@ def verify(
     as_json: bool,
     **limits: Any,
 ) -> None:
-    """Run MODEL on every engine, each in a process of its own, and compare.
+    """Run MODEL on every engine, in its precision, each in a process of its own, and compare.
 
     The logits of several ways of running a text (at once, in chunks, token by token, in ragged batches) are
-    held against a float64 reference. Then texts are drawn at temperature 0.8, and their tokens compared
-    between engines. Ends with 1 if an engine fails.
+    held against a float64 reference, which of rounded weights computes what they stand for. Then texts
+    are drawn at temperature 0.8, and their tokens compared between engines. Ends with 1 if an engine fails.
     """
     if bits:
         _verify_bits(threads=limits["threads"], as_json=as_json)
@@ -117,14 +123,21 @@ def _write(report: "Report") -> None:
     write_table([_HEADINGS, *(_row(one, report.baseline) for one in report.backends)])
     write("\n")
     positions = max((one.overall.positions for one in report.backends if one.overall), default=0)
-    write(f"logits: {positions} positions against the reference; allowed difference {report.tolerance:g}\n")
+    if report.relative_tolerance is None:
+        allowed = f"difference {report.tolerance:g}"
+    else:
+        allowed = f"root mean square of the differences {report.relative_tolerance:g} of the logits' spread"
+    reference = "the reference"
+    if report.precision != "float32":
+        reference += f" of the weights that its {report.precision} stands for"
+    write(f"logits: {positions} positions against {reference}; allowed {allowed}\n")
     if report.baseline is not None:
         write(
             f"tokens: {report.seeds} seeds x {report.tokens} tokens at temperature {report.temperature:g}, "
             f"compared with {report.baseline}'s\n"
         )
     for one in report.backends:
-        for line in _remarks(one):
+        for line in _remarks(one, relative=report.relative_tolerance is not None):
             write(f"{one.backend}: {line}\n")
 
 
@@ -164,10 +177,13 @@ def _seconds(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f} s"
 
 
-def _remarks(one: "BackendReport") -> list[str]:
+def _remarks(one: "BackendReport", *, relative: bool) -> list[str]:
     if one.status == "skipped":
         return [f"skipped: {reason}" for reason in one.reasons]
-    lines = [_drawn(each) for each in one.agreement.disagreements] if one.agreement is not None else []
+    lines = []
+    if relative and one.overall is not None:
+        lines.append(f"off by {one.overall.relative_difference:.2g} of the logits' spread")
+    lines += [_drawn(each) for each in one.agreement.disagreements] if one.agreement is not None else []
     if one.layers is not None:
         lines.append(_layers(one))
     return [*lines, *(f"FAILED: {reason}" for reason in one.reasons)]

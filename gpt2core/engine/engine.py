@@ -70,6 +70,9 @@ class Engine:
             the tokens stay the same (`gpt2core.engine.speculation`).
         draft: a smaller model of the same vocabulary, whose tokens are read so; the engine does not close it.
 
+        prefix_cache: a request does not read again what the request before it has left in its slot, as far
+            as its prompt begins so; not together with speculation.
+
     Raises:
         RequestError: a limit is not a whole number of 1 or more, not even one request fits `cache_nbytes`,
             or `speculation` and `draft` are unknown, contradict each other or do not fit the model.
@@ -85,11 +88,14 @@ class Engine:
         step_tokens: int = 512,
         speculation: SpeculationMode = "off",
         draft: Backend | None = None,
+        prefix_cache: bool = False,
     ) -> None:
         limits = {"max_slots": max_slots, "cache_nbytes": cache_nbytes, "step_tokens": step_tokens}
         for name, value in limits.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise RequestError(f"{name} is {value!r}; it must be a whole number of 1 or more")
+        if prefix_cache and (speculation != "off" or draft is not None):
+            raise RequestError("prefix_cache and speculation do not go together; leave one of them out")
         self.config = backend.config
         request_nbytes = self.config.cache_nbytes(1, self.config.n_positions) + draft_nbytes(
             draft, self.config
@@ -104,7 +110,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.slots = min(max_slots, cache_nbytes // request_nbytes)
         self.steps = 0
-        self._scheduler = Scheduler(slots=self.slots, step_tokens=step_tokens)
+        self._scheduler = Scheduler(slots=self.slots, step_tokens=step_tokens, prefix_cache=prefix_cache)
         self._guarded = GuardedScheduler(self._scheduler)
         self._speculation = make_speculation(speculation, draft, backend, self.slots, step_tokens)
         self._scorer = backend if isinstance(backend, ScoresTokens) else None

@@ -143,6 +143,19 @@ class Request:
             return left
         return min(left, max(0, self.logits_from - self.cached) + self.logits_chunk)
 
+    def count_cached(self, held: Sequence[int]) -> int:
+        """How many tokens of the prompt a slot that holds `held` has already.
+
+        At least one is left to be read, whose logits give the first token, and all whose logits are wanted.
+        """
+        most = min(len(held), self.prompt_tokens - 1)
+        if self.logits_from is not None:
+            most = min(most, self.logits_from)
+        for i in range(most):
+            if held[i] != self.token_ids[i]:
+                return i
+        return most
+
     def take_prompt(self, now_s: float) -> Update | None:
         """The prompt is in the cache: emit the echo, and end here when no new token is wanted."""
         logprobs: tuple[TokenLogprob, ...] = ()

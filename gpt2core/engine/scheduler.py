@@ -41,10 +41,17 @@ class Step:
 
 
 class Scheduler:
-    """Queues, slots and the token budget. Not thread-safe: the engine calls it under its lock."""
+    """Queues, slots and the token budget. Not thread-safe: the engine calls it under its lock.
 
-    def __init__(self, *, slots: int, step_tokens: int) -> None:
+    Args:
+        slots: of the cache.
+        step_tokens: most tokens of a step.
+        prefix_cache: whether a request goes on from what its slot holds, as far as its prompt begins so.
+    """
+
+    def __init__(self, *, slots: int, step_tokens: int, prefix_cache: bool = False) -> None:
         self._slots = slots
+        self._held: dict[int, list[int]] | None = {} if prefix_cache else None  # slot -> tokens in the cache
         self._step_tokens = step_tokens
         self._free = list(range(slots))  # a heap; lowest slot first: keeps cache[:B] a view
         self.pacer: Pacer | None = None
@@ -69,6 +76,8 @@ class Scheduler:
             self.prefilling.append(request)
             request.started_s = time.perf_counter()
             request.slot = heapq.heappop(self._free)
+            if self._held is not None:
+                request.cached = request.count_cached(self._held.pop(request.slot, []))
             self.waiting.popleft()  # last: `repair` can tell how far an interrupted admission came
         self._planned = len(self.decoding), 0
         if not self.prefilling:
@@ -98,6 +107,8 @@ class Scheduler:
             self.waiting.remove(request)
             return
         (self.prefilling if request in self.prefilling else self.decoding).remove(request)
+        if self._held is not None and request.error is None:
+            self._held[request.slot] = request.token_ids[: request.cached]
         heapq.heappush(self._free, request.slot)
         request.slot = None
 
@@ -106,6 +117,8 @@ class Scheduler:
         self.waiting = deque(s for s in self.waiting if s.slot is None and not s.finished)
         for queue in (self.prefilling, self.decoding):
             queue[:] = [s for s in queue if s.slot is not None and not s.finished]
+        if self._held is not None:
+            self._held.clear()
         held = {s.slot for s in (*self.prefilling, *self.decoding)}
         self._free = [slot for slot in range(self._slots) if slot not in held]
 

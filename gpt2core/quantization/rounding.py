@@ -7,7 +7,8 @@ position embedding stay float32.
 
 # V vocabulary, D width, I inputs, O outputs
 
-from typing import Final
+from collections.abc import Callable
+from typing import Any, Final
 
 import numpy as np
 
@@ -20,16 +21,30 @@ from gpt2core.weights import Weights
 PRECISIONS: Final = ("int8", "int4", "bfloat16")
 GROUP_SIZES: Final = (32, 64, 128)
 GROUP_SIZE: Final = 128
+VERSION: Final = 1
+"""Counts up when the same weights are rounded to other numbers: what was kept of before is not taken then."""
 _PART: Final = 1 << 20  # numbers worked on at once, a few MB with all their scratch
 
 
-def quantize(weights: Weights, precision: str, *, group_size: int = GROUP_SIZE) -> Weights:
+def quantize(
+    weights: Weights,
+    precision: str,
+    *,
+    group_size: int = GROUP_SIZE,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Weights:
     """Round weights to a precision.
 
     "int8" is symmetric with one scale per output of a layer and per row of the embedding. "int4" has a scale
     and a zero per group of `group_size` inputs of each output, and rounds by GPTQ for the inputs that random
     tokens cause (`gpt2core.quantization.gptq`), which takes minutes for GPT-2 small; embedding and head are
     int8. "bfloat16" halves every matrix.
+
+    Args:
+        weights: float32.
+        precision: of `PRECISIONS`.
+        group_size: of `GROUP_SIZES`; of "int4" only.
+        on_progress: is called after each matrix with how many numbers are rounded, and how many will be.
 
     Raises:
         RequestError: an unknown precision or group size, or weights that are rounded already.
@@ -44,12 +59,26 @@ def quantize(weights: Weights, precision: str, *, group_size: int = GROUP_SIZE) 
             f"the model is quantized already, to {weights.precision}; name the float model it was made of"
         )
     _check_finite(weights)
+    done, all_ = 0, sum(array.size for _, array in weights.named() if array.ndim == 2) - weights.wpe.size
+
+    def counted(round_: Callable[[np.ndarray], Any]) -> Callable[[np.ndarray], Any]:
+        def round_and_count(matrix: np.ndarray) -> Any:
+            nonlocal done
+            rounded = round_(matrix)
+            done += matrix.size
+            if on_progress is not None:
+                on_progress(done, all_)
+            return rounded
+
+        return round_and_count
+
     if precision == "bfloat16":
-        return weights.convert(precision, _bfloat16, _bfloat16)
+        return weights.convert(precision, counted(_bfloat16), counted(_bfloat16))
     if precision == "int8":
-        return weights.convert(precision, int8_columns, int8_rows)
+        return weights.convert(precision, counted(int8_columns), counted(int8_rows))
     layers = gptq.round_layers(weights, gptq.random_texts(weights), group_size)
-    return weights.convert(precision, lambda _: next(layers), int8_rows)  # both go in the layers' order
+    # Both go in the layers' order.
+    return weights.convert(precision, counted(lambda _: next(layers)), counted(int8_rows))
 
 
 def dequantize(weights: Weights) -> Weights:

@@ -7,12 +7,11 @@ from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from fastapi.responses import Response
 
-from gpt2core import Request, Tokenizer, TokenLogprob, Update
+from gpt2core import ChatTemplate, ContextLengthError, Request, RequestError, Tokenizer, TokenLogprob, Update
 from gpt2core.serve.answer_schemas import ChatCompletion
 from gpt2core.serve.body import read_body
-from gpt2core.serve.chat_template import find_template, no_template
 from gpt2core.serve.completions import StreamedUsage, answer_head, check_model, openai_names
-from gpt2core.serve.errors import json_object, json_text
+from gpt2core.serve.errors import Refusal, invalid, json_object, json_text
 from gpt2core.serve.events import EventStream, event
 from gpt2core.serve.openapi import answers, takes
 from gpt2core.serve.schemas import ChatRequest
@@ -38,7 +37,7 @@ def router(service: Service) -> APIRouter:
     """
     routes = APIRouter(prefix="/v1", tags=["OpenAI"])
     name = service.settings.name
-    template_for = find_template(service.settings.chat_template)
+    template_for = ChatTemplate.find(service.settings.chat_template)
 
     @routes.post(
         "/chat/completions",
@@ -58,15 +57,20 @@ def router(service: Service) -> APIRouter:
         tokenizer, context = engine.tokenizer, engine.config.n_positions
         template = template_for(tokenizer)
         if template is None:
-            raise no_template()
+            raise _no_template()
 
         def encode() -> list[int]:
-            return template.encode(
-                [message.spelled() for message in asked.messages],
-                tokenizer,
-                context=context,
-                add_generation_prompt=asked.add_generation_prompt is not False,
-            )
+            try:
+                return template.encode(
+                    [message.spelled() for message in asked.messages],
+                    tokenizer,
+                    context=context,
+                    add_generation_prompt=asked.add_generation_prompt is not False,
+                )
+            except ContextLengthError:
+                raise
+            except RequestError as error:
+                raise invalid(str(error), param="messages") from None
 
         with openai_names("messages"):
             params = asked.params(context)
@@ -160,3 +164,13 @@ class _Answer:
 
 def _prompt_ids(request: Request) -> list[int]:
     return request.token_ids[: request.prompt_tokens]
+
+
+def _no_template() -> Refusal:
+    """The model cannot chat."""
+    return invalid(
+        "this model has no chat template; ask /v1/completions, or start the server with --chat-template "
+        "(a file, dialogpt or plain)",
+        param="messages",
+        code="no_chat_template",
+    )

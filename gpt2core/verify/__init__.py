@@ -22,6 +22,7 @@ from gpt2core.checkpoint.open import open_checkpoint
 from gpt2core.errors import BackendUnavailableError, Gpt2CoreError, RequestError
 from gpt2core.reference import reference_logits, reference_trace
 from gpt2core.sampling.params import SamplingParams
+from gpt2core.testing.conformance import ROUNDED_TOLERANCE
 from gpt2core.testing.subject import TOLERANCE
 from gpt2core.tokenizer.tokenizer import Tokenizer
 from gpt2core.trace import Trace
@@ -53,6 +54,8 @@ __all__ = [
 ]
 
 TEMPERATURE: Final = 0.8
+ROUNDS_INPUTS: Final = ("int8", "int4")
+"""Precisions in which a backend may multiply integers, and so be near its weights' logits only."""
 PROMPT_TOKENS: Final = 8
 TRACED_TOKENS: Final = 64
 
@@ -67,13 +70,13 @@ def verify(
     local_files_only: bool = False,
     token: str | None = None,
     layers: bool = False,
-    tolerance: float = TOLERANCE,
+    tolerance: float | None = None,
     seeds: int = 5,
     tokens: int = 40,
     timeout_s: float = 1800.0,
-    on_progress: Callable[[str], None] | None = None,
+    on_progress: Callable[[str, int, int], None] | None = None,
 ) -> Report:
-    """Run backends on a checkpoint and compare them with the reference and with each other.
+    """Run backends on a checkpoint, in its precision, and compare them with the reference and each other.
 
     The logits at every position are compared for a text of up to 128 tokens (or the context) read at once, in
     chunks and token by token, and for batches of 1, 3 and 8 rows that mix prefill and decode. Then every
@@ -82,15 +85,17 @@ def verify(
     Args:
         model: "demo", a folder, or a hub id.
         backends: names, or `module:attribute` of a factory, as an entry point names it; None for all known
-            ones, of which those that are not installed are skipped. One that is named must run.
+            ones, of which those that are not installed, or do not run the precision, are skipped. One that is
+            named must run.
         threads: CPU threads for each; None lets it decide.
         revision, cache_dir, local_files_only, token: as of `gpt2core.open_checkpoint`.
         layers: also find the first sub-block where a backend leaves the reference; see `Traces`.
-        tolerance: largest allowed difference of a logit.
+        tolerance: largest allowed difference of a logit; None for 2e-4, or in "int8" and "int4", whose
+            products may round their inputs too, for a root mean square of 0.1 of the logits' spread.
         seeds: how many texts, drawn with the seeds 0, 1, 2 and so on; 0 for none.
         tokens: of each text; a text ends earlier where it ends by itself, or with the context.
         timeout_s: for each backend.
-        on_progress: is called with what is being done.
+        on_progress: is called with what is being done, and how many of how many such parts are done.
 
     Raises:
         CheckpointError: the checkpoint cannot be found, read or trusted.
@@ -99,12 +104,19 @@ def verify(
     """
     _check(threads=threads, tolerance=tolerance, seeds=seeds, tokens=tokens, timeout_s=timeout_s)
     chosen, skipped = _chosen(backends)
-    progress = on_progress or (lambda what: None)
-    progress("computing the reference")
+    progress = on_progress or (lambda what, done, all: None)
+    progress("computing the reference", 0, len(chosen) + 1)
     checkpoint = open_checkpoint(
         model, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token
     )
-    weights, config = checkpoint.weights, checkpoint.config
+    weights, config, precision = checkpoint.weights, checkpoint.config, checkpoint.stored.precision
+    relative_tolerance = ROUNDED_TOLERANCE if tolerance is None and precision in ROUNDS_INPUTS else None
+    if tolerance is None and relative_tolerance is None:
+        tolerance = TOLERANCE
+    if backends is None:
+        reasons = {name: registry.refuse_precision(name, precision) for name in chosen}
+        skipped += [BackendReport(name, "skipped", (reason,)) for name, reason in reasons.items() if reason]
+        chosen = [name for name in chosen if reasons[name] is None]
     began = time.perf_counter()
     texts = texts_of(_story_ids(checkpoint.tokenizer_folder), config.vocab_size, config.n_positions)
     prompt_ids = texts[0][: min(PROMPT_TOKENS, config.n_positions // 2)]
@@ -114,6 +126,7 @@ def verify(
         judge = _Judge(
             weights=weights,
             tolerance=tolerance,
+            relative_tolerance=relative_tolerance,
             prompt_ids=prompt_ids,
             cases=cases_of([len(text) for text in texts]),
             logits=[reference_logits(weights, text) for text in texts],
@@ -132,16 +145,19 @@ def verify(
     }
     reports = []
     # The baseline of the texts comes first, whatever the order asked for.
-    for name in sorted(chosen, key=lambda one: one != "numpy"):
-        progress(f"running {name}")
+    for done, name in enumerate(sorted(chosen, key=lambda one: one != "numpy"), 1):
+        progress(f"running {name}", done, len(chosen) + 1)
         with finished(job | {"backend": name}, timeout_s=timeout_s) as (folder, result):
-            if backends is None and result.get("unavailable"):  # a plugin without what it imports
+            # A plugin without what it imports, or that does not run the precision.
+            if backends is None and result.get("unavailable"):
                 skipped.append(BackendReport(name, "skipped", tuple(result["errors"])))
             else:
                 reports.append(judge.report(name, folder, result))
     return Report(
         model=os.fspath(model),
+        precision=precision,
         tolerance=tolerance,
+        relative_tolerance=relative_tolerance,
         baseline=judge.baseline[0] if judge.baseline else None,
         seeds=seeds,
         tokens=tokens,
@@ -159,13 +175,15 @@ class _Judge:
         self,
         *,
         weights: Weights,
-        tolerance: float,
+        tolerance: float | None,
+        relative_tolerance: float | None = None,
         prompt_ids: list[int],
         cases: list[Case],
         logits: list[np.ndarray],
         trace: Trace | None,
     ) -> None:
-        self.weights, self.tolerance, self.prompt_ids = weights, tolerance, prompt_ids
+        self.weights, self.prompt_ids = weights, prompt_ids
+        self.tolerance, self.relative_tolerance = tolerance, relative_tolerance
         self.cases, self.logits, self.trace = cases, logits, trace
         self.baseline: tuple[str, list[list[int]]] | None = None
         self.baseline_difference = 0.0
@@ -179,7 +197,7 @@ class _Judge:
             if path.is_file() and "load_s" in result:  # a process that died may leave half a file
                 comparisons.append(compare_logits(case, np.load(path, mmap_mode="r"), self.logits))
         overall = combine("all", comparisons) if comparisons else None
-        reasons += [self._fault(one) for one in comparisons if not one.max_difference <= self.tolerance]
+        reasons += [fault for one in comparisons if (fault := self._fault(one)) is not None]
         agreement = self._agreement(name, result.get("tokens"), overall)
         if agreement is not None:
             reasons += [
@@ -204,17 +222,25 @@ class _Judge:
             peak_memory_nbytes=result.get("peak_memory_nbytes"),
         )
 
-    def _fault(self, one: Comparison) -> str:
-        if np.isfinite(one.max_difference):
+    def _fault(self, one: Comparison) -> str | None:
+        if not np.isfinite(one.max_difference):
+            return f"{one.name}: a logit differs infinitely or is not finite"
+        if self.tolerance is not None and one.max_difference > self.tolerance:
             return f"{one.name}: logits differ by {one.max_difference:.3g}, allowed is {self.tolerance:.3g}"
-        return f"{one.name}: a logit differs infinitely or is not finite"
+        if self.relative_tolerance is not None and one.relative_difference > self.relative_tolerance:
+            return (
+                f"{one.name}: logits are off by {one.relative_difference:.3g} of their spread, allowed is "
+                f"{self.relative_tolerance:.3g}"
+            )
+        return None
 
     def _agreement(
         self, name: str, got: list[list[int]] | None, overall: Comparison | None
     ) -> Agreement | None:
         if got is None:
             return None
-        difference = min(overall.max_difference if overall else self.tolerance, self.tolerance)
+        most = np.inf if self.tolerance is None else self.tolerance
+        difference = min(overall.max_difference if overall else most, most)
         if self.baseline is None:
             self.baseline, self.baseline_difference = (name, got), difference
             return None
@@ -228,7 +254,9 @@ class _Judge:
             return Layers(traced=result["traced"])
         with np.load(folder / "trace.npz") as arrays:
             got = Trace(arrays["hidden_states"], arrays["attentions"], arrays["logits"])
-        return Layers(traced=True, first=first_departure(got, self.trace, self.tolerance))
+        allowed = self.tolerance if self.relative_tolerance is None else self.relative_tolerance
+        assert allowed is not None
+        return Layers(traced=True, first=first_departure(got, self.trace, allowed))
 
 
 def _chosen(names: Sequence[str] | None) -> tuple[list[str], list[BackendReport]]:
@@ -245,7 +273,7 @@ def _chosen(names: Sequence[str] | None) -> tuple[list[str], list[BackendReport]
         if ":" not in name and name not in known:
             raise BackendUnavailableError(
                 f"there is no backend {name!r}; known are {', '.join(known)}, "
-                "and a factory of your own is given as module:attribute"
+                f"and a factory of your own is given as module:attribute{registry.suggest_backend(name)}"
             )
     return list(dict.fromkeys(names)), []
 
@@ -258,10 +286,12 @@ def _story_ids(folder: Path) -> list[int]:
         return []
 
 
-def _check(*, threads: int | None, tolerance: float, seeds: int, tokens: int, timeout_s: float) -> None:
+def _check(
+    *, threads: int | None, tolerance: float | None, seeds: int, tokens: int, timeout_s: float
+) -> None:
     if threads is not None and threads < 1:
         raise RequestError(f"threads is {threads}; it must be 1 or more")
-    if not 0 < tolerance < np.inf:
+    if tolerance is not None and not 0 < tolerance < np.inf:
         raise RequestError(f"tolerance is {tolerance}; it must be above 0 and finite")
     if seeds < 0:
         raise RequestError(f"seeds is {seeds}; it must be 0 or more")

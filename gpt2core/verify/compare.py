@@ -38,11 +38,14 @@ def _compare(got: Float[np.ndarray, "n V"], want: Float[np.ndarray, "n V"]) -> C
         kl = (np.exp(log_p) * (log_p - log_q)).sum(-1)  # (n,)
     kl = np.where(np.isfinite(kl), np.maximum(kl, 0), np.inf)  # rounding makes some -1e-17
     difference[~np.isfinite(difference)] = np.inf
+    with np.errstate(all="ignore"):
+        relative = float(np.sqrt(np.square(difference).mean()) / want.std())
     return Comparison(
         name="",
         positions=len(got),
         max_difference=float(difference.max()),
         mean_difference=float(difference.mean()),
+        relative_difference=relative if np.isfinite(relative) else np.inf,
         top1_agreement=float((got.argmax(-1) == want.argmax(-1)).mean()),
         kl_mean_nats=float(kl.mean()),
         kl_max_nats=float(kl.max()),
@@ -66,6 +69,9 @@ def combine(name: str, parts: Sequence[Comparison]) -> Comparison:
         positions=positions,
         max_difference=max(part.max_difference for part in parts),
         mean_difference=mean("mean_difference"),
+        relative_difference=math.sqrt(
+            math.fsum(part.positions * part.relative_difference**2 for part in parts) / positions
+        ),
         top1_agreement=mean("top1_agreement"),
         kl_mean_nats=mean("kl_mean_nats"),
         kl_max_nats=max(part.kl_max_nats for part in parts),

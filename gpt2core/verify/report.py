@@ -17,6 +17,8 @@ class Comparison:
         positions: how many rows of logits were compared.
         max_difference, mean_difference: absolute, of single logits; infinite where one is not finite.
         top1_agreement: the share of positions at which the likeliest token is the reference's.
+        relative_difference: root mean square of the differences, over the spread (the standard deviation) of
+            the reference's logits.
         kl_mean_nats, kl_max_nats: Kullback-Leibler divergence of the backend's distribution from the
             reference's.
     """
@@ -25,6 +27,7 @@ class Comparison:
     positions: int
     max_difference: float
     mean_difference: float
+    relative_difference: float
     top1_agreement: float
     kl_mean_nats: float
     kl_max_nats: float
@@ -115,7 +118,7 @@ class BackendReport:
 
     Attributes:
         backend: its name, or the `module:attribute` of its factory.
-        status: "skipped" where it is not installed.
+        status: "skipped" where it is not installed, or does not run the model's precision.
         reasons: why it failed or was skipped.
         overall: all comparisons in one; None where it failed before there were any.
         comparisons: one per way of running it.
@@ -144,7 +147,10 @@ class Report:
 
     Attributes:
         model: what was asked for.
-        tolerance: largest allowed difference of a logit.
+        precision: of the weights; the reference is computed from what rounded ones stand for.
+        tolerance: largest allowed difference of a logit; None where `relative_tolerance` holds.
+        relative_tolerance: largest allowed `relative_difference`, in "int8" and "int4", whose products may
+            round their inputs too.
         baseline: the backend whose texts the others are compared with; None where none drew any.
         seeds, tokens, temperature: how many texts, of how many tokens, drawn how.
         prompt_ids: what the texts begin with.
@@ -153,7 +159,9 @@ class Report:
     """
 
     model: str
-    tolerance: float
+    precision: str
+    tolerance: float | None
+    relative_tolerance: float | None
     baseline: str | None
     seeds: int
     tokens: int

@@ -16,11 +16,11 @@ import numpy as np
 
 from gpt2core._machine import peak_memory_nbytes
 from gpt2core.backends import load_factory
-from gpt2core.backends.base import Backend, BackendFactory, Traces
+from gpt2core.backends.base import Backend, BackendFactory, RunsPrecisions, Traces
 from gpt2core.batch import Batch
 from gpt2core.checkpoint.open import open_checkpoint
 from gpt2core.engine.engine import Engine
-from gpt2core.errors import BackendError, BackendUnavailableError
+from gpt2core.errors import BackendError, BackendUnavailableError, RequestError
 from gpt2core.sampling.params import SamplingParams
 from gpt2core.verify.cases import Case, cases_of
 
@@ -60,8 +60,11 @@ def _run(job: dict[str, Any], folder: Path, result: dict[str, Any]) -> None:
     began = time.perf_counter()
     result["unavailable"] = True
     factory = factory_of(job["backend"])
+    weights = open_checkpoint(Path(job["model"])).stored
+    offered = factory.precisions if isinstance(factory, RunsPrecisions) else ("float32",)
+    if weights.precision not in offered:
+        raise RequestError(f"does not run precision {weights.precision!r}, only {', '.join(offered)}")
     result["unavailable"] = False
-    weights = open_checkpoint(Path(job["model"])).weights
     backend = factory(weights, device="cpu", threads=job["threads"])
     del weights
     try:

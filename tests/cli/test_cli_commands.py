@@ -56,7 +56,7 @@ def test_score_lists_tokens_on_request(run, folder, model):
 
 def test_score_shows_progress_on_a_terminal(run, folder, monkeypatch, tmp_path):
     shown = []
-    monkeypatch.setattr(console.Status, "update", lambda self, text: shown.append(text))
+    monkeypatch.setattr(console.Status, "update", lambda self, text, *_: shown.append(text))
     file = tmp_path / "text.txt"
     file.write_text(TEXT)
     assert run("score", str(file), "--model", folder).err == ""
@@ -94,6 +94,9 @@ def test_info_json_describes_the_checkpoint(run, folder, model):
         "base": folder,
         "adapter": None,
         "unread_fields": {},
+        "precision": "float32",
+        "group_size": None,
+        "backends": ["numpy", "native", "torch", "jax", "onnx"],
         "config": json.loads(json.dumps(dataclasses.asdict(config))),
         "parameters": config.parameters,
         "float32_nbytes": 4 * config.parameters,
@@ -148,10 +151,10 @@ def test_backends_works_without_the_demo_model(run, tmp_path, monkeypatch):
     assert "openai-community/gpt2  native" in run("backends").out
 
 
-def test_an_unknown_backend_in_the_environment_is_one_line_and_exits_1(run, folder, monkeypatch):
+def test_an_unknown_backend_in_the_environment_is_one_line_and_exits_4(run, folder, monkeypatch):
     monkeypatch.setenv("GPT2CORE_BACKEND", "frobnicate")
     result = run("generate", PROMPT, "--model", folder)
-    assert result.code == 1
+    assert result.code == 4
     assert "GPT2CORE_BACKEND names 'frobnicate'" in result.error()
 
 
@@ -194,7 +197,7 @@ def test_convert_writes_safetensors_that_generate_the_same(run, folder, tmp_path
     with GPT2.from_pretrained(tmp_path) as model:
         assert model.generate(PROMPT, max_new_tokens=8).text == want
     again = run("convert", str(tmp_path))
-    assert again.code == 1
+    assert again.code == 3
     assert "--force" in again.error()
     assert run("convert", str(tmp_path), "--force").code == 0
     elsewhere = tmp_path / "new"
@@ -204,6 +207,6 @@ def test_convert_writes_safetensors_that_generate_the_same(run, folder, tmp_path
 def test_convert_refuses_a_folder_without_pickles(run, folder, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(ModelConfig().to_dict()))
     result = run("convert", str(tmp_path))
-    assert result.code == 1
+    assert result.code == 3
     assert "no pickled weights" in result.error()
     assert "does not exist" in run("convert", str(tmp_path / "missing")).error()

@@ -68,9 +68,7 @@ def _check_target(folder: Path, force: bool) -> None:
         raise CheckpointError(f"{folder} is a file; name a folder to export to")
     there = sorted(path.name for path in folder.iterdir())
     if there and not force:
-        raise CheckpointError(
-            f"{folder} is not empty; name another folder, or pass force=True (--force) to replace it"
-        )
+        raise CheckpointError(f"{folder} is not empty; name another folder, or pass force=True to replace it")
     foreign = [name for name in there if name not in _OURS]
     if foreign:
         raise CheckpointError(

@@ -8,14 +8,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
-import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-from gpt2core import ContextLengthError, RequestError, Tokenizer
-from gpt2core.serve.errors import Refusal, invalid
+from gpt2core.errors import BackendUnavailableError, ContextLengthError, RequestError
+from gpt2core.tokenizer.tokenizer import Tokenizer
 
 DIALOGPT: Final = "{% for message in messages %}{{ message.content }}{{ eos_token }}{% endfor %}"
 PLAIN: Final = (
@@ -36,20 +30,38 @@ class ChatTemplate:
 
     Raises:
         RequestError: it is not Jinja.
+        BackendUnavailableError: the package jinja2 is missing.
     """
 
     def __init__(self, source: str, *, stop: tuple[str, ...] = ()) -> None:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         self.stop = stop
-        try:
-            self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
-            raise RequestError(f"the chat template is not Jinja: {error}; mend it") from error
+        self._template = _compile(source)
+
+    @staticmethod
+    def find(given: str | None) -> Callable[[Tokenizer], "ChatTemplate | None"]:
+        """What to make the template from, once the tokenizer is known.
+
+        Args:
+            given: `dialogpt`, `plain`, or a file; None takes the checkpoint's own.
+
+        Raises:
+            RequestError: the file cannot be read, or is not Jinja.
+            BackendUnavailableError: the package jinja2 is missing.
+        """
+        if given is None:
+            return lambda tokenizer: None if (own := tokenizer.chat_template) is None else ChatTemplate(own)
+        if given in BUILT_IN:
+            source, stop = BUILT_IN[given]
+            template = ChatTemplate(source, stop=stop)
+        else:
+            try:
+                template = ChatTemplate(Path(given).read_text("utf-8"))
+            except (OSError, UnicodeDecodeError) as error:
+                names = " or ".join(BUILT_IN)
+                raise RequestError(
+                    f"the chat template {given!r} cannot be read: {error}; give a file, {names}"
+                ) from error
+        return lambda tokenizer: template
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, *, add_generation_prompt: bool
@@ -57,7 +69,7 @@ class ChatTemplate:
         """The prompt.
 
         Raises:
-            Refusal: the template does not take these messages.
+            RequestError: the template does not take these messages.
         """
         try:
             return self._template.render(
@@ -71,7 +83,7 @@ class ChatTemplate:
             message = f"the model's chat template refuses the messages: {error}"
         except Exception:  # of any type: a template is a program
             message = "the model's chat template cannot render the messages; look at their roles and order"
-        raise invalid(message, param="messages")
+        raise RequestError(message)
 
     def encode(
         self,
@@ -84,7 +96,7 @@ class ChatTemplate:
         """The prompt's token ids: special tokens of the template are tokens, those of a message are text.
 
         Raises:
-            Refusal: the template does not take these messages.
+            RequestError: the template does not take these messages.
             ContextLengthError: they have more bytes than the context can hold.
         """
         special = [name for i in sorted(tokenizer.special_ids) if (name := tokenizer.content(i))]
@@ -105,7 +117,7 @@ class ChatTemplate:
                 f"holds at most {most}; leave the oldest of them out"
             )
         if not text:
-            raise invalid("the messages make an empty prompt; write something", param="messages")
+            raise RequestError("the messages make an empty prompt; write something")
         if not hidden:
             return tokenizer.encode(text, allow_special=True, begin=False)
         shown = re.compile(f"{mark}(\\d+)\ue001")
@@ -119,53 +131,41 @@ class ChatTemplate:
         return ids
 
 
-def find_template(given: str | None) -> Callable[[Tokenizer], ChatTemplate | None]:
-    """What to make the template from, once the tokenizer is known.
-
-    Args:
-        given: `dialogpt`, `plain`, or a file; None takes the checkpoint's own.
-
-    Raises:
-        RequestError: the file cannot be read, or is not Jinja.
-    """
-    if given is None:
-        return lambda tokenizer: None if (own := tokenizer.chat_template) is None else ChatTemplate(own)
-    if given in BUILT_IN:
-        source, stop = BUILT_IN[given]
-        template = ChatTemplate(source, stop=stop)
-    else:
-        try:
-            template = ChatTemplate(Path(given).read_text("utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            names = " or ".join(BUILT_IN)
-            raise RequestError(
-                f"the chat template {given!r} cannot be read: {error}; give a file, {names}"
-            ) from error
-    return lambda tokenizer: template
-
-
-def no_template() -> Refusal:
-    """The model cannot chat."""
-    return invalid(
-        "this model has no chat template; ask /v1/completions, or start the server with --chat-template "
-        "(a file, dialogpt or plain)",
-        param="messages",
-        code="no_chat_template",
-    )
-
-
 class _RefusedError(Exception):
     """The template called `raise_exception`."""
 
 
-class _Generation(Extension):
-    """`{% generation %}`, which marks what the assistant said, for training; here it changes nothing."""
+def _compile(source: str) -> Any:
+    try:
+        import jinja2
+        from jinja2 import nodes
+        from jinja2.ext import Extension, loopcontrols
+        from jinja2.parser import Parser
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ModuleNotFoundError as error:
+        raise BackendUnavailableError(
+            "a chat template needs the package jinja2; install it with: pip install 'gpt2core[chat]'"
+        ) from error
 
-    tags: Final = {"generation"}  # type: ignore[misc]  # Jinja's own type
+    class Generation(Extension):
+        """`{% generation %}`, which marks what the assistant said, for training; here it changes nothing."""
 
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        tags: Final = {"generation"}  # type: ignore[misc]  # Jinja's own type
+
+        def parse(self, parser: Parser) -> list[nodes.Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    try:
+        return environment.from_string(source)
+    except jinja2.TemplateError as error:
+        raise RequestError(f"the chat template is not Jinja: {error}; mend it") from error
 
 
 def _raise_exception(message: str) -> None:
