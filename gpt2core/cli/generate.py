@@ -203,9 +203,7 @@ def _report(
 ) -> None:
     later = speed.new_tokens - params.n  # what came after each text's first token
     rate = (
-        f"{later / speed.decode_s:.1f} tokens/s after it"
-        if speed.decode_s and later > 0
-        else "no further token"
+        f"{later / speed.decode_s:.1f} tok/s after it" if speed.decode_s and later > 0 else "no further token"
     )
     peak_nbytes = peak_memory_nbytes()
     lines = [
