@@ -11,11 +11,11 @@ PRECISIONS = ("float32", "float16", "bfloat16")
 
 
 def start(job: dict[str, Any]) -> None:
-    """Import what the job's engine is made of."""
+    """Import what the job's engine is made of: the class, since the packages load their parts when asked."""
     if job["engine"] == "transformers":
-        import transformers  # noqa: F401
+        from transformers import GPT2LMHeadModel  # noqa: F401
     else:
-        import optimum.onnxruntime  # noqa: F401
+        from optimum.onnxruntime import ORTModelForCausalLM  # noqa: F401
 
         if job["precision"] != "float32":
             raise NotImplementedError(f"its export is measured in float32 only, not in {job['precision']}")
