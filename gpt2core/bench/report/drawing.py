@@ -76,7 +76,7 @@ def new_figure(width: float, height: float, columns: int = 1, rows: int = 1) -> 
 
 def finish(figure: Figure, title: str, notes: Sequence[str] = ()) -> Figure:
     """Title above, notes below, our fonts everywhere, and no text read as a formula."""
-    lines = textwrap.wrap(title, int(figure.get_size_inches()[0] * 11.5))
+    lines = textwrap.wrap(title, int(figure.get_size_inches()[0] * 9.3))
     figure.suptitle("\n".join(lines), fontsize=12, color=INK, x=0.01, ha="left")
     if notes:
         width = int(figure.get_size_inches()[0] * 15)
