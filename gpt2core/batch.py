@@ -10,7 +10,7 @@ import numpy as np
 
 from gpt2core._shapes import Int32
 from gpt2core.config import ModelConfig
-from gpt2core.errors import RequestError
+from gpt2core.errors import RequestError, in_short
 from gpt2core.token_ids import TokenIds, check_token_ids
 
 
@@ -70,7 +70,9 @@ class Batch:
         for name in ("tokens", "lengths", "starts", "slots", "logits_at"):
             array = getattr(self, name)
             if not isinstance(array, np.ndarray) or array.dtype != np.int32 or array.ndim != 1:
-                raise RequestError(f"batch.{name} must be a one-dimensional int32 array, not {array!r:.80}")
+                raise RequestError(
+                    f"batch.{name} must be a one-dimensional int32 array, not {in_short(array)}"
+                )
         rows = len(self.lengths)
         if rows == 0:
             raise RequestError("batch has no rows; a forward pass needs at least one")

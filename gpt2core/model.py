@@ -17,7 +17,7 @@ from gpt2core.engine.engine import CACHE_NBYTES, Engine
 from gpt2core.engine.request import LogitsReader, Piece, Request
 from gpt2core.engine.speculation import SpeculationMode
 from gpt2core.engine.step_loop import StepLoop, all_done, raise_error
-from gpt2core.errors import RequestError
+from gpt2core.errors import RequestError, in_short
 from gpt2core.generation import Generation, Timing, make_generation
 from gpt2core.loading import Loaded, Origin, check_unknown, load_models, load_transformers
 from gpt2core.prompts import (
@@ -386,7 +386,7 @@ class GPT2(Scorable):
             BackendError: the backend failed.
         """
         if pooling not in ("mean", "last"):
-            raise RequestError(f"pooling is {pooling!r:.40}; it must be 'mean' or 'last'")
+            raise RequestError(f"pooling is {in_short(pooling)}; it must be 'mean' or 'last'")
         texts, single = self._prompts(text, _READ_ONLY, allow_special)
         result = np.empty((len(texts), self.config.n_embd), np.float32)
         for i, ids in enumerate(texts):

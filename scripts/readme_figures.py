@@ -1,4 +1,4 @@
-"""The README's chart and number, and the table of docs/performance.md, from one folder of a comparison.
+"""The pictures, the README's number and docs/performance.md's table, from one folder of a comparison.
 
     python scripts/readme_figures.py FOLDER      # what `gpt2core bench` wrote; see scripts/measure-readme
 
@@ -8,6 +8,7 @@ engine with OpenVINO in the same precision and the same round; the table shows t
 
 import json
 import re
+import shutil
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,7 +20,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 ROOT: Final = Path(__file__).parent.parent
-CHART: Final = ROOT / "docs/figures/tokens_per_second.png"
+FIGURES: Final = ROOT / "docs/figures"
+CHART: Final = FIGURES / "tokens_per_second.png"
+REPORTED: Final = ("throughput", "roofline")
+"""Figures of the comparison's own report that docs/benchmarks.md shows."""
 BEGIN, END = "<!-- scripts/measure-readme: begin -->", "<!-- scripts/measure-readme: end -->"
 NAMES: Final = {
     "transformers": "transformers",
@@ -192,6 +196,15 @@ def replace_number(path: Path, speed: float) -> None:
     path.write_text(text, encoding="utf-8")
 
 
+def copy_figures(folder: Path, target: Path) -> None:
+    """Take the figures that the comparison itself drew."""
+    for name in REPORTED:
+        source = folder / f"gpt2_{name}.png"
+        if not source.is_file():
+            raise SystemExit(f"{folder} has no {source.name}; run the comparison without --no-report")
+        shutil.copyfile(source, target / f"{name}.png")
+
+
 def main(folders: Iterable[str]) -> None:
     """Draw what FOLDER holds."""
     (folder,) = folders
@@ -199,10 +212,11 @@ def main(folders: Iterable[str]) -> None:
     speed = measured.mid("native", "int4", DECODE, 1)
     if speed is None:
         raise SystemExit(f"{folder} holds no int4 speed of native at batch 1, which the README begins with")
+    copy_figures(Path(folder), FIGURES)
     chart(measured).savefig(CHART, dpi=130, bbox_inches="tight", metadata={"Software": None})
     replace_between(ROOT / "docs/performance.md", f"{measured.machine()}:\n\n{table(measured)}")
     replace_number(ROOT / "README.md", speed)
-    print(f"{CHART.relative_to(ROOT)}, docs/performance.md and README.md show {measured.machine()}")
+    print(f"docs/figures, docs/performance.md and README.md show {measured.machine()}")
 
 
 if __name__ == "__main__":

@@ -115,7 +115,7 @@ def refusals(args: argparse.Namespace, tiny: str) -> None:
         refused_per_s=len(refused_s) / args.seconds,
         refused_p95_s=percentile(refused_s, 0.95),
     )
-    must("refusals", "at least 0.85 of the tokens/s without them", ratio >= 0.85)
+    must("refusals", "at least 0.85 of the tok/s without them", ratio >= 0.85)
 
 
 def generated(metrics: str) -> float:

@@ -1,6 +1,7 @@
 """What `gpt2core bench analyse` says of folders with a known answer."""
 
 import json
+import re
 
 import pytest
 from bench_synthesis import SPEEDS, classic_folder, comparison_folder
@@ -176,7 +177,7 @@ def test_who_is_fastest_by_how_much_and_what_overlaps_is_said(tmp_path):
     assert findings[0].startswith(
         "onnx decodes fastest at batch 1: 74.6 tok/s, 1.25 [1.24, 1.26] times as fast"
     )
-    assert findings[0].endswith("as torch, the next. Intervals overlap: none.")
+    assert findings[0].endswith("as torch. Intervals overlap: none.")
     alike = analyse(comparison_folder(tmp_path / "b", engines=("other", "another"))).findings
     assert ", which may be chance" in alike[0]
     assert alike[0].endswith(
@@ -192,6 +193,8 @@ def test_a_busy_machine_is_said(tmp_path):
     assert "other processes kept 1.2 of 2 cores busy" in busy
     assert "the hypervisor gave 8% of the processors' time to others (steal)" in busy
     assert "took 1.4" in busy or "took 1.5" in busy
+    mixed = finding("d", others_cores=0.0, drift=1.5, batches=(1,), lengths=(32,), positions=())
+    assert re.search(r"took 1\.[45]\d times as long", mixed)  # a speed and a time that drift together
     assert finding("b", others_cores=0.01, steal_share=0.0).startswith("The machine was quiet")
     assert not finding("c").startswith("The machine")  # where the system does not tell, nothing is claimed
 
@@ -233,7 +236,7 @@ LINE = '{"kind": "classic", "cell": [0, 50, 0], "prompt": "A", "status": "ok", "
         ),
         (LINE.replace("[0, 50, 0]", "[0, 50]") + "\n", "line 1, holds a wrong value: not enough values"),
         (LINE.replace('"prompt": "A", ', "") + "\n", "line 1, has no 'prompt'"),
-        ("[1]\n", "line 1 holds no JSON object; remove it or restore the file"),
+        ("[1]\n", "line 1 holds [1], expected a JSON object; remove it or restore the file"),
         (f"\n{LINE}\n \nnonsense\n", "line 4 is not strict JSON"),
     ],
 )

@@ -21,7 +21,7 @@ from gpt2core.bench.errors import ServerError
 from gpt2core.bench.store import read_log
 from gpt2core.bench.sweep import model_target as targets
 from gpt2core.bench.sweep.model_target import measure_with_retries
-from gpt2core.bench.sweep.summary import summarise
+from gpt2core.bench.sweep.summary import summarize
 from gpt2core.bench.sweep.workload import DEFAULT_PROMPTS, WARM_UP, Trial
 from gpt2core.cli import main
 from gpt2core.cli.bench import bench as bench_command
@@ -353,7 +353,7 @@ def test_importing_the_package_loads_nothing_else_and_its_names_are_documented()
 
 
 def test_summaries_of_no_lines_are_empty(settings):
-    found = summarise(dict(enumerate(PROMPTS)), LENGTHS, [])
+    found = summarize(dict(enumerate(PROMPTS)), LENGTHS, [])
     assert {(one.runs, one.failed, one.mean_s, one.tokens_per_s) for one in found} == {(0, 0, None, None)}
 
 

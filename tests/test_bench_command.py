@@ -109,7 +109,7 @@ def test_prompts_come_from_a_file_and_long_ones_are_shortened_in_the_table(run, 
     [
         (b"", "holds no prompt"),
         (b" \n\n", "holds no prompt"),
-        (b"\xff", "is not UTF-8 at byte 0"),
+        (b"\xff", "is not UTF-8: byte 0xff at offset 0"),
         (None, "cannot be read: No such file"),
         (b"x" * (2**20 + 1), "has more than"),
     ],
@@ -163,6 +163,9 @@ def test_failures_are_told_and_the_exit_code_is_1(run, tmp_path, monkeypatch, re
     assert code == 1
     assert err == "gpt2core: 2 of 8 generations failed: NumericalError: broken; --resume tries them again\n"
     assert out.splitlines()[2].split() == ["1", "One", "12", "-", "-", "-", "-", "2"]
+    failing(monkeypatch, lambda cell, attempt: cell[1] == 12)
+    code, out, err = run(*args, str(tmp_path / "half"), "--json", "--no-report")
+    assert (code, json.loads(out)["failed"]) == (1, 4)
     failing(monkeypatch, lambda cell, attempt: True)
     code, out, err = run(*args, str(tmp_path / "all"))
     assert code == 1

@@ -12,10 +12,10 @@ from bench_fakes import CHECKED, fake_peers
 from gpt2core import ModelConfig, RequestError
 from gpt2core.bench import analyse
 from gpt2core.bench.compare import plan, rounds, worker
-from gpt2core.bench.compare.plan import Comparison, key_of, plan_lines, weight_nbytes
+from gpt2core.bench.compare.plan import Comparison, weight_nbytes
 from gpt2core.bench.compare.worker import Workload
 from gpt2core.bench.errors import BenchmarkError
-from gpt2core.bench.records import Cell
+from gpt2core.bench.records import Cell, key_of
 from gpt2core.bench.statistics import Interval
 from gpt2core.bench.store import read_log
 from gpt2core.bench.tables import PLAIN
@@ -64,7 +64,7 @@ def instantly(monkeypatch, calls=None, value=lambda: 1.0):
         return [asdict(cell) | {"status": "ok", "value": value(), "unit": _unit(cell)} for cell in cells]
 
     monkeypatch.setattr(rounds.worker, "measure", measure)
-    monkeypatch.setattr(rounds.worker, "prepare", lambda *_, **__: ("ok", None))
+    monkeypatch.setattr(rounds.worker, "prepare", lambda *_, **__: {"status": "ok", "error": None})
     built = {"status": "ok", "value": 30.0, "unit": "s"}
     monkeypatch.setattr(rounds.worker, "build", lambda *_, **__: built)
     monkeypatch.setattr(
@@ -85,6 +85,11 @@ def small(folder, **fields):
             **fields,
         }
     )
+
+
+def plan_lines(comparison, context):
+    """The keys of all lines that a comparison has when it is done; each of one step, but for other work."""
+    return {key for step in comparison.steps(context) for key in step.keys}
 
 
 def test_each_round_begins_with_another_engine(folder, tmp_path, monkeypatch):
@@ -171,7 +176,8 @@ def test_other_settings_and_a_full_folder_are_refused(folder, tmp_path, monkeypa
 def test_what_cannot_run_is_skipped_with_its_reason_and_the_others_go_on(folder, tmp_path, monkeypatch, fake):
     instantly(monkeypatch)
     fake("broken")
-    monkeypatch.setattr(rounds.worker, "prepare", lambda *_, **__: ("failed", "ValueError: no"))
+    failure = {"status": "failed", "error": "ValueError: no"}
+    monkeypatch.setattr(rounds.worker, "prepare", lambda *_, **__: failure)
     infos = rounds.available(load_plugins=False)
     gone = type(infos["torch"])("torch", False, None, "install it with: pip install 'gpt2core[torch]'")
     monkeypatch.setattr(rounds, "available", lambda **_: {**infos, "torch": gone})
@@ -372,7 +378,8 @@ def test_terminal_json_and_report_tell_the_same(folder, tmp_path, capfd, monkeyp
 def test_an_unmeasured_baseline_ends_no_run(folder, tmp_path, capfd, monkeypatch, fake):
     fake("gone", "import nothing_here\n", packages=("nothing_here",))
     instantly(monkeypatch)
-    monkeypatch.setattr(rounds.worker, "prepare", lambda *_, **__: ("skipped", "it is not installed"))
+    skip = {"status": "skipped", "error": "it is not installed"}
+    monkeypatch.setattr(rounds.worker, "prepare", lambda *_, **__: skip)
     args = ["bench", "--model", str(folder), "--backends", "numpy", "--peers", "gone", "--baseline", "gone"]
     args += ["--no-check", "--rounds", "1", "--output", str(tmp_path / "out")]
     assert main(args) == 0  # as before `compare` had a name

@@ -8,6 +8,7 @@ from click.testing import CliRunner
 from gpt2core.bench import ClassicSettings, components, run_classic
 from gpt2core.bench.components import METHOD, breakdown_tables, measure_components
 from gpt2core.bench.report.analysis import measure_folder
+from gpt2core.cli import main
 from gpt2core.cli.bench import bench
 from gpt2core.errors import RequestError
 from gpt2core.testing import random_checkpoint
@@ -48,6 +49,16 @@ def test_a_model_of_every_shape_can_be_cut(tmp_path, cut):
     model = random_checkpoint(tmp_path, **fields)
     measured = measure_components(model, backends=["numpy"], position=4, prefill_tokens=4, rounds=1)
     assert len(measured["lines"]) == 2
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_quantized_folder_is_measured_in_its_own_precision(tmp_path):
+    folder = random_checkpoint(tmp_path / "float32")
+    assert main(["quantize", str(folder), str(tmp_path / "int8"), "--precision", "int8"]) == 0
+    measured = measure_components(
+        tmp_path / "int8", backends=["numpy"], position=4, prefill_tokens=4, rounds=1
+    )
+    assert {line["precision"] for line in measured["lines"]} == {"int8"}
 
 
 def test_a_large_vocabulary_costs_head_and_a_wide_mlp_costs_mlp(tmp_path, monkeypatch):

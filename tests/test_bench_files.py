@@ -106,7 +106,7 @@ def test_json_is_strict_and_keeps_every_text(tmp_path):
     ("data", "message"),
     [
         (b'{"a": NaN}', "NaN is not a JSON number"),
-        (b"[1]", "holds no JSON object"),
+        (b"[1]", r"holds \[1\], expected a JSON object"),
         (b"{", "is not strict JSON"),
         (b"\xff", "is not strict JSON"),
         (b"[" * 100_000, "is not strict JSON"),
@@ -119,11 +119,11 @@ def test_what_is_no_json_object_is_refused_by_name(tmp_path, data, message):
 
 
 def test_a_missing_or_giant_file_is_refused(tmp_path, monkeypatch):
-    with pytest.raises(BenchmarkError, match="cannot be read: No such file"):
+    with pytest.raises(BenchmarkError, match=r"x\.json does not exist"):
         files.read_json(tmp_path / "x.json")
     (tmp_path / "x.json").write_bytes(b"{}    ")
     monkeypatch.setattr(files, "MAX_JSON_NBYTES", 5)
-    with pytest.raises(BenchmarkError, match="more than 5 bytes"):
+    with pytest.raises(BenchmarkError, match="larger than 5 bytes"):
         files.read_json(tmp_path / "x.json")
     with pytest.raises(BenchmarkError, match="cannot be read: Is a directory"):
         files.read_log(tmp_path)

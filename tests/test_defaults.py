@@ -22,7 +22,7 @@ LIMITS = ("max_batch", "cache_nbytes")
 def find_commands() -> list:
     """Every command, and command of a group, that takes a backend and a precision for one model."""
     found = []
-    waiting = [((name,), command) for name, command in program.commands.items() if name != "bench"]
+    waiting = [((name,), command) for name, command in program.commands.items()]
     while waiting:
         path, command = waiting.pop()
         waiting += [((*path, name), below) for name, below in getattr(command, "commands", {}).items()]
@@ -43,7 +43,7 @@ def test_a_command_has_the_librarys_defaults(command):
 
 
 def test_the_commands_that_load_a_model_are_compared():
-    assert {"generate", "score", "serve"} <= {parameter.id for parameter in find_commands()}
+    assert {"bench", "generate", "score", "serve"} <= {parameter.id for parameter in find_commands()}
 
 
 @pytest.mark.parametrize("name", [*SHARED, *LIMITS])

@@ -31,7 +31,7 @@ OWNERS = '"owner/'
 """Stands in Python that loads models of the reader's own."""
 
 FENCE = re.compile(r"^( *)```(\w+)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
-MEASURED = re.compile(r"\d[\d.]*(?:e-?\d+)? (?:s|ms|MB|GB|tokens/s)\b|\b\d[\d.]*e-\d+")
+MEASURED = re.compile(r"\d[\d.]*(?:e-?\d+)? (?:s|ms|MB|GB|tok/s)\b|\b\d[\d.]*e-\d+")
 
 
 def blocks(path: Path) -> list[tuple[str, str]]:

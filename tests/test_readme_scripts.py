@@ -85,6 +85,19 @@ def test_text_and_number_are_replaced_where_they_are_marked(figures, tmp_path):
         figures.replace_number(page, 1)
 
 
+def test_the_figures_of_the_comparison_are_copied_and_a_missing_one_is_named(figures, tmp_path):
+    with pytest.raises(
+        SystemExit, match=r"has no gpt2_throughput\.png; run the comparison without --no-report"
+    ):
+        figures.copy_figures(tmp_path, tmp_path)
+    for name in ("throughput", "roofline"):
+        (tmp_path / f"gpt2_{name}.png").write_bytes(name.encode())
+    figures.copy_figures(tmp_path, tmp_path)
+    assert (tmp_path / "roofline.png").read_bytes() == b"roofline"
+    pages = (SCRIPTS.parent / "docs/benchmarks.md").read_text()
+    assert all(f"figures/{name}.png" in pages for name in figures.REPORTED)
+
+
 def test_a_recording_shows_each_piece_where_and_when_it_appeared(tmp_path):
     recorder = script("record_terminal")
     picture = tmp_path / "terminal.svg"

@@ -10,15 +10,17 @@ errors need the extra `bench`.
 
 TYPE_CHECKING = False  # type checkers take it for true
 if TYPE_CHECKING:
-    from gpt2core.bench.components import measure_components
-    from gpt2core.bench.errors import BenchmarkError, ServerError
-    from gpt2core.bench.progress import Progress
-    from gpt2core.bench.report.analysis import analyse
-    from gpt2core.bench.report.page import write_report
-    from gpt2core.bench.store import fingerprint
-    from gpt2core.bench.sweep.run import ClassicResult, run_classic
-    from gpt2core.bench.sweep.summary import Summary
-    from gpt2core.bench.sweep.workload import ClassicSettings
+    from gpt2core.bench.components import measure_components as measure_components
+    from gpt2core.bench.errors import BenchmarkError as BenchmarkError
+    from gpt2core.bench.errors import ServerError as ServerError
+    from gpt2core.bench.progress import Progress as Progress
+    from gpt2core.bench.report.analysis import analyse as analyse
+    from gpt2core.bench.report.page import write_report as write_report
+    from gpt2core.bench.store import fingerprint as fingerprint
+    from gpt2core.bench.sweep.run import ClassicResult as ClassicResult
+    from gpt2core.bench.sweep.run import run_classic as run_classic
+    from gpt2core.bench.sweep.summary import Summary as Summary
+    from gpt2core.bench.sweep.workload import ClassicSettings as ClassicSettings
 
 _MODULE_OF = {
     "BenchmarkError": "errors",
@@ -33,20 +35,7 @@ _MODULE_OF = {
     "run_classic": "sweep.run",
     "write_report": "report.page",
 }
-
-__all__ = [
-    "BenchmarkError",
-    "ClassicResult",
-    "ClassicSettings",
-    "Progress",
-    "ServerError",
-    "Summary",
-    "analyse",
-    "fingerprint",
-    "measure_components",
-    "run_classic",
-    "write_report",
-]
+__all__ = list(_MODULE_OF)
 
 
 def __getattr__(name: str) -> object:

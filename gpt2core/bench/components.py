@@ -7,24 +7,16 @@ overlaps; it is no profile from inside. It needs a quiet machine.
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+import gpt2core
 import gpt2core.backends as registry
-from gpt2core import (
-    Backend,
-    BackendUnavailableError,
-    Batch,
-    Cache,
-    Engine,
-    SamplingParams,
-    Tokenizer,
-    Weights,
-    open_checkpoint,
-)
+from gpt2core import Backend, Batch, Cache, Engine, Tokenizer, Weights
 from gpt2core.bench.records import COMPONENTS
 from gpt2core.bench.statistics import mean_interval
 from gpt2core.bench.tables import Table, fitting_unit, show
@@ -47,7 +39,7 @@ def measure_components(
     model: str | Path = "demo",
     *,
     backends: Sequence[str] | None = None,
-    precision: str = "float32",
+    precision: str = "auto",
     threads: int | None = None,
     position: int = 64,
     prefill_tokens: int = 64,
@@ -68,8 +60,11 @@ def measure_components(
         CheckpointError: the model cannot be read.
         RequestError: `position` or `prefill_tokens` do not fit the model's context.
     """
-    checkpoint = open_checkpoint(model)
-    context = checkpoint.config.n_positions
+    checkpoint = gpt2core.open_checkpoint(model)
+    precision, context = (
+        registry.resolve_precision(checkpoint.stored, precision),
+        checkpoint.config.n_positions,
+    )
     for name, count in (("position", position), ("prefill_tokens", prefill_tokens)):
         if not 1 <= count < context:
             raise RequestError(f"{name} is {count}; it must be at least 1 and below the context of {context}")
@@ -80,9 +75,14 @@ def measure_components(
         if on_progress is not None:
             on_progress(name)
         made: dict[str, Backend] = {}
-        try:
-            for part, weights in cuts.items():
-                made[part] = registry.create_backend(name, weights, threads=threads, precision=precision)
+        with ExitStack() as stack:
+            try:
+                for part, weights in cuts.items():
+                    made[part] = registry.create_backend(name, weights, threads=threads, precision=precision)
+                    stack.callback(made[part].close)
+            except gpt2core.BackendUnavailableError as error:
+                skipped[name] = str(error)
+                continue
             for phase, tokens, start in (("decode", 1, position), ("prefill", prefill_tokens, 0)):
                 times_s = _measure(made, tokenizer, tokens, start, rounds)
                 seconds = {part: mean_interval(values) for part, values in times_s.items()}
@@ -90,11 +90,6 @@ def measure_components(
                 total_s = sum(max(value.mid, 0.0) for value in seconds.values())  # noise may go below 0
                 parts = {part: asdict(value) for part, value in seconds.items()}
                 lines.append({**about, "position": start, "total_s": total_s, "seconds": parts})
-        except BackendUnavailableError as error:
-            skipped[name] = str(error)
-        finally:
-            for backend in made.values():
-                backend.close()
     return {"kind": "components", "model": str(model), "method": METHOD, "lines": lines, "skipped": skipped}
 
 
@@ -131,17 +126,12 @@ def _measure(
     ids, text = [1 + i % 15 for i in range(tokens)], "Once upon a time"
     while len(tokenizer.encode(text)) < tokens:
         text += " there was a little girl who lived in a small house"
-    calls = {part: _median_of(_pass(backend, ids, start)) for part, backend in backends.items()}
-    calls["engine"] = _engine_steps(backends["whole"], None)
-    calls["text"] = _engine_steps(backends["whole"], tokenizer) if tokens == 1 else lambda: 0.0
-    calls["encode"] = _median_of(lambda: tokenizer.encode(text))
-    columns: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(rounds + 1):
-        for name, call in calls.items():
-            taken_s = call()
-            if number:  # the first round warms up
-                columns[name].append(taken_s)
-    s = {name: np.array(values) for name, values in columns.items()}
+    calls = {part: _repeat(_pass(backend, ids, start)) for part, backend in backends.items()}
+    calls["engine"] = _step_engine(backends["whole"], None)
+    calls["text"] = _step_engine(backends["whole"], tokenizer) if tokens == 1 else lambda: 0.0
+    calls["encode"] = _repeat(lambda: tokenizer.encode(text))
+    taken_s = [[call() for call in calls.values()] for _ in range(rounds + 1)]
+    s = dict(zip(calls, np.array(taken_s[1:]).T, strict=True))  # the first round warms up
     layers, fewer = (backends[part].config.n_layer for part in ("no MLP", "fewer"))
     attention = (s["no MLP"] - s["fewer"]) / (layers - fewer) * layers
     return {
@@ -163,7 +153,9 @@ def _pass(backend: Backend, ids: list[int], start: int) -> Callable[[], object]:
     return lambda: backend.forward(batch, cache)
 
 
-def _median_of(call: Callable[[], object]) -> Callable[[], float]:
+def _repeat(call: Callable[[], object]) -> Callable[[], float]:
+    """What measures the median time of several calls."""
+
     def measure() -> float:
         taken_s: list[float] = []
         while sum(taken_s) < _LEAST_S or len(taken_s) < 3:
@@ -191,12 +183,12 @@ class _Timed:
         return logits
 
 
-def _engine_steps(backend: Backend, tokenizer: Tokenizer | None) -> Callable[[], float]:
-    """What an engine's steps take beside the backend's pass; their median."""
+def _step_engine(backend: Backend, tokenizer: Tokenizer | None) -> Callable[[], float]:
+    """What measures the median of what an engine's steps take beside the backend's pass."""
     timed: Any = _Timed(backend)
     engine = Engine(timed, tokenizer, max_slots=1)
     count = max(1, min(_STEPS, backend.config.n_positions - 8))
-    params = SamplingParams(max_new_tokens=count, temperature=0.8, seed=1)
+    params = gpt2core.SamplingParams(max_new_tokens=count, temperature=0.8, seed=1)
 
     def measure() -> float:
         taken_s: list[float] = []
@@ -245,25 +237,24 @@ def breakdown_tables(components: dict[str, Any]) -> list[Table]:
 
 def component_figure(components: dict[str, Any]) -> "Figure":
     """`gpt2_components.png`: a stacked bar for each backend and phase."""
-    from gpt2core.bench.report.drawing import COLORS, INK, finish, grid, label, new_figure, write_beside
+    from gpt2core.bench.report import drawing  # loads matplotlib, so only now
 
     bars = _read_bars(components)
     names = list(dict.fromkeys(name for _, seconds, _ in bars for name in seconds))
-    figure, [ax] = new_figure(9, 1.8 + 0.5 * len(bars))
+    figure, [ax] = drawing.new_figure(9, 1.8 + 0.5 * len(bars))
     left = np.zeros(len(bars))
-    for name, color in zip(names, COLORS, strict=False):
+    for name, color in zip(names, drawing.COLORS, strict=False):
         shares = np.array([100 * max(s.get(name, 0.0), 0.0) / total_s for _, s, total_s in bars])
         drawn = ax.barh(range(len(bars)), shares, 0.7, left=left, color=color, label=name)
         ax.bar_label(drawn, [f"{x:.0f} %" if x >= 6 else "" for x in shares], label_type="center", fontsize=8)
         left += shares
-    for i, (_, _, total_s) in enumerate(bars):
-        write_beside(ax, i, show("s", total_s))
-    ax.set_yticks(range(len(bars)), [bar[0] for bar in bars])
-    ax.set(xlim=(0, 100), ylim=(len(bars) - 0.5, -0.5))
-    ax.set_xlabel("share of the time (%); at the end the whole", color=INK)
-    grid(ax, "x")
+    for row, (_, _, total_s) in enumerate(bars):
+        drawing.write_beside(ax, row, show("s", total_s))
+    ax.set_xlim(0, 100)
+    ax.set_xlabel("share of the time (%); at the end the whole", color=drawing.INK)
+    drawing.name_rows(ax, [name for name, _, _ in bars])
     figure.legend(loc="outside right upper", frameon=False, fontsize=9)
     name, seconds, total_s = bars[0]
     most = max(seconds, key=seconds.__getitem__)
     title = f"{most} takes the most: {seconds[most] / total_s:.0%} of {name}"
-    return finish(figure, title, [label(str(components.get("method", "")), 900)])
+    return drawing.finish(figure, title, [str(components.get("method", ""))])

@@ -1,20 +1,13 @@
 """How far a benchmark is."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How far a run is.
+class Progress(NamedTuple):
+    """How far a run is."""
 
-    Attributes:
-        what: comes next; empty at the end.
-        done, all: work of this process, in units of which each takes about as long; warm-up included.
-        elapsed_s: so far.
-    """
-
-    what: str
-    done: int
+    what: str  # comes next; empty at the end
+    done: int  # work of this process, warm-up included, in units of which each takes about as long
     all: int
     elapsed_s: float = 0.0
 

@@ -1,15 +1,14 @@
 """What a folder of measurements holds, read strictly, as types."""
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 from gpt2core.bench.errors import BenchmarkError
 from gpt2core.bench.store import ENVIRONMENT, RUNS, SETTINGS, read_json, read_numbered_log
-from gpt2core.errors import RequestError
+from gpt2core.errors import RequestError, in_short
 
 COMPONENTS: Final = "components.json"
 
@@ -64,15 +63,21 @@ class Cell:
         return ", ".join(f"{name} {n}" for name, n in names.items() if n is not None)
 
 
-@dataclass(frozen=True, slots=True)
-class Measurement:
-    """One line of the comparison."""
+class LineKey(NamedTuple):
+    """What makes a line of the comparison one of its kind: no two have the same."""
 
     engine: str
     precision: str
     round: int
     cell: Cell
-    variant: str | None
+    variant: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One line of the comparison."""
+
+    key: LineKey
     value: float | None
     unit: str
     status: str  # "ok", "failed" or "skipped"
@@ -117,25 +122,23 @@ def read_records(folder: str | Path) -> Records:
         RequestError: there is no such folder, it has no runs, or a file in it is not what it should be.
     """
     folder = Path(folder)
-    remedy = "name the output folder of a `gpt2core bench` run"
+    log, remedy = folder / RUNS, "name the output folder of a `gpt2core bench` run"
     if not folder.is_dir():
         raise RequestError(f"{folder} {'is not a folder' if folder.exists() else 'does not exist'}; {remedy}")
-    if not (folder / RUNS).is_file():
+    if not log.is_file():
         raise RequestError(f"{folder} has no {RUNS}; {remedy}")
-    with _as_request_errors():
-        lines = read_numbered_log(folder / RUNS)
-        documents = [
-            read_json(folder / name) if (folder / name).is_file() else {}
-            for name in (SETTINGS, ENVIRONMENT, COMPONENTS)
-        ]
+    names = (SETTINGS, ENVIRONMENT, COMPONENTS)
+    try:
+        lines = read_numbered_log(log)
+        documents = [read_json(folder / name) if (folder / name).is_file() else {} for name in names]
+    except BenchmarkError as error:  # the folder is the caller's choice, and so is what is in it
+        raise RequestError(f"{error}; remove it or restore the file") from error
     kinds = {str(line.get("kind")) for _, line in lines}
     if not lines:
-        raise RequestError(f"{folder / RUNS} holds no runs; run `gpt2core bench` with this folder first")
+        raise RequestError(f"{log} holds no runs; run `gpt2core bench` with this folder first")
     if len(kinds) != 1 or not kinds <= {"classic", "comparison"}:
-        raise RequestError(
-            f"{folder / RUNS} holds lines of kind {', '.join(sorted(kinds))}; expected are all 'classic' or "
-            "all 'comparison'"
-        )
+        expected = "expected are all 'classic' or all 'comparison'"
+        raise RequestError(f"{log} holds lines of kind {', '.join(sorted(kinds))}; {expected}")
     runs: dict[tuple[int, int, int], Run] = {}
     measurements = []
     for number, line in lines:
@@ -147,25 +150,11 @@ def read_records(folder: str | Path) -> Records:
                 measurements.append(_parse_measurement(line))
         except (KeyError, TypeError, ValueError) as error:
             wrong = f"has no {error}" if isinstance(error, KeyError) else f"holds a wrong value: {error}"
-            raise RequestError(f"{folder / RUNS}, line {number}, {wrong}") from error
-    return Records(
-        folder,
-        "classic" if runs else "comparison",
-        settings=documents[0],
-        environment=documents[1],
-        runs=tuple(runs.values()),
-        measurements=tuple(measurements),
-        components=documents[2],
-    )
-
-
-@contextmanager
-def _as_request_errors() -> Iterator[None]:
-    """The folder is the caller's choice, so what is wrong with its files is wrong with the request."""
-    try:
-        yield
-    except BenchmarkError as error:
-        raise RequestError(f"{error}; remove it or restore the file") from error
+            raise RequestError(f"{log}, line {number}, {wrong}") from error
+    kind: Literal["classic", "comparison"] = "classic" if runs else "comparison"
+    settings, environment, components = documents
+    known = tuple(runs.values()), tuple(measurements)
+    return Records(folder, kind, settings, environment, *known, components)
 
 
 def parse_run(line: Mapping[str, Any]) -> Run:
@@ -175,50 +164,42 @@ def parse_run(line: Mapping[str, Any]) -> Run:
         KeyError, TypeError, ValueError: something is missing or wrong.
     """
     prompt_index, length, run = (_whole(value) for value in line["cell"])
-    beside: dict[str, Any] = {name: _number(line.get(name)) for name in ("others_cores", "steal_share")}
-    if line["status"] != "ok":
-        error = str(line.get("error") or "failed")
-        return Run(prompt_index, length, run, str(line["prompt"]), error, **beside)
-    if line["elapsed_s"] is None:
+    ok = line["status"] == "ok"
+    if ok and line["elapsed_s"] is None:
         raise ValueError("elapsed_s of a run that did not fail is null")
+    numbers = ("elapsed_s", "ttft_s", "others_cores", "steal_share")
+    figures: dict[str, Any] = {name: _number(line.get(name)) for name in numbers}
+    figures |= {name: _whole_or_none(line.get(name)) for name in ("prompt_tokens", "completion_tokens")}
     return Run(
         prompt_index,
         length,
         run,
         prompt=str(line["prompt"]),
-        error=None,
-        elapsed_s=_number(line["elapsed_s"]),
-        ttft_s=_number(line.get("ttft_s")),
+        error=None if ok else str(line.get("error") or "failed"),
         token_times_s=tuple(float(t) for t in line.get("token_times_s") or ()),
-        prompt_tokens=_whole_or_none(line.get("prompt_tokens")),
-        completion_tokens=_whole_or_none(line.get("completion_tokens")),
         finish_reason=line.get("finish_reason"),
-        **beside,
+        **figures,
     )
+
+
+def key_of(line: Mapping[str, Any]) -> LineKey:
+    """The key of a line of the comparison; errors as of `parse_run`."""
+    cell = Cell(str(line["measure"]), *(_whole_or_none(line.get(n)) for n in ("batch", "length", "position")))
+    precision, number = str(line.get("precision", "float32")), _whole(line.get("round") or 0)
+    return LineKey(str(line["engine"]), precision, number, cell, line.get("variant"))
 
 
 def _parse_measurement(line: Mapping[str, Any]) -> Measurement:
-    sizes = (_whole_or_none(line.get(name)) for name in ("batch", "length", "position"))
     value, status = _number(line["value"]), str(line["status"])
     if status == "ok" and value is None:
         raise ValueError("value of a measurement that did not fail is null")
-    return Measurement(
-        engine=str(line["engine"]),
-        precision=str(line.get("precision") or "float32"),
-        round=_whole(line.get("round") or 0),
-        cell=Cell(str(line["measure"]), *sizes),
-        variant=line.get("variant"),
-        value=value,
-        unit=str(line.get("unit") or ""),
-        status=status,
-        error=line.get("error"),
-        difference=_number(line.get("difference")),
-    )
+    unit, difference = str(line.get("unit") or ""), _number(line.get("difference"))
+    return Measurement(key_of(line), value, unit, status, line.get("error"), difference)
 
 
 def _whole(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{value!r:.40} is not a whole number")
+        raise TypeError(f"{in_short(value)} is not a whole number")
     return value
 
 
@@ -230,5 +211,5 @@ def _number(value: Any) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise TypeError(f"{value!r:.40} is not a finite number")
+        raise TypeError(f"{in_short(value)} is not a finite number")
     return float(value)

@@ -1,11 +1,14 @@
 """The statistics of the benchmarks: Student's intervals and a line, on top of scipy.stats."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
+
+from gpt2core.errors import in_short
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +38,8 @@ def mean_interval(values: ArrayLike, *, least: float = -np.inf) -> Interval:
     """
     x = np.asarray(values, np.float64).reshape(-1)
     if len(x) == 0 or not np.isfinite(x).all():
-        raise ValueError(f"an interval needs at least one value and finite ones; got {x.tolist()!r:.80}")
-    mid = float(x.mean())
-    return _interval(mid, float(stats.sem(x)) if len(x) > 1 else 0.0, len(x) - 1, least)
+        raise ValueError(f"an interval needs at least one value and finite ones; got {in_short(x.tolist())}")
+    return _interval(x.mean(), stats.sem(x) if len(x) > 1 else 0.0, len(x) - 1, least)
 
 
 def ratio_interval(numerator: ArrayLike, denominator: ArrayLike) -> Interval:
@@ -51,7 +53,7 @@ def ratio_interval(numerator: ArrayLike, denominator: ArrayLike) -> Interval:
     """
     a, b = (np.asarray(values, np.float64).reshape(-1) for values in (numerator, denominator))
     if len(a) != len(b) or not ((a > 0).all() and (b > 0).all()):
-        raise ValueError(f"{len(a)} numerators need as many denominators above 0; got {b.tolist()!r:.80}")
+        raise ValueError(f"{len(a)} numerators need as many denominators above 0; got {in_short(b.tolist())}")
     found = mean_interval(np.log(a / b))
     return Interval(*(float(np.exp(end)) for end in (found.low, found.mid, found.high)))
 
@@ -62,12 +64,12 @@ def drift(series: Iterable[Mapping[int, float]]) -> float | None:
     The slowest repetition over the fastest one, each the median over the series relative to their own means.
     None with fewer than two repetitions.
     """
-    relative: dict[int, list[float]] = {}
+    relative = defaultdict(list)
     for values in series:
         mean = float(np.mean(list(values.values()))) if values else 0.0
         if len(values) > 1 and mean > 0:
             for repetition, value in values.items():
-                relative.setdefault(repetition, []).append(value / mean)
+                relative[repetition].append(value / mean)
     levels = [float(np.median(values)) for values in relative.values()]
     return max(levels) / min(levels) if len(levels) > 1 and min(levels) > 0 else None
 
@@ -88,12 +90,9 @@ def linear_fit(x: ArrayLike, y: ArrayLike) -> LinearFit | None:
     if len(x_) < 3 or len(np.unique(x_)) < 2:
         return None
     fit, freedom = stats.linregress(x_, y_), len(x_) - 2
-    return LinearFit(
-        slope=_interval(fit.slope, fit.stderr, freedom),
-        intercept=_interval(fit.intercept, fit.intercept_stderr, freedom),
-        r_squared=float(fit.rvalue**2),
-        points=len(x_),
-    )
+    slope = _interval(fit.slope, fit.stderr, freedom)
+    intercept = _interval(fit.intercept, fit.intercept_stderr, freedom)
+    return LinearFit(slope, intercept, float(fit.rvalue**2), len(x_))
 
 
 def _interval(mid: float, error: float, freedom: int, least: float = -np.inf) -> Interval:

@@ -12,19 +12,20 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final, NamedTuple, Self
 
 import numpy as np
 
 from gpt2core import __version__
 from gpt2core._files import replacing, sync_folder
-from gpt2core._json import JSONFault, listed, loads_strict, shown
+from gpt2core._json import listed, parse_json_object, read_json_object, shown
 from gpt2core._machine import count_cores, name_processor
 from gpt2core.bench.errors import BenchmarkError
+from gpt2core.errors import CheckpointError
 
 ENVIRONMENT: Final = "environment.json"
 SETTINGS: Final = "settings.json"
@@ -42,6 +43,7 @@ MAY_GROW: Final = ("runs", "rounds")
 """Settings of which a resumed benchmark may have more: what was measured before stays."""
 
 MAX_JSON_NBYTES: Final = 64 * 2**20
+SAMPLE_NBYTES: Final = 2**20
 PACKAGES: Final = (
     *("numpy", "tokenizers", "torch", "jax", "jaxlib", "flax", "onnxruntime", "onnx", "transformers"),
     *("ctranslate2", "llama-cpp-python", "openvino", "openvino-genai", "optimum", "optimum-onnx"),
@@ -59,17 +61,23 @@ _LEFT_OVER: Final = re.compile(
 # Files
 
 
+@contextmanager
+def _reporting(what: object, verb: str, remedy: str = "") -> Iterator[None]:
+    """Let an error of the system name what could not be read, written or made."""
+    try:
+        yield
+    except OSError as error:
+        raise BenchmarkError(f"{what} cannot be {verb}: {error.strerror or error}{remedy}") from error
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace a file: at every moment `path` is the complete old or the complete new one.
 
     Raises:
         BenchmarkError: the disk is full, the folder cannot be written to, ...; `path` is as it was.
     """
-    try:
-        with replacing(path) as file:
-            file.write(data)
-    except OSError as error:
-        raise BenchmarkError(f"{path} cannot be written: {error.strerror or error}") from error
+    with _reporting(path, "written"), replacing(path) as file:
+        file.write(data)
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
@@ -91,29 +99,15 @@ def read_json(path: Path) -> dict[str, Any]:
         BenchmarkError: it is missing, unreadable or no such thing.
     """
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_JSON_NBYTES + 1)
-    except OSError as error:
-        raise BenchmarkError(f"{path} cannot be read: {error.strerror}") from error
-    if len(data) > MAX_JSON_NBYTES:
-        raise BenchmarkError(f"{path} has more than {MAX_JSON_NBYTES} bytes; is it the right file?")
-    return _decode_json(data, str(path))
+        return read_json_object(path, max_nbytes=MAX_JSON_NBYTES)
+    except CheckpointError as error:
+        raise BenchmarkError(str(error)) from error
 
 
 def encode_json(document: Mapping[str, Any], *, indent: int | None = None) -> bytes:
     """Strict JSON in UTF-8 that ends with a line break; a lone surrogate stays an escape."""
     text = json.dumps(document, allow_nan=False, ensure_ascii=False, indent=indent)
     return text.encode("utf-8", "backslashreplace") + b"\n"
-
-
-def _decode_json(data: bytes, name: str) -> dict[str, Any]:
-    try:
-        document = loads_strict(data)
-    except JSONFault as fault:
-        raise BenchmarkError(f"{name} is not strict JSON: {fault}") from fault
-    if not isinstance(document, dict):
-        raise BenchmarkError(f"{name} holds no JSON object")
-    return document
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -129,14 +123,15 @@ def read_numbered_log(path: Path) -> list[tuple[int, dict[str, Any]]]:
     Raises:
         BenchmarkError: it cannot be read, or a finished line is no JSON object.
     """
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
+    if not path.exists():
         return []
-    except OSError as error:
-        raise BenchmarkError(f"{path} cannot be read: {error.strerror}") from error
+    with _reporting(path, "read"):
+        data = path.read_bytes()
     lines = data.split(b"\n")[:-1]  # what follows the last line break is torn, or nothing
-    return [(i, _decode_json(line, f"{path}, line {i}")) for i, line in enumerate(lines, 1) if line.strip()]
+    try:
+        return [(i, parse_json_object(s, f"{path}, line {i}")) for i, s in enumerate(lines, 1) if s.strip()]
+    except CheckpointError as error:
+        raise BenchmarkError(str(error)) from error
 
 
 class Log:
@@ -144,13 +139,11 @@ class Log:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        try:
+        with _reporting(path, "written"):
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
             os.ftruncate(self._descriptor, path.read_bytes().rfind(b"\n") + 1)
             os.fsync(self._descriptor)
             sync_folder(path.parent)
-        except OSError as error:
-            raise BenchmarkError(f"{path} cannot be written: {error.strerror}") from error
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Add one line and sync it.
@@ -158,23 +151,19 @@ class Log:
         Raises:
             BenchmarkError: the disk is full, ...; the file is as it was.
         """
-        view = memoryview(encode_json(record))
-        start = os.lseek(self._descriptor, 0, os.SEEK_END)
-        try:
-            while view:
-                written = os.write(self._descriptor, view)  # may be less than asked for
-                if written <= 0:
-                    raise OSError(errno.EIO, "the system wrote nothing")
-                view = view[written:]
-            os.fsync(self._descriptor)
-        except BaseException as error:
-            os.ftruncate(self._descriptor, start)
-            if not isinstance(error, OSError):
+        remedy = "; what was measured before is safe: make room and go on with --resume"
+        view, start = memoryview(encode_json(record)), os.lseek(self._descriptor, 0, os.SEEK_END)
+        with _reporting(self._path, "written", remedy):
+            try:
+                while view:
+                    written = os.write(self._descriptor, view)  # may be less than asked for
+                    if written <= 0:
+                        raise OSError(errno.EIO, "the system wrote nothing")
+                    view = view[written:]
+                os.fsync(self._descriptor)
+            except BaseException:
+                os.ftruncate(self._descriptor, start)
                 raise
-            raise BenchmarkError(
-                f"{self._path} cannot be written: {error.strerror or error}; "
-                "what was measured before is safe: make room and go on with --resume"
-            ) from error
 
     def close(self) -> None:
         """Close the file."""
@@ -216,17 +205,11 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str =
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class OtherWork:
-    """What was done beside a measurement; None where the system does not tell.
+class OtherWork(NamedTuple):
+    """What was done beside a measurement; None where the system does not tell."""
 
-    Attributes:
-        others_cores: cores that other processes than this one and its children kept busy.
-        steal_share: of the processors' time, what the hypervisor gave to other machines.
-    """
-
-    others_cores: float | None = None
-    steal_share: float | None = None
+    others_cores: float | None = None  # that other processes than this one and its children kept busy
+    steal_share: float | None = None  # of the processors' time, what the hypervisor gave to other machines
 
 
 class OtherWorkWatch:
@@ -257,18 +240,33 @@ def _cpu_times() -> tuple[float, ...] | None:
     return time.monotonic(), sum(os.times()[:4]), busy, steal, busy + idle + waiting + steal
 
 
+def model_id(folder: Path) -> str:
+    """A hash that tells checkpoints apart: configuration, tokenizer, and a sample of each weight file.
+
+    The sample is the file's size and a MiB each of its head (with all names and shapes), middle and end; to
+    read everything would take longer than many a benchmark.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.json")) + sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            for start in (0, size // 2, max(0, size - SAMPLE_NBYTES)):
+                file.seek(start)
+                digest.update(file.read(SAMPLE_NBYTES))
+    return digest.hexdigest()[:16]
+
+
 def _memory_nbytes() -> int | None:
-    try:
+    with suppress(AttributeError, ValueError, OSError):  # Windows has no sysconf, others not all names
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # Windows has no sysconf, others not all names
-        return None
+    return None
 
 
 def _version(package: str) -> str | None:
-    try:
+    with suppress(PackageNotFoundError):
         return version(package)
-    except PackageNotFoundError:
-        return None
+    return None
 
 
 # -------------------------------------------------------------------------------------------------
@@ -282,10 +280,8 @@ def check_folder(path: Path, environment: Mapping[str, Any], *, resume: bool, fo
         BenchmarkError: it holds files and neither `resume` nor `force` is given, or what it holds cannot be
             resumed here.
     """
-    try:
+    with _reporting(f"output folder {path}", "read"):
         names = {entry.name for entry in path.iterdir()} if path.exists() else set()
-    except OSError as error:
-        raise BenchmarkError(f"output folder {path} cannot be read: {error.strerror}") from error
     if not names or force:
         return
     if not resume:
@@ -308,11 +304,8 @@ class ResultsFolder:
         path: is made if it does not exist.
         settings: what `settings.json` must say to be resumed, apart from `MAY_DIFFER` and more of `MAY_GROW`.
         environment: from `fingerprint`; must be the same to resume.
-        resume: keep the lines that are there. An empty folder is begun.
+        resume: keep the lines that are there, as `records`. An empty folder is begun.
         force: remove an earlier benchmark; other files stay.
-
-    Attributes:
-        records: the lines of runs.jsonl.
 
     Raises:
         BenchmarkError: as `check_folder`; or another process writes there; or a file cannot be written.
@@ -327,11 +320,9 @@ class ResultsFolder:
         resume: bool = False,
         force: bool = False,
     ) -> None:
-        self.path, self.records = path, list[dict[str, Any]]()
-        try:
+        self.path, self.environment, self.records = path, environment, list[dict[str, Any]]()
+        with _reporting(f"output folder {path}", "made"):
             path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise BenchmarkError(f"output folder {path} cannot be made: {error.strerror}") from error
         self._unlock = _lock(path)
         try:
             check_folder(path, environment, resume=resume, force=force)
@@ -383,9 +374,8 @@ class ResultsFolder:
 
 def _refuse(path: Path, found: Sequence[str], what: str) -> None:
     if found:
-        raise BenchmarkError(
-            f"the benchmark in {path} is of {what} ({listed(found, 5)}); give another --output, or --force"
-        )
+        of = f"the benchmark in {path} is of {what} ({listed(found, 5)})"
+        raise BenchmarkError(f"{of}; give another --output, or --force")
 
 
 def _lock(path: Path) -> Callable[[], None]:

@@ -8,17 +8,27 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from gpt2core.cli.bench_compare import compare, output_options, recommend, timeout_option
-from gpt2core.cli.choices import backend_names, model_names, precision_names
+from gpt2core.cli.bench_compare import compare, output_options, parse_numbers, recommend, timeout_option
+from gpt2core.cli.choices import model_names
 from gpt2core.cli.command import Command, Group
-from gpt2core.cli.console import checkpoint_options, json_option, one_line, options, write, write_json
+from gpt2core.cli.console import (
+    json_option,
+    model_options,
+    one_line,
+    options,
+    read_text,
+    write,
+    write_json,
+)
 from gpt2core.cli.progress import Status
 from gpt2core.errors import RequestError
 
 if TYPE_CHECKING:
     from gpt2core.bench import ClassicResult
 
-model_options = (
+MAX_PROMPTS_NBYTES = 2**20
+
+target_options = (
     click.option(
         "-m",
         "--model",
@@ -27,28 +37,7 @@ model_options = (
         help="`demo`, a folder, or an id on the hub; with --url the name that the server is asked for.  "
         "[default: demo, or the first that the server lists]",
     ),
-    *checkpoint_options,
-    click.option(
-        "-b",
-        "--backend",
-        metavar="NAME",
-        default="auto",
-        show_default=True,
-        shell_complete=backend_names,
-        help="Engine; see `backends`.",
-    ),
-    click.option(
-        "--precision",
-        metavar="NAME",
-        default="auto",
-        show_default=True,
-        shell_complete=precision_names,
-        help="Of the weights; auto takes them as the checkpoint holds them.",
-    ),
-    click.option(
-        "--device", metavar="NAME", default="cpu", show_default=True, help="Where the engine computes."
-    ),
-    click.option("--threads", type=click.IntRange(min=1), help="CPU threads; by default the engine decides."),
+    *model_options[1:],  # what all commands have beside --model
     click.option(
         "--url",
         metavar="URL",
@@ -69,24 +58,21 @@ workload_options = (
         "--lengths",
         metavar="NUMBERS",
         default="50,100,200",
-        show_default=True,
         help="Total lengths in tokens, prompt and new, with commas between.",
     ),
     click.option(
         "--runs",
         type=click.IntRange(min=1),
         default=5,
-        show_default=True,
         help="How often each is measured, after a warm-up that is not counted.",
     ),
-    click.option("--seed", type=int, default=0, show_default=True, help="Of run 0; run i has SEED + i."),
-    click.option("--temperature", type=float, default=0.8, show_default=True, help="0: the likeliest token."),
+    click.option("--seed", type=int, default=0, help="Of run 0; run i has SEED + i."),
+    click.option("--temperature", type=float, default=0.8, help="0: the likeliest token."),
     timeout_option(300.0),
     click.option(
         "--retries",
         type=click.IntRange(min=0),
         default=2,
-        show_default=True,
         help="Further attempts before a generation is recorded as failed.",
     ),
 )
@@ -109,13 +95,14 @@ class BenchGroup(Group):
 @click.group(
     cls=BenchGroup,
     invoke_without_command=True,
+    context_settings={"show_default": True},
     short_help="Measure how fast a model or a server writes.",
     examples=(
         "gpt2core bench --output my-benchmark",
         "gpt2core bench --url http://127.0.0.1:8000 --output server",
     ),
 )
-@options(*model_options, *workload_options, *output_options)
+@options(*target_options, *workload_options, *output_options)
 @click.pass_context
 def bench(
     context: click.Context,
@@ -157,15 +144,12 @@ def bench(
                 raise click.UsageError(f"{name} has no effect on a server; leave it or --url out")
     from gpt2core.bench import ClassicSettings, run_classic
 
+    settings |= {"lengths": parse_numbers(lengths, "--lengths"), "local_files_only": offline}
+    settings |= _choose_prompts(prompts, prompt_file)
     try:
         with Status("starting", quiet=True) as status:
             result = run_classic(
-                ClassicSettings(
-                    **settings | _prompts(prompts, prompt_file),
-                    lengths=_lengths(lengths),
-                    local_files_only=offline,
-                    api_key=os.environ.get("GPT2CORE_API_KEY") or None,
-                ),
+                ClassicSettings(**settings, api_key=os.environ.get("GPT2CORE_API_KEY") or None),
                 output=output,
                 resume=resume,
                 force=force,
@@ -220,10 +204,9 @@ def analyse(folder: Path, *, components: bool, as_json: bool) -> None:
         from gpt2core.bench import write_report
         from gpt2core.bench.report.analysis import measure_folder
 
-        with Status("measuring the components") as status:
-            measure_folder(
-                folder, on_progress=lambda name: status.update(f"measuring the components: {name}")
-            )
+        what = "measuring the components"
+        with Status(what) as status:
+            measure_folder(folder, on_progress=lambda name: status.update(f"{what}: {name}"))
         write_report(folder)
     analysis = run(folder)
     if as_json:
@@ -232,30 +215,33 @@ def analyse(folder: Path, *, components: bool, as_json: bool) -> None:
         write(analysis.text().rstrip("\n") + "\n")
 
 
-def _prompts(prompts: tuple[str, ...], file: Path | None) -> dict[str, tuple[str, ...]]:
+def _choose_prompts(prompts: tuple[str, ...], file: Path | None) -> dict[str, tuple[str, ...]]:
     if prompts and file is not None:
         raise click.UsageError("--prompt and --prompts are both given; leave one of them out")
     if file is not None:
-        from gpt2core.bench.sweep.workload import read_prompts
-
-        return {"prompts": read_prompts(file)}
+        return {"prompts": _read_prompts(file)}
     return {"prompts": prompts} if prompts else {}
 
 
-def _lengths(text: str) -> tuple[int, ...]:
+def _read_prompts(file: Path) -> tuple[str, ...]:
+    """One prompt a line; lines of white space only are left out."""
     try:
-        return tuple(int(part) for part in text.split(",") if part.strip())
-    except ValueError as error:
-        raise RequestError(f"--lengths is {text!r:.60}; give whole numbers, as 50,100,200") from error
+        with file.open("rb") as stream:
+            text = read_text(stream, f"prompt file {file}", MAX_PROMPTS_NBYTES)
+    except OSError as error:
+        raise RequestError(f"prompt file {file} cannot be read: {error.strerror}") from error
+    prompts = tuple(line for line in text.splitlines() if line.strip())
+    if not prompts:
+        raise RequestError(f"prompt file {file} holds no prompt; write one prompt a line")
+    return prompts
 
 
 def _write(result: "ClassicResult") -> None:
     from gpt2core.bench.sweep.summary import summary_table
 
-    write(summary_table(result.summaries).text())
     settings = result.settings
     what = settings["url"] or f"{settings['model']} on {settings['backend']}, {settings['precision']}"
-    write(f"\n{what}\n")
+    write(f"{summary_table(result.summaries).text()}\n{what}\n")
     if early := sum(summary.ended_early for summary in result.summaries):
         write(f"{early} generations ended before their length was reached\n")
     if result.resumed:

@@ -20,7 +20,7 @@ from gpt2core.cli.console import (
     write_table,
 )
 from gpt2core.cli.progress import Status
-from gpt2core.errors import RequestError
+from gpt2core.errors import RequestError, in_short
 
 if TYPE_CHECKING:
     from gpt2core.bench.compare.recommend import Candidate
@@ -29,7 +29,6 @@ precisions_option = click.option(
     "--precision",
     metavar="NAMES",
     default="auto",
-    show_default=True,
     help="Of the weights, with commas between; auto takes them as the checkpoint holds them.",
 )
 threads_option = click.option("--threads", type=click.IntRange(min=1), help="CPU threads of every engine.")
@@ -39,7 +38,6 @@ output_options = (
         metavar="FOLDER",
         type=click.Path(path_type=Path),
         default="gpt2core-bench",
-        show_default=True,
         help="Where everything is written.",
     ),
     click.option(
@@ -61,7 +59,6 @@ def timeout_option(default_s: float) -> Callable[[Any], Any]:
         type=click.FloatRange(min=0, min_open=True),
         metavar="SECONDS",
         default=default_s,
-        show_default=True,
         help="For each attempt, or each process of an engine.",
     )
 
@@ -90,17 +87,9 @@ def timeout_option(default_s: float) -> Callable[[Any], Any]:
         help="Interpreter of the environment in which a peer (or every peer) is installed; may be repeated.",
     ),
     precisions_option,
-    click.option(
-        "--batch", "batches", metavar="SIZES", default="1,8,32", show_default=True, help="Texts at once."
-    ),
-    click.option("--prefill", metavar="LENGTHS", default="32,128,512", show_default=True, help="Of prompts."),
-    click.option(
-        "--rounds",
-        type=click.IntRange(min=1),
-        default=5,
-        show_default=True,
-        help="How often all is measured.",
-    ),
+    click.option("--batch", "batches", metavar="SIZES", default="1,8,32", help="Texts at once."),
+    click.option("--prefill", metavar="LENGTHS", default="32,128,512", help="Of prompts."),
+    click.option("--rounds", type=click.IntRange(min=1), default=5, help="How often all is measured."),
     threads_option,
     click.option("--check/--no-check", default=True, help="Whether peers must first show right answers."),
     click.option("--baseline", metavar="NAME", help="Engine that ratios are over; by default transformers."),
@@ -109,7 +98,6 @@ def timeout_option(default_s: float) -> Callable[[Any], Any]:
 )
 def compare(
     *,
-    model: str,
     output: Path,
     backends: str | None,
     peers: str | None,
@@ -117,17 +105,13 @@ def compare(
     precision: str,
     batches: str,
     prefill: str,
-    rounds: int,
-    check: bool,
-    baseline: str | None,
     threads: int | None,
-    timeout_s: float,
     resume: bool,
     force: bool,
-    revision: str | None,
     offline: bool,
     no_report: bool,
     as_json: bool,
+    **settings: Any,
 ) -> None:
     """Compare engines, each in a process of its own, round by round.
 
@@ -149,19 +133,14 @@ def compare(
     check_installed(*ALWAYS, *(() if no_report else FOR_REPORTS))
     installed = [name for name, info in available(load_plugins=False).items() if info.available]
     comparison = Comparison(
-        model=model,
+        **settings,
         backends=_names("all" if backends is None and peers is None else backends, installed),
         peers=_names(peers, list(PEERS)),
         precisions=_names(precision, []),
-        batches=_numbers(batches, "--batch"),
-        prefill=_numbers(prefill, "--prefill"),
-        rounds=rounds,
+        batches=parse_numbers(batches, "--batch"),
+        prefill=parse_numbers(prefill, "--prefill"),
         threads=threads or count_cores(),
-        peer_python=dict(map(_python, peer_pythons)),
-        check=check,
-        baseline=baseline,
-        revision=revision,
-        timeout_s=timeout_s,
+        peer_python=dict(map(_interpreter, peer_pythons)),
     )
     with Status("starting", quiet=True) as status:
         run(
@@ -174,13 +153,13 @@ def compare(
         )
     analysis = analyse(output)
     assert isinstance(analysis, ComparisonAnalysis)
-    if not no_report and analysis.points:  # there is nothing to draw where nothing was measured
+    report = not no_report and bool(analysis.points)  # of nothing there is nothing to draw
+    if report:
         write_report(output)
     if as_json:
         write_json(analysis.to_dict())
     else:
-        write(analysis.text())
-        write(f"\n{output / ('runs.jsonl' if no_report or not analysis.points else 'report.html')}\n")
+        write(f"{analysis.text()}\n{output / ('report.html' if report else 'runs.jsonl')}\n")
     if analysis.failed():
         raise click.exceptions.Exit(1)
 
@@ -194,55 +173,29 @@ def compare(
     model_option,
     *checkpoint_options,
     precisions_option,
-    click.option(
-        "--device", metavar="NAME", default="cpu", show_default=True, help="Where the engine computes."
-    ),
+    click.option("--device", metavar="NAME", default="cpu", help="Where the engine computes."),
     threads_option,
     timeout_option(1800.0),
 )
-def recommend(
-    *,
-    model: str,
-    revision: str | None,
-    offline: bool,
-    precision: str,
-    device: str,
-    threads: int | None,
-    timeout_s: float,
-) -> None:
+def recommend(*, model: str, precision: str, offline: bool, threads: int | None, **settings: Any) -> None:
     """Measure every installed backend twice on MODEL, and keep the fastest for `--backend auto`."""
     from gpt2core.bench.compare.recommend import recommend as run
 
+    settings |= {"precisions": _names(precision, []), "local_files_only": offline, "threads": threads}
     with Status("measuring") as status:
-        found = run(
-            model,
-            threads=threads,
-            device=device,
-            precisions=_names(precision, []),
-            revision=revision,
-            local_files_only=offline,
-            timeout_s=timeout_s,
-            on_progress=status.update,
-        )
+        found = run(model, on_progress=status.update, **settings)
     headings = ("backend", "precision", "first token", "tok/s", "10 texts", "peak")
-    write_table([headings, *map(_candidate, found.candidates)])
+    write_table([headings, *map(_describe, found.candidates)])
     best = found.fastest
     given = f" with --threads {threads}" if threads else ""
     write(f"\nfastest: {best.backend} in {best.precision}; `--backend auto` takes it{given} from now on\n")
 
 
-def _candidate(candidate: "Candidate") -> tuple[str, ...]:
-    c = candidate
+def _describe(c: "Candidate") -> tuple[str, ...]:
     if c.error is not None or c.first_token_s is None or c.peak_memory_nbytes is None:
-        return (c.backend, c.precision, f"failed: {c.error}", "", "", "")
-    return (
-        c.backend,
-        c.precision,
-        f"{c.first_token_s:.2f} s",
-        f"{c.tokens_per_s:.4g}",
-        f"{c.session_s:.2f} s",
-        format_nbytes(round(c.peak_memory_nbytes)),
-    )
+        return c.backend, c.precision, f"failed: {c.error}", "", "", ""
+    times = (f"{c.first_token_s:.2f} s", f"{c.tokens_per_s:.4g}", f"{c.session_s:.2f} s")
+    return c.backend, c.precision, *times, format_nbytes(round(c.peak_memory_nbytes))
 
 
 def _names(text: str | None, everything: list[str]) -> tuple[str, ...]:
@@ -253,14 +206,19 @@ def _names(text: str | None, everything: list[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
-def _numbers(text: str, option: str) -> tuple[int, ...]:
+def parse_numbers(text: str, option: str) -> tuple[int, ...]:
+    """Whole numbers with commas between, as an option has them.
+
+    Raises:
+        RequestError: something else is among them.
+    """
     try:
-        return tuple(dict.fromkeys(int(part) for part in text.split(",") if part.strip()))
+        return tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError:
-        raise RequestError(f"{option} is {text!r}; give whole numbers with commas between") from None
+        raise RequestError(f"{option} is {in_short(text)}; give whole numbers, as 1,8,32") from None
 
 
-def _python(text: str) -> tuple[str, str]:
+def _interpreter(text: str) -> tuple[str, str]:
     peer, found, path = text.partition("=")
     if not found:
         peer, path = "", text

@@ -281,9 +281,7 @@ def _to_entry(entry: "TokenLogprob") -> dict[str, Any]:
 def _report(loaded: "GPT2", seed: int, texts: int, speed: Speed, load_s: float, *, speculates: bool) -> None:
     later = speed.new_tokens - texts  # what came after each text's first token
     rate = (
-        f"{later / speed.decode_s:.1f} tokens/s after it"
-        if speed.decode_s and later > 0
-        else "no further token"
+        f"{later / speed.decode_s:.1f} tok/s after it" if speed.decode_s and later > 0 else "no further token"
     )
     peak_nbytes = peak_memory_nbytes()
     lines = [

@@ -125,7 +125,7 @@ class Tally:
         """How far it is, and how long the rest will take as far as one can tell."""
         elapsed_s = time.monotonic() - self.begun_s
         share = (self.before_nbytes + read_nbytes) / self.total_nbytes if self.total_nbytes else 0.0
-        speed = f"{self.tokens / elapsed_s:.0f} tokens/s" if elapsed_s > 0 else ""
+        speed = f"{self.tokens / elapsed_s:.0f} tok/s" if elapsed_s > 0 else ""
         left = ""
         if 0 < share <= 1 and self.rows > self.begun_at and self.begun_at == 0:
             left = f", {share:.0%}, {clock(elapsed_s * (1 - share) / share)} left"

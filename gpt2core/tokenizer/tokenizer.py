@@ -21,7 +21,7 @@ from tokenizers.decoders import ByteLevel
 from tokenizers.pre_tokenizers import ByteLevel as ByteLevelSplit
 
 from gpt2core._json import shown
-from gpt2core.errors import RequestError, UnsupportedCheckpointError
+from gpt2core.errors import RequestError, UnsupportedCheckpointError, in_short
 from gpt2core.tokenizer.files import (
     add_special_tokens,
     chat_template_of,
@@ -334,10 +334,12 @@ def _check_id(token_id: object) -> int:
         number = None
     if number is None or isinstance(token_id, bool):
         raise RequestError(
-            f"token id {token_id!r:.40} is a {type(token_id).__name__}, expected a whole number"
+            f"token id {in_short(token_id)} is a {type(token_id).__name__}, expected a whole number"
         )
     if not 0 <= number <= MAX_TOKEN_ID:
-        raise RequestError(f"token id {number!r:.40} is out of range; it must be from 0 to {MAX_TOKEN_ID}")
+        raise RequestError(
+            f"token id {in_short(number)} is out of range; it must be from 0 to {MAX_TOKEN_ID}"
+        )
     return number
 
 

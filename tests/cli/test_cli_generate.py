@@ -108,7 +108,7 @@ def test_generate_stats_go_to_stderr_and_name_what_was_measured(run, folder):
         stats = dict(line.split(None, 1) for line in result.err.splitlines())
         assert list(stats) == ["backend", "seed", "load", "tokens", "first", "peak"]
         assert (stats["backend"], stats["seed"], stats["tokens"]) == ("numpy", "7", "9")
-        assert stats["first"].endswith("tokens/s after it")
+        assert stats["first"].endswith("tok/s after it")
         assert stats["peak"].endswith(("MB", "GB"))  # of this test process, whatever else ran in it
 
 

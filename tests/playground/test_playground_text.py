@@ -19,7 +19,7 @@ def test_the_text_arrives_whole_and_each_token_has_the_colour_of_its_probability
     assert page.locator("#output").evaluate("e => e.textContent") == "Hello" + "".join(texts)
     assert page.locator(".token").evaluate_all("all => all.map(e => e.dataset.p)") == [b for _, b in BINS]
     assert page.locator("#output img").count() == 0
-    expect(page.locator("#figures")).to_contain_text("5 tokens in 0.50 s at the server, 10 tokens/s")
+    expect(page.locator("#figures")).to_contain_text("5 tokens in 0.50 s at the server, 10 tok/s")
     expect(page.locator("#figures")).to_contain_text("planted on none")
 
 

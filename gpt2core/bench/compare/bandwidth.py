@@ -82,13 +82,8 @@ def _measure(threads: int, nbytes: int) -> dict[str, Any]:
                 times_s.append(time.perf_counter() - began_s)
             by_method[name] = read_nbytes / min(times_s)
     best = max(by_method, key=lambda name: by_method[name])
-    return {
-        "value": by_method[best],
-        "method": best,
-        "by_method": by_method,
-        "buffer_nbytes": read_nbytes,
-        "threads": threads,
-    }
+    about = {"buffer_nbytes": read_nbytes, "threads": threads}
+    return {"value": by_method[best], "method": best, "by_method": by_method, **about}
 
 
 if __name__ == "__main__":

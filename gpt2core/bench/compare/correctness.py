@@ -37,6 +37,8 @@ IDS: Final = tuple(i * 79 % 257 for i in range(40))
 PROMPT_TOKENS: Final = 8
 NEW_TOKENS: Final = 24
 
+Logits = np.ndarray[Any, Any]
+
 
 def check(
     engine: EngineSetup,
@@ -51,60 +53,36 @@ def check(
     logit, or None), "status", "error" (how it differs, or why there is no answer) and "settings". A variant
     on which the engine's process dies is a failure; the others are tried again in a new process.
     """
+    job = {"task": "check", "ids": IDS, "prompt": IDS[:PROMPT_TOKENS], "new_tokens": NEW_TOKENS}
+    job |= {"batches": [1], "threads": threads, "device": "cpu"}
     with tempfile.TemporaryDirectory(prefix="gpt2core-bench-check-") as name:
         folder = Path(name)
-        models = [_write_model(folder, variant, fields) for variant, fields in variants.items()]
+        models = []
+        for variant, fields in variants.items():
+            (work := folder / "work" / variant).mkdir(parents=True)
+            checkpoint = random_checkpoint(folder / variant, **fields)
+            models.append({"variant": variant, "checkpoint": str(checkpoint), "work": str(work)})
         while models:
             lines, died = worker.run_engine(
-                engine,
-                {
-                    "task": "check",
-                    "models": models,
-                    "ids": IDS,
-                    "prompt": IDS[:PROMPT_TOKENS],
-                    "new_tokens": NEW_TOKENS,
-                    "batches": [1],
-                    "threads": threads,
-                    "device": "cpu",
-                },
-                timeout_s=timeout_s,
-                folder=folder,
+                engine, {**job, "models": models}, timeout_s=timeout_s, folder=folder
             )
             answers = {line["variant"]: line for line in lines if "variant" in line}
             whole = next((line for line in lines if "status" in line and "variant" not in line), None)
-            begun = [line["begins"] for line in lines if "begins" in line]
             if died and not whole:  # at the one that it had begun last, or before any
+                begun = [line["begins"] for line in lines if "begins" in line]
                 at = begun[-1] if begun and begun[-1] not in answers else models[0]["variant"]
                 answers.setdefault(at, {"status": "failed", "error": died})
-            left = []
             for model in models:
-                answer = answers.get(model["variant"], whole)
-                if answer is None:
-                    left.append(model)
-                else:
-                    yield _judge(engine, model, answer)
-            models = left
+                if answer := answers.get(model["variant"], whole):
+                    yield _judge(engine.precision, model, answer)
+            models = [m for m in models if whole is None and m["variant"] not in answers]
 
 
-def _write_model(folder: Path, variant: str, fields: Mapping[str, Any]) -> dict[str, str]:
-    work = folder / "work" / variant
-    work.mkdir(parents=True)
-    return {
-        "variant": variant,
-        "checkpoint": str(random_checkpoint(folder / variant, **fields)),
-        "work": str(work),
+def _judge(precision: str, model: Mapping[str, str], answer: Mapping[str, Any]) -> dict[str, Any]:
+    result: dict[str, Any] = {"error": None, "settings": {}} | {
+        name: answer[name] for name in ("status", "error", "settings") if name in answer
     }
-
-
-def _judge(engine: EngineSetup, model: Mapping[str, str], answer: Mapping[str, Any]) -> dict[str, Any]:
-    result: dict[str, Any] = {
-        "variant": model["variant"],
-        "status": answer["status"],
-        "error": answer.get("error"),
-        "settings": answer.get("settings", {}),
-        "value": None,
-        "difference": None,
-    }
+    result |= {"variant": model["variant"], "value": None, "difference": None}
     if answer["status"] != "ok":
         return result
     prompt, tokens = list(IDS[:PROMPT_TOKENS]), answer["tokens"]
@@ -112,15 +90,13 @@ def _judge(engine: EngineSetup, model: Mapping[str, str], answer: Mapping[str, A
         want = reference.logits(IDS)
         legal = [token for token in tokens if 0 <= token < want.shape[1]]
         after = reference.logits([*prompt, *legal])[len(prompt) - 1 :]
-    got = np.load(answer["logits"])
-    result["difference"], fault = _compare_logits(got, want, engine.precision)
-    fault = fault or _compare_tokens(tokens, after, engine.precision)
+    result["difference"], fault = _compare_logits(np.load(answer["logits"]), want, precision)
+    fault = fault or _compare_tokens(tokens, after, precision)
     return result | {"value": 0.0 if fault else 1.0, "error": fault}
 
 
-def _compare_logits(
-    got: np.ndarray[Any, Any], want: np.ndarray[Any, Any], precision: str
-) -> tuple[float | None, str | None]:
+def _compare_logits(got: Logits, want: Logits, precision: str) -> tuple[float | None, str | None]:
+    """The largest difference, and what is wrong with it."""
     if got.shape != want.shape:
         return None, f"its logits have the shape {got.shape}, not {want.shape}"
     off = np.abs(got - want)
@@ -135,7 +111,7 @@ def _compare_logits(
     return largest, wrong if share > allowed else None
 
 
-def _compare_tokens(tokens: list[int], after: np.ndarray[Any, Any], precision: str) -> str | None:
+def _compare_tokens(tokens: list[int], after: Logits, precision: str) -> str | None:
     """Each token must have nearly the largest logit of the reference after the same text."""
     if len(tokens) != NEW_TOKENS or len(after) != len(tokens) + 1:
         return f"it generated {len(tokens)} tokens of the vocabulary, asked for {NEW_TOKENS}"

@@ -2,24 +2,22 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple
+from functools import partial
+from typing import Final, NamedTuple
 
 from gpt2core import ModelConfig, RequestError
 from gpt2core.backends import available
 from gpt2core.bench.compare import worker
 from gpt2core.bench.compare.worker import EngineSetup
-from gpt2core.bench.engines import PRECISIONS, find_peer
-from gpt2core.bench.records import Cell
+from gpt2core.bench.engines import PEERS, PRECISIONS
+from gpt2core.bench.records import Cell, LineKey
 from gpt2core.testing import VARIANTS
 
 BANDWIDTH: Final = Cell("read_bandwidth")
 OTHERS: Final = Cell("others_cores")
 STEAL: Final = Cell("steal_share")
-CORRECT: Final = Cell("correct")
 WEIGHT: Final = Cell("weight_nbytes")
-BUILD: Final = Cell("build_s")
 MACHINE: Final = "machine"
-DEFAULT_ROUNDS: Final = 5
 ONCE: Final = ("start_s", "load_s", "first_token_cold_s", "compile_s", "ttft_s", "peak_memory_nbytes")
 """The measures that an engine has once a round."""
 
@@ -31,71 +29,53 @@ EARLIEST_POSITION: Final = 10
 class Comparison:
     """What is compared, checked when it is made.
 
-    Attributes:
-        model: "demo", a folder or a hub id.
-        backends, peers: names; unknown ones are refused, those that are not installed are skipped.
-        precisions: of the weights; an engine that does not offer one is skipped. "auto" is that of the
-            checkpoint.
-        batches: texts that are decoded at once.
-        prefill: lengths of prompts.
-        rounds: how often everything is measured.
-        threads: of every engine.
-        peer_python: the interpreters of peers by name; "" is for all that are not named.
-        check: whether peers are checked for right answers first.
-        variants: of the family, on which they are checked.
-        baseline: the engine that ratios are over; None for transformers, or else the first engine.
-        revision: of a model on the hub.
-        timeout_s: for each process.
-
     Raises:
         RequestError: something is unknown or out of its range.
     """
 
-    model: str = "demo"
-    backends: tuple[str, ...] = ()
+    model: str = "demo"  # a folder or a hub id
+    backends: tuple[str, ...] = ()  # unknown names are refused, what is not installed is skipped
     peers: tuple[str, ...] = ()
-    precisions: tuple[str, ...] = ("auto",)
-    batches: tuple[int, ...] = (1, 8, 32)
-    prefill: tuple[int, ...] = (32, 128, 512)
-    rounds: int = DEFAULT_ROUNDS
-    threads: int = 1
+    precisions: tuple[str, ...] = ("auto",)  # who does not offer one is skipped; auto: the checkpoint's
+    batches: tuple[int, ...] = (1, 8, 32)  # texts that are decoded at once
+    prefill: tuple[int, ...] = (32, 128, 512)  # lengths of prompts
+    rounds: int = 5  # how often everything is measured
+    threads: int = 1  # of every engine
     new_tokens: int = worker.NEW_TOKENS
-    peer_python: Mapping[str, str] = field(default_factory=dict)
-    check: bool = True
-    variants: tuple[str, ...] = tuple(VARIANTS)
-    baseline: str | None = None
-    revision: str | None = None
-    timeout_s: float = 1800.0
+    peer_python: Mapping[str, str] = field(default_factory=dict)  # interpreters; "" is for the unnamed peers
+    check: bool = True  # whether peers are checked for right answers first
+    variants: tuple[str, ...] = tuple(VARIANTS)  # of the family, on which they are checked
+    baseline: str | None = None  # that ratios are over; None for transformers, or else the first engine
+    revision: str | None = None  # of a model on the hub
+    timeout_s: float = 1800.0  # for each process
 
     def __post_init__(self) -> None:
-        known = available(load_plugins=False)
-        for name in self.backends:
-            if name not in known:
-                raise RequestError(f"there is no backend {name!r}; known are {', '.join(known)}")
-        for name in [*self.peers, *filter(None, self.peer_python)]:
-            find_peer(name)
-        for name in self.precisions:
-            if name not in ("auto", *PRECISIONS):
-                raise RequestError(f"there is no precision {name!r}; known are auto, {', '.join(PRECISIONS)}")
-        for name in self.variants:
-            if name not in VARIANTS:
-                raise RequestError(f"there is no variant {name!r}; known are {', '.join(VARIANTS)}")
+        known = {
+            "backend": (self.backends, list(available(load_plugins=False))),
+            "peer": ((*self.peers, *filter(None, self.peer_python)), list(PEERS)),
+            "precision": (self.precisions, ["auto", *PRECISIONS]),
+            "variant": (self.variants, list(VARIANTS)),
+        }
+        for kind, (names, allowed) in known.items():
+            for name in names:
+                if name not in allowed:
+                    raise RequestError(f"there is no {kind} {name!r}; known are {', '.join(allowed)}")
         if not (self.backends or self.peers) or not self.precisions:
             raise RequestError(
                 "a comparison needs an engine and a precision; name some with --backends or --peers"
             )
-        for name in ("backends", "peers", "precisions", "variants"):
-            names = getattr(self, name)
+        for option in ("backends", "peers", "precisions", "variants"):
+            names = getattr(self, option)
             if len(set(names)) < len(names):
-                raise RequestError(f"{name} names one twice: {', '.join(names)}")
-        for name, values in (("batch", self.batches), ("prefill", self.prefill)):
+                raise RequestError(f"{option} names one twice: {', '.join(names)}")
+        for option, values in (("batch", self.batches), ("prefill", self.prefill)):
             if any(value < 1 for value in values) or len(set(values)) < len(values):
-                raise RequestError(f"{name} is {values}; use different whole numbers of 1 or more")
+                raise RequestError(f"{option} is {values}; use different whole numbers of 1 or more")
         if self.baseline is not None and self.baseline not in (*self.backends, *self.peers):
             raise RequestError(f"baseline {self.baseline!r} is not compared; name one of those that are")
-        for name in ("rounds", "threads", "new_tokens"):
-            if getattr(self, name) < 1:
-                raise RequestError(f"{name} is {getattr(self, name)}; use a whole number of 1 or more")
+        for option in ("rounds", "threads", "new_tokens"):
+            if getattr(self, option) < 1:
+                raise RequestError(f"{option} is {getattr(self, option)}; use a whole number of 1 or more")
 
     def engines(self) -> list[EngineSetup]:
         """Every engine in every precision."""
@@ -118,6 +98,28 @@ class Comparison:
             *(Cell("step_s", position=position) for position in positions),
         ]
 
+    def steps(self, context: int) -> Iterator["Step"]:
+        """All that is done, in order: each engine is checked and built, then all are measured in rounds."""
+        engines, cells, built = self.engines(), self.cells(context), set()
+        for engine in engines:
+            of_engine = partial(LineKey, engine.name, engine.precision, 0)
+            if engine.family == "peer" and self.check:
+                keys = tuple(of_engine(Cell("correct"), name) for name in self.variants)
+                yield Step(f"checking {engine.name} on {len(keys)} variants", "check", engine, keys)
+            if engine.family == "gpt2core" and engine.name not in built:  # asked to compile what it keeps
+                built.add(engine.name)
+                yield Step(f"building {engine.name}", "build", engine, (of_engine(Cell("build_s")),))
+        for number in range(self.rounds):
+            name = f"round {number + 1} of {self.rounds}"
+            speed, *other = (LineKey(MACHINE, "", number, cell) for cell in (BANDWIDTH, OTHERS, STEAL))
+            yield Step(f"{name}: the read bandwidth", "measure_bandwidth", None, (speed, *other))
+            first = number % len(engines)
+            for engine in engines[first:] + engines[:first]:
+                mine = cells if number else [WEIGHT, *cells]
+                keys = tuple(LineKey(engine.name, engine.precision, number, cell) for cell in mine)
+                yield Step(f"{name}: {engine.name} in {engine.precision}", "measure", engine, keys)
+            yield Step(f"{name}: other work", "note_other_work", None, tuple(other))
+
 
 def weight_nbytes(config: ModelConfig, precision: str) -> int:
     """Bytes of weights that one decode step reads at least: all but the embeddings, of which it reads a row.
@@ -129,37 +131,10 @@ def weight_nbytes(config: ModelConfig, precision: str) -> int:
     return read * BITS[precision] // 8
 
 
-class LineKey(NamedTuple):
-    """What makes a line one of its kind: no two lines of a comparison have the same."""
+class Step(NamedTuple):
+    """What is done at once, as often as lines of it are missing."""
 
-    engine: str
-    precision: str
-    round: int
-    cell: Cell
-    variant: str | None = None
-
-
-def key_of(line: Mapping[str, Any]) -> LineKey:
-    """The key of a line of runs.jsonl."""
-    cell = Cell(line["measure"], line["batch"], line["length"], line["position"])
-    return LineKey(line["engine"], line["precision"], line["round"], cell, line.get("variant"))
-
-
-def plan_lines(comparison: Comparison, context: int) -> Iterator[LineKey]:
-    """The keys of all lines that a comparison has when it is done."""
-    built = set()
-    for engine in comparison.engines():
-        name, precision = engine.name, engine.precision
-        if engine.family == "peer" and comparison.check:
-            for variant in comparison.variants:
-                yield LineKey(name, precision, 0, CORRECT, variant)
-        if engine.builds and name not in built:
-            built.add(name)
-            yield LineKey(name, precision, 0, BUILD)
-        yield LineKey(name, precision, 0, WEIGHT)
-        for number in range(comparison.rounds):
-            for cell in comparison.cells(context):
-                yield LineKey(name, precision, number, cell)
-    for number in range(comparison.rounds):
-        for cell in (BANDWIDTH, OTHERS, STEAL):
-            yield LineKey(MACHINE, "", number, cell)
+    what: str  # its name for a reader
+    task: str  # the method of `rounds` that does it
+    engine: EngineSetup | None  # None for the machine
+    keys: tuple[LineKey, ...]  # of the lines that it writes

@@ -31,21 +31,13 @@ CELLS: Final = (Cell("first_token_cold_s"), Cell("decode_tok_s", batch=1), Cell(
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One backend in one precision, as measured.
-
-    Attributes:
-        backend, precision: which.
-        first_token_s: from the start of its process to its first token; None where it failed.
-        tokens_per_s: while decoding one text; None where it failed.
-        peak_memory_nbytes: of its process.
-        error: why it failed, or None.
-    """
+    """One backend in one precision, as measured; without figures where it failed."""
 
     backend: str
     precision: str
-    first_token_s: float | None
-    tokens_per_s: float | None
-    peak_memory_nbytes: float | None
+    first_token_s: float | None  # from the start of its process
+    tokens_per_s: float | None  # while decoding one text
+    peak_memory_nbytes: float | None  # of its process
     error: str | None
 
     @property
@@ -58,17 +50,11 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Recommended:
-    """What was measured and what follows from it.
+    """What was measured and what follows from it."""
 
-    Attributes:
-        candidates: fastest first.
-        fastest: of the candidates.
-        path: where it is kept for `backend="auto"`.
-    """
-
-    candidates: tuple[Candidate, ...]
+    candidates: tuple[Candidate, ...]  # fastest first
     fastest: Candidate
-    path: Path
+    path: Path  # where it is kept for `backend="auto"`
 
 
 def recommend(
@@ -128,26 +114,28 @@ def recommend(
                 device=device,
                 timeout_s=timeout_s,
             )
-    candidates = sorted((_candidate(*item) for item in found.items()), key=lambda c: c.session_s)
+    candidates = sorted((_summarize(*item) for item in found.items()), key=lambda c: c.session_s)
     fastest = {c.precision: c for c in reversed(candidates) if c.error is None}
     if not fastest:
         reasons = "; ".join(f"{c.backend}: {c.error}" for c in candidates)
         raise BackendUnavailableError(f"no backend ran on {device}: {reasons}")
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    entries = {
-        precision: Recommendation(best.backend, precision, _why(best, candidates, now), now)
-        for precision, best in fastest.items()
-    }
+    entries = {}
+    for precision, best in fastest.items():
+        others = [c for c in candidates if c.precision == precision and c is not best and c.error is None]
+        beside = "".join(f", {c.backend} {c.session_s:.3g} s" for c in others)
+        texts = f"{TEXTS} texts in {best.session_s:.3g} s"
+        why = f"measured {now[:10]}: {texts}{beside} (bench recommend)"
+        entries[precision] = Recommendation(best.backend, precision, why, now)
     path = recommended.save(entries, config, device=device, threads=threads)
     return Recommended(tuple(candidates), candidates[0], path)
 
 
-def _candidate(engine: EngineSetup, lines: Sequence[dict[str, Any]]) -> Candidate:
+def _summarize(engine: EngineSetup, lines: Sequence[dict[str, Any]]) -> Candidate:
     error = next((line["error"] for line in lines if line["status"] != "ok"), None)
 
     def best(measure: str, pick: Callable[[list[float]], float]) -> float | None:
-        values = [line["value"] for line in lines if line["measure"] == measure and line["status"] == "ok"]
-        return pick(values) if values and error is None else None
+        return None if error else pick([line["value"] for line in lines if line["measure"] == measure])
 
     return Candidate(
         backend=engine.name,
@@ -157,13 +145,3 @@ def _candidate(engine: EngineSetup, lines: Sequence[dict[str, Any]]) -> Candidat
         peak_memory_nbytes=best("peak_memory_nbytes", max),
         error=error,
     )
-
-
-def _why(fastest: Candidate, candidates: Sequence[Candidate], now: str) -> str:
-    others = [
-        f"{c.backend} {c.session_s:.3g} s"
-        for c in candidates
-        if c.precision == fastest.precision and c is not fastest and c.error is None
-    ]
-    beside = f", {', '.join(others)}" if others else ""
-    return f"measured {now[:10]}: {TEXTS} texts in {fastest.session_s:.3g} s{beside} (bench recommend)"

@@ -18,20 +18,16 @@ PROMPT: Final = (818, 257, 16161, 1290, 11, 1290, 1497, 11)  # "In a galaxy far,
 NEW_TOKENS: Final = 128
 REPEATS: Final = 2
 
+Line = dict[str, Any]
+
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What every engine is asked, in token ids that the model has.
+    """What every engine is asked, in token ids that the model has."""
 
-    Attributes:
-        prompt: of the texts that are generated.
-        long: of which a prefix is prefilled.
-        new_tokens: of each text.
-    """
-
-    prompt: tuple[int, ...]
-    long: tuple[int, ...]
-    new_tokens: int
+    prompt: tuple[int, ...]  # of the texts that are generated
+    long: tuple[int, ...]  # of which a prefix is prefilled
+    new_tokens: int  # of each text
 
     @classmethod
     def for_model(cls, vocab_size: int, context: int, new_tokens: int = NEW_TOKENS) -> "Workload":
@@ -43,55 +39,24 @@ class Workload:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class EngineSetup:
-    """An engine and how it is set up.
+    """An engine and how it is set up."""
 
-    Attributes:
-        name: of a backend of gpt2core or of a peer.
-        family: "gpt2core" or "peer".
-        precision: of the weights.
-        python: the interpreter that it runs in.
-        adapter: the path of the module that runs it.
-        packages: those whose absence is a skip.
-        remedy: how to get them.
-        builds: whether it is asked to compile what it keeps, which is then a measure of its own.
-    """
-
-    name: str
-    family: str
-    precision: str
-    python: str
-    adapter: Path
-    packages: tuple[str, ...] = ()
-    remedy: str = ""
-    builds: bool = False
+    name: str  # of a backend of gpt2core or of a peer
+    family: str  # "gpt2core" or "peer"
+    precision: str = "float32"  # of the weights
+    python: str = sys.executable  # the interpreter that it runs in
 
     @classmethod
     def own(cls, name: str, precision: str = "float32") -> "EngineSetup":
         """A backend of gpt2core."""
-        return cls(
-            name=name,
-            family="gpt2core",
-            precision=precision,
-            python=sys.executable,
-            adapter=OWN_ADAPTER,
-            builds=True,
-        )
+        return cls(name, "gpt2core", precision)
 
     @classmethod
     def peer(cls, name: str, precision: str = "float32", python: str | None = None) -> "EngineSetup":
         """A peer, in the interpreter given or in this one."""
-        about = PEERS[name]
-        return cls(
-            name=name,
-            family="peer",
-            precision=precision,
-            python=python or sys.executable,
-            adapter=about.adapter,
-            packages=about.packages,
-            remedy=f"pip install {about.install}, or name its interpreter with --peer-python",
-        )
+        return cls(name, "peer", precision, python or sys.executable)
 
 
 def measure(
@@ -104,7 +69,7 @@ def measure(
     threads: int | None,
     device: str = "cpu",
     timeout_s: float,
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Line]:
     """Measure cells of one engine in a fresh process; yields exactly one result for each of `cells`.
 
     Each result has "measure", "batch", "length", "position", "value", "unit", "status", "error", "settings",
@@ -116,75 +81,65 @@ def measure(
         "cells": [asdict(cell) for cell in cells],
         "checkpoint": str(checkpoint),
         "work": str(work),
-        "prompt": workload.prompt,
-        "long": workload.long,
-        "new_tokens": workload.new_tokens,
+        **asdict(workload),
         "batches": [cell.batch for cell in cells if cell.batch is not None],
         "repeats": REPEATS,
         "threads": threads,
         "device": device,
     }
     lines, died = run_engine(engine, job, timeout_s=timeout_s)
-    settings: dict[str, Any] = next((line["settings"] for line in reversed(lines) if "settings" in line), {})
+    settings: Line = next((line["settings"] for line in reversed(lines) if "settings" in line), {})
     names = ("measure", "batch", "length", "position")
     found = {Cell(*(line[name] for name in names)): line for line in lines if "measure" in line}
-    whole = next((line for line in lines if "status" in line and "measure" not in line), None)
     for cell in cells:
-        line = found.get(cell)
-        if line is None:
-            reason = whole or {"status": "failed", "error": died or "the engine gave no result"}
-            line = {**asdict(cell), **reason, "value": None, "unit": None}
-        yield {"tokens": None, "samples_s": None, **line, "settings": settings}
+        unreached = {**asdict(cell), **_outcome(lines, died), "value": None, "unit": None}
+        yield {"tokens": None, "samples_s": None, **found.get(cell, unreached), "settings": settings}
 
 
-def prepare(
-    engine: EngineSetup, *, checkpoint: Path, work: Path, threads: int, timeout_s: float
-) -> tuple[str, str | None]:
-    """Let a peer convert the checkpoint into `work`, which is there if this was done before.
+def prepare(engine: EngineSetup, *, checkpoint: Path, work: Path, threads: int, timeout_s: float) -> Line:
+    """Let an engine convert the checkpoint into `work`, which is there if this was done before.
 
-    Returns "ok", or "skipped" or "failed" with the reason. It has a process of its own, since converting may
-    need more memory than running.
+    Returns the "status" and "error". It has a process of its own: converting may need more memory than
+    running.
     """
     if work.exists():
-        return "ok", None
+        return {"status": "ok", "error": None}
     work.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=work.parent, prefix=".") as name:  # half a conversion counts as none
         converted = Path(name, "converted")
         converted.mkdir()
         job = {"task": "prepare", "checkpoint": str(checkpoint), "work": str(converted), "threads": threads}
-        lines, died = run_engine(engine, job, timeout_s=timeout_s)
-        for line in lines:
-            if line.get("prepared"):
-                converted.rename(work)
-                return "ok", None
-            if "status" in line:
-                return line["status"], line["error"]
-    return "failed", died or "the engine gave no result"
+        outcome = _outcome(*run_engine(engine, job, timeout_s=timeout_s))
+        if outcome["status"] == "ok":
+            converted.rename(work)
+    return {name: outcome[name] for name in ("status", "error")}
 
 
-def build(engine: EngineSetup, *, timeout_s: float) -> dict[str, Any]:
+def build(engine: EngineSetup, *, timeout_s: float) -> Line:
     """Let an engine compile what it keeps, and time it; near 0 where that was done before."""
-    lines, died = run_engine(engine, {"task": "build"}, timeout_s=timeout_s)
-    line = next((line for line in lines if "status" in line), None)
-    return line or {"status": "failed", "error": died or "the engine gave no result"}
+    return _outcome(*run_engine(engine, {"task": "build"}, timeout_s=timeout_s))
+
+
+def _outcome(lines: Sequence[Line], died: str | None) -> Line:
+    """The line that is of no cell: how the job as a whole ended."""
+    whole = next((line for line in lines if "status" in line and "measure" not in line), None)
+    return whole or {"status": "failed", "error": died or "the engine gave no result"}
 
 
 def run_engine(
     engine: EngineSetup, job: Mapping[str, Any], *, timeout_s: float, folder: Path | None = None
-) -> tuple[list[dict[str, Any]], str | None]:
+) -> tuple[list[Line], str | None]:
     """Run an engine's process; the lines that it wrote, and how it died, or None if it ended well."""
     if folder is None:
         with tempfile.TemporaryDirectory(prefix="gpt2core-bench-") as name:
             return run_engine(engine, job, timeout_s=timeout_s, folder=Path(name))
-    whole = {
-        "engine": engine.name,
-        "precision": engine.precision,
-        "adapter": str(engine.adapter),
-        "packages": engine.packages,
-        "remedy": engine.remedy,
-        **job,
+    adapter, packages, install = PEERS[engine.name] if engine.family == "peer" else (OWN_ADAPTER, (), "")
+    about: Line = {"engine": engine.name, "precision": engine.precision, "adapter": str(adapter)}
+    about |= {
+        "packages": packages,
+        "remedy": f"pip install {install}, or name its interpreter with --peer-python",
     }
-    (folder / "job.json").write_text(json.dumps(whole), encoding="utf-8")
+    (folder / "job.json").write_text(json.dumps(about | dict(job)), encoding="utf-8")
     lines_path = folder / "lines.jsonl"
     lines_path.write_bytes(b"")
     with (folder / "output").open("wb") as output:
@@ -199,11 +154,11 @@ def run_engine(
 
 def _wait(command: list[str], output: Any, timeout_s: float) -> str:
     try:
-        code = subprocess.run(
+        done = subprocess.run(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, timeout=timeout_s
-        ).returncode
+        )
     except subprocess.TimeoutExpired:
         return f"its process was stopped after {timeout_s:g} s; allow it more time"
     except OSError as error:
         return f"its process cannot be started with {command[0]}: {error.strerror}"
-    return describe_exit(code, "was not done")
+    return describe_exit(done.returncode, "was not done")

@@ -7,39 +7,25 @@ from typing import Any
 import ctranslate2
 import numpy as np
 
-COMPUTE_TYPES = {"float32": "float32", "bfloat16": "bfloat16", "int8": "int8"}
+PRECISIONS = ("float32", "bfloat16", "int8")
 _NAMES = "gpt2core-tokens.json"
 
 
 def prepare(job: dict[str, Any]) -> None:
     """Convert the checkpoint once; what is computed in is chosen when it is loaded."""
-    _compute_type(job)
     work = Path(job["work"])
-    if (work / _NAMES).exists():
-        return
-    converter = ctranslate2.converters.TransformersConverter(job["checkpoint"])
-    converter.convert(str(work), force=True)
-    (work / _NAMES).write_text(json.dumps(_names_of_tokens(Path(job["checkpoint"]))))
+    if not (work / _NAMES).exists():
+        ctranslate2.converters.TransformersConverter(job["checkpoint"]).convert(str(work), force=True)
+        (work / _NAMES).write_text(json.dumps(_names_of_tokens(Path(job["checkpoint"]))))
 
 
 def load(job: dict[str, Any]) -> "CTranslate2Engine":
     """Load the converted model in the job's precision."""
-    compute_type = _compute_type(job)
-    model = ctranslate2.Generator(
-        job["work"], compute_type=compute_type, intra_threads=job["threads"], inter_threads=1
-    )
+    how = {"compute_type": job["precision"], "intra_threads": job["threads"], "inter_threads": 1}
+    model = ctranslate2.Generator(job["work"], **how)
     names = json.loads((Path(job["work"]) / _NAMES).read_text())
-    return CTranslate2Engine(
-        model, names, {"threads": job["threads"], "compute_type": model.compute_type, "inter_threads": 1}
-    )
-
-
-def _compute_type(job: dict[str, Any]) -> str:
-    if job["precision"] not in COMPUTE_TYPES:
-        raise NotImplementedError(
-            f"CTranslate2 offers {', '.join(COMPUTE_TYPES)} here, not {job['precision']}"
-        )
-    return COMPUTE_TYPES[job["precision"]]
+    settings = {"threads": job["threads"], "compute_type": model.compute_type, "inter_threads": 1}
+    return CTranslate2Engine(model, names, settings)
 
 
 def _names_of_tokens(checkpoint: Path) -> list[str]:
@@ -55,19 +41,14 @@ class CTranslate2Engine:
     """`ctranslate2.Generator` as an engine."""
 
     def __init__(self, model: Any, names: list[str], settings: dict[str, Any]) -> None:
-        self._model, self._names = model, names
-        self.settings = settings
+        self._model, self._names, self.settings = model, names, settings
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
         """Greedy."""
-        out = self._model.generate_batch(
-            [[self._names[i] for i in prompt] for prompt in prompts],
-            max_length=new_tokens,
-            min_length=new_tokens,
-            include_prompt_in_result=False,
-            sampling_topk=1,
-        )
-        return [one.sequences_ids[0] for one in out]
+        limits = {"max_length": new_tokens, "min_length": new_tokens}
+        named = [[self._names[i] for i in prompt] for prompt in prompts]
+        out = self._model.generate_batch(named, include_prompt_in_result=False, sampling_topk=1, **limits)
+        return [result.sequences_ids[0] for result in out]
 
     def prefill(self, ids: list[int]) -> None:
         """It computes the logits of every position."""

@@ -48,26 +48,19 @@ def load(job: dict[str, Any]) -> "Gpt2coreEngine":
         local_files_only=True,
         max_batch=max(job["batches"], default=1),
     )
-    return Gpt2coreEngine(
-        model, {"threads": job["threads"], "device": job["device"], "precision": job["precision"]}
-    )
+    return Gpt2coreEngine(model, {name: job[name] for name in ("threads", "device", "precision")})
 
 
 class Gpt2coreEngine:
     """`GPT2` as an engine."""
 
     def __init__(self, model: GPT2, settings: dict[str, Any]) -> None:
-        self.settings = settings
-        self._model = model
+        self._model, self.settings = model, settings
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
         """Greedy."""
         out = self._model.generate(prompts, max_new_tokens=new_tokens, min_new_tokens=new_tokens)
         return [generation.token_ids for generation in out]
-
-    def prefill(self, ids: list[int]) -> None:
-        """The first token."""
-        self._model.generate([ids], max_new_tokens=1, min_new_tokens=1)
 
     def logits(self, ids: list[int]) -> np.ndarray[Any, Any]:
         """(T, V)."""

@@ -10,7 +10,8 @@ import llama_cpp
 import numpy as np
 from safetensors.numpy import load_file
 
-KINDS = {"float32": None, "float16": 1, "int8": 7, "int4": 2}  # llama.cpp's numbers of F16, Q8_0 and Q4_0
+PRECISIONS = ("float32", "float16", "int8", "int4")
+KINDS = {"float16": 1, "int8": 7, "int4": 2}  # llama.cpp's numbers of F16, Q8_0 and Q4_0
 BATCH_TOKENS = 512
 MOST_SEQUENCES = 64
 _BLOCK = {
@@ -26,7 +27,7 @@ _TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
 
 def prepare(job: dict[str, Any]) -> None:
     """Write the GGUF file once, and quantize it."""
-    kind = _kind(job)
+    kind = KINDS.get(job["precision"])
     config = json.loads((Path(job["checkpoint"]) / "config.json").read_text(encoding="utf-8"))
     _refuse_what_gguf_cannot_say(config)
     plain, path = Path(job["work"]) / "float32.gguf", _path(job)
@@ -42,19 +43,12 @@ def prepare(job: dict[str, Any]) -> None:
 
 def load(job: dict[str, Any]) -> "LlamaCppEngine":
     """Load the GGUF file."""
-    _kind(job)
     model = llama_cpp.llama_model_load_from_file(
         str(_path(job)).encode(), llama_cpp.llama_model_default_params()
     )
     if not model:
         raise RuntimeError(f"llama.cpp cannot load {_path(job).name}")
     return LlamaCppEngine(model, job)
-
-
-def _kind(job: dict[str, Any]) -> int | None:
-    if job["precision"] not in KINDS:
-        raise NotImplementedError(f"llama.cpp offers {', '.join(KINDS)} here, not {job['precision']}")
-    return KINDS[job["precision"]]
 
 
 def _path(job: dict[str, Any]) -> Path:
@@ -150,10 +144,6 @@ class LlamaCppEngine:
                 )
                 rows = list(range(len(prompts)))
         return texts
-
-    def prefill(self, ids: list[int]) -> None:
-        """The first token."""
-        self.generate([ids], 1)
 
     def logits(self, ids: list[int]) -> np.ndarray[Any, Any]:
         """(T, V)."""

@@ -12,15 +12,15 @@ import numpy as np
 import openvino
 import openvino_genai
 
-WEIGHT_BITS = {"float32": None, "bfloat16": None, "int8": 8, "int4": 4}
+PRECISIONS = ("float32", "bfloat16", "int8", "int4")
+BITS = {"int8": 8, "int4": 4}  # of the weights; the others keep them
 GROUP_SIZE = 64
 _MODEL = "openvino_model.xml"
 
 
 def prepare(job: dict[str, Any]) -> None:
     """Export the checkpoint once per precision of the weights."""
-    bits = _weight_bits(job)
-    work = Path(job["work"])
+    bits, work = BITS.get(job["precision"]), Path(job["work"])
     if (work / _MODEL).exists():
         return
     from optimum.exporters.openvino import main_export
@@ -54,19 +54,13 @@ def _quantize(work: Path, bits: int) -> None:
 
 def load(job: dict[str, Any]) -> "OpenVinoEngine":
     """Compile the exported model with the job's threads."""
-    bits = _weight_bits(job)
     properties: dict[str, Any] = {"INFERENCE_NUM_THREADS": job["threads"]}
     if job["precision"] == "float32":
         properties["INFERENCE_PRECISION_HINT"] = "f32"
     pipeline = openvino_genai.LLMPipeline(job["work"], "CPU", ATTENTION_BACKEND="SDPA", **properties)
-    settings = {**properties, "ATTENTION_BACKEND": "SDPA", "weight_bits": bits or 32}
+    bits = BITS.get(job["precision"], 32)
+    settings = {**properties, "ATTENTION_BACKEND": "SDPA", "weight_bits": bits}
     return OpenVinoEngine(pipeline, job["work"], properties, settings)
-
-
-def _weight_bits(job: dict[str, Any]) -> int | None:
-    if job["precision"] not in WEIGHT_BITS:
-        raise NotImplementedError(f"OpenVINO offers {', '.join(WEIGHT_BITS)} here, not {job['precision']}")
-    return WEIGHT_BITS[job["precision"]]
 
 
 class OpenVinoEngine:
@@ -85,11 +79,7 @@ class OpenVinoEngine:
         config.max_new_tokens = config.min_new_tokens = new_tokens
         config.ignore_eos, config.do_sample = True, False
         inputs = openvino_genai.TokenizedInputs(openvino.Tensor(ids), openvino.Tensor(np.ones_like(ids)))
-        return [list(one) for one in self._pipeline.generate(inputs, config).tokens]
-
-    def prefill(self, ids: list[int]) -> None:
-        """The first token."""
-        self.generate([ids], 1)
+        return [list(tokens) for tokens in self._pipeline.generate(inputs, config).tokens]
 
     def logits(self, ids: list[int]) -> np.ndarray[Any, Any]:
         """(T, V)."""

@@ -40,9 +40,8 @@ def measure_folder(
     """
     settings = read_records(folder).settings
     if settings.get("url") is not None:
-        raise RequestError(
-            f"{folder} is a benchmark of the server {settings['url']}; its parts cannot be seen"
-        )
+        of = f"{folder} is a benchmark of the server {settings['url']}"
+        raise RequestError(f"{of}; its parts cannot be seen")
     measured = measure_components(
         settings["model"],
         backends=settings.get("backends") or [settings["backend"]],

@@ -1,4 +1,4 @@
-"""What all figures share: colours, fonts, labels, and a PNG's bytes.
+"""What all figures share: colors, fonts, bars, lines, labels, and a PNG's bytes.
 
 Figures are made as objects and drawn with Agg, without pyplot: the caller's backend, style and open figures
 stay as they are.
@@ -17,23 +17,25 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager, get_font
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
 from matplotlib.text import Text
 
 from gpt2core.bench.statistics import Interval
-from gpt2core.bench.tables import short
+from gpt2core.bench.tables import Unit, short
 
 COLORS: Final[tuple[Any, ...]] = tuple(seaborn.color_palette("colorblind"))
 MARKERS: Final = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "p", "h")
 DASHES: Final[tuple[Literal["-", "--", ":", "-."], ...]] = ("-", "--", ":", "-.")
 INK: Final = "#222222"
 FAINT: Final = "#666666"
+BAD: Final = "#b00020"
 _DPI: Final = 130
 _FALLBACKS: Final = ("Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Emoji", "Noto Sans Symbols2", "Symbola")
-_MISSING: Final = "□"
+_TICKS: Final = "$\\mathdefault{"  # so begins what matplotlib itself writes at logarithmic axes
 
 
 @lru_cache(maxsize=1)
-def families() -> tuple[str, ...]:
+def _families() -> tuple[str, ...]:
     """DejaVu Sans, which comes with matplotlib, and the installed ones that know what it does not."""
     installed = {font.name for font in fontManager.ttflist}
     return "DejaVu Sans", *(name for name in _FALLBACKS if name in installed)
@@ -41,13 +43,13 @@ def families() -> tuple[str, ...]:
 
 @lru_cache(maxsize=4096)
 def _drawable(character: str) -> bool:
-    paths = (font.fname for font in fontManager.ttflist if font.name in families())
+    paths = (font.fname for font in fontManager.ttflist if font.name in _families())
     return any(get_font(path).get_char_index(ord(character)) for path in paths)
 
 
 def label(text: str, width: int = 40) -> str:
     """A text as figures show it: one line, shortened, and a box for each character that no font here has."""
-    return "".join(c if c == " " or _drawable(c) else _MISSING for c in short(text, width))
+    return "".join(c if c == " " or _drawable(c) else "□" for c in short(text, width))
 
 
 def wrapped(text: str, width: int = 26, lines: int = 2) -> str:
@@ -74,23 +76,17 @@ def new_figure(width: float, height: float, columns: int = 1, rows: int = 1) -> 
 
 def finish(figure: Figure, title: str, notes: Sequence[str] = ()) -> Figure:
     """Title above, notes below, our fonts everywhere, and no text read as a formula."""
-    lines = textwrap.wrap(title, int(figure.get_size_inches()[0] * 11.5))
+    lines = textwrap.wrap(title, int(figure.get_size_inches()[0] * 9.3))
     figure.suptitle("\n".join(lines), fontsize=12, color=INK, x=0.01, ha="left")
     if notes:
         width = int(figure.get_size_inches()[0] * 15)
         lines = [line for note in notes for line in textwrap.wrap(label(note, 900), width)]
         figure.supxlabel("\n".join(lines), fontsize=8, color=FAINT, x=0.01, ha="left", parse_math=False)
     for text in figure.findobj(Text):
-        text.set_fontfamily(list(families()))
-        if not _is_formula(text.get_text()):
+        text.set_fontfamily(list(_families()))
+        if not text.get_text().startswith(_TICKS):
             text.set_parse_math(False)
     return figure
-
-
-def _is_formula(text: str) -> bool:
-    return text.startswith(
-        "$\\mathdefault{"
-    )  # what matplotlib itself writes at the ticks of logarithmic axes
 
 
 def png(figure: Figure) -> bytes:
@@ -100,19 +96,39 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def bars_of(values: Iterable[Interval], factor: float) -> list[list[float]]:
+def whiskers(values: Iterable[Interval], unit: Unit) -> list[list[float]]:
     """Lengths of error bars below and above; what is measured here is never below 0."""
     values = list(values)
-    below = [max(0.0, (value.mid - max(value.low, 0.0)) * factor) for value in values]
-    above = [max(0.0, (value.high - value.mid) * factor) for value in values]
+    below = [max(0.0, (value.mid - max(value.low, 0.0)) * unit.factor) for value in values]
+    above = [max(0.0, (value.high - value.mid) * unit.factor) for value in values]
     return [below, above]
 
 
-def upper_limit(values: Iterable[Interval], factor: float) -> float:
+def upper_limit(values: Iterable[Interval], unit: Unit) -> float:
     """Where an axis from 0 ends: at the longest whisker, or at twice the longest bar."""
     values = list(values)
     longest = max((value.mid for value in values), default=0.0)
-    return (min(max((value.high for value in values), default=0.0), 2 * longest) or 1.0) * factor * 1.05
+    highest = max((value.high for value in values), default=0.0)
+    return (min(highest, 2 * longest) or 1.0) * unit.factor * 1.05
+
+
+def draw_bar(
+    ax: Axes, row: float, value: Interval, unit: Unit, text: str, color: Any,
+    *, thickness: float = 0.72, hatched: bool = False, ink: str = INK,
+) -> None:  # fmt: skip
+    """A bar with its whisker, if it has one, and its number beside the axes."""
+    paint = {"facecolor": "white", "edgecolor": color, "hatch": "////"} if hatched else {"color": color}
+    ax.barh(row, value.mid * unit.factor, thickness, **paint)
+    if value.low < value.high:
+        error = whiskers([value], unit)
+        ax.errorbar(value.mid * unit.factor, row, xerr=error, color=INK, capsize=2, linewidth=1, fmt="none")
+    write_beside(ax, row, text, ink)
+
+
+def draw_line(ax: Axes, x: Sequence[float], values: Sequence[Interval], unit: Unit, **style: Any) -> None:
+    """Means with their whiskers, joined."""
+    y = [value.mid * unit.factor for value in values]
+    ax.errorbar(x, y, yerr=whiskers(values, unit), linewidth=1.5, capsize=3, **style)
 
 
 def write_beside(ax: Axes, row: float, text: str, color: str = INK) -> None:
@@ -121,6 +137,24 @@ def write_beside(ax: Axes, row: float, text: str, color: str = INK) -> None:
         text, (1, row), xycoords=("axes fraction", "data"), xytext=(5, 0), textcoords="offset points",
         va="center", fontsize=8, color=color, annotation_clip=False,
     )  # fmt: skip
+
+
+def name_rows(ax: Axes, names: Sequence[str], colors: Sequence[str] = (), *, shown: bool = True) -> None:
+    """A name at the left of each row of bars, from above; `shown=False` where a panel beside has them."""
+    ax.set_yticks(range(len(names)), names)
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    grid(ax, "x")
+    ax.tick_params(axis="y", length=0, labelleft=shown)
+    for text, color in zip(ax.get_yticklabels(), colors, strict=False):
+        text.set_color(color)
+
+
+def add_legend(figure: Figure, entries: Sequence[tuple[str, str, dict[str, Any]]]) -> None:
+    """At the right, a line for each (text, its color, style)."""
+    handles = [Line2D([], [], label=text, **style) for text, _, style in entries]
+    legend = figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9)
+    for text, (_, color, _) in zip(legend.get_texts(), entries, strict=True):
+        text.set_color(color)
 
 
 def grid(ax: Axes, axis: Literal["x", "y", "both"]) -> None:

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
+
 from gpt2core.bench.records import Records
 
 BUSY_SHARE: Final = 0.1
@@ -14,24 +16,20 @@ DRIFT: Final = 1.1
 
 @dataclass(frozen=True, slots=True)
 class MachineState:
-    """What else the machine did while it was measured; None where that is not known.
+    """What else the machine did while it was measured; None where that is not known."""
 
-    Attributes:
-        others_cores: cores that other processes kept busy, on average.
-        steal_share: of the processors' time, what the hypervisor gave to others.
-        drift: the slowest repetition of the same measurements over the fastest one.
-    """
-
-    others_cores: float | None
-    steal_share: float | None
-    drift: float | None
+    others_cores: float | None  # cores that other processes kept busy, on average
+    steal_share: float | None  # of the processors' time, what the hypervisor gave to others
+    drift: float | None  # the slowest repetition of the same measurements over the fastest one
 
 
-def weigh_other_work(values: Sequence[float | None], weights: Sequence[float]) -> float | None:
+def weigh_other_work(values: Sequence[float | None], weights: Sequence[float] | None = None) -> float | None:
     """The mean of those that are known; ticks that are counted a moment late may give less than nothing."""
-    known = [(value, weight) for value, weight in zip(values, weights, strict=True) if value is not None]
-    whole = sum(weight for _, weight in known)
-    return max(0.0, sum(value * weight for value, weight in known) / whole) if whole else None
+    pairs = zip(values, weights or [1.0] * len(values), strict=True)
+    known = [(value, weight) for value, weight in pairs if value is not None]
+    if not sum(weight for _, weight in known):
+        return None
+    return max(0.0, float(np.average([v for v, _ in known], weights=[weight for _, weight in known])))
 
 
 def describe_machine(state: MachineState, records: Records) -> list[str]:

@@ -8,22 +8,22 @@ from typing import Any, Final
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from gpt2core.bench.components import component_figure
-from gpt2core.bench.records import COMPONENTS, Records, read_records
+from gpt2core.bench.records import Records, read_records
 from gpt2core.bench.report import comparison_figures, sweep_figures
 from gpt2core.bench.report.analysis import Analysis, analyse_records
 from gpt2core.bench.report.drawing import png
 from gpt2core.bench.report.sweep_analysis import ClassicAnalysis
-from gpt2core.bench.store import RUNS, encode_json, write_atomically
+from gpt2core.bench.store import encode_json, write_atomically
 from gpt2core.bench.tables import short
 
 REPORT: Final = "report.html"
 _FILES: Final = {
-    RUNS: "every run, one JSON object a line",
+    "runs.jsonl": "every run, one JSON object a line",
     "benchmark_results.npy": "seconds as a plain float array: prompts x lengths x runs",
     "benchmark_results.json": "the names of that array's axes",
     "settings.json": "what was asked for",
     "environment.json": "the machine and the versions",
-    COMPONENTS: "where the time goes, by component",
+    "components.json": "where the time goes, by component",
     "analysis.json": "the analysis, with its intervals",
 }
 _CLASSIC_METHOD: Final = (
@@ -55,69 +55,57 @@ def write_report(folder: str | Path) -> Path:
     """
     records = read_records(folder)
     analysis = analyse_records(records)
-    drawn = {name: (image, caption) for name, image, caption in _figures(analysis)}
-    for name, (image, _) in drawn.items():
+    figures = []
+    for name, image, caption in _draw_figures(analysis):
         write_atomically(records.folder / name, image)
+        figures.append({"name": name, "caption": caption, "base64": base64.b64encode(image).decode()})
     write_atomically(records.folder / "analysis.json", encode_json(analysis.to_dict(), indent=1))
     path = records.folder / REPORT
-    write_atomically(path, _html(records, analysis, drawn).encode("utf-8", "replace"))
+    write_atomically(path, _render(records, analysis, figures).encode("utf-8", "replace"))
     return path
 
 
-def _figures(analysis: Analysis) -> Iterator[tuple[str, bytes, str]]:
+def _draw_figures(analysis: Analysis) -> Iterator[tuple[str, bytes, str]]:
     """(file name, PNG, caption) of each figure that the data allow."""
     if isinstance(analysis, ClassicAnalysis):
         for name, (draw, caption) in sweep_figures.FIGURES.items():
             yield name, png(draw(analysis)), caption
     else:
         for name, (draw_if_measured, caption) in comparison_figures.FIGURES.items():
-            figure = draw_if_measured(analysis)
-            if figure is not None:
+            if (figure := draw_if_measured(analysis)) is not None:
                 yield name, png(figure), caption
     if analysis.records.components:
         yield "gpt2_components.png", png(component_figure(analysis.records.components)), "Where the time goes"
 
 
-def _html(records: Records, analysis: Analysis, drawn: dict[str, tuple[bytes, str]]) -> str:
-    environment = Environment(
-        loader=PackageLoader("gpt2core.bench.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    what = "Generation benchmark" if records.kind == "classic" else "Comparison of engines"
-    model = records.settings.get("model")
+def _render(records: Records, analysis: Analysis, figures: list[dict[str, str]]) -> str:
+    classic, machine = records.kind == "classic", records.environment.get("machine")
+    title = "Generation benchmark" if classic else "Comparison of engines"
+    if model := records.settings.get("model"):
+        title += f": {short(str(model), 60)}"
+    where = ""
+    if isinstance(machine, dict):
+        where = f" on {machine.get('cpu', 'an unknown CPU')}, {machine.get('cores', '?')} cores"
+    count, version = len(records.runs) or len(records.measurements), records.environment.get("gpt2core", "?")
+    how: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True, "undefined": StrictUndefined}
+    environment = Environment(loader=PackageLoader("gpt2core.bench.report"), autoescape=True, **how)
     return environment.get_template("report.html.j2").render(
-        title=f"{what}: {short(str(model), 60)}" if model else what,
-        subtitle=_subtitle(records),
+        title=title,
+        subtitle=f"{count} measurements{where}; gpt2core {version}",
         findings=analysis.findings,
-        figures=[
-            {"name": name, "caption": caption, "base64": base64.b64encode(image).decode()}
-            for name, (image, caption) in drawn.items()
-        ],
+        figures=figures,
         tables=analysis.tables,
-        method=_CLASSIC_METHOD if records.kind == "classic" else _COMPARISON_METHOD,
-        settings=list(_flat(records.settings)),
-        environment=list(_flat(records.environment)) or [("unknown", "there is no environment.json")],
+        method=_CLASSIC_METHOD if classic else _COMPARISON_METHOD,
+        settings=list(_flatten(records.settings)),
+        environment=list(_flatten(records.environment)) or [("unknown", "there is no environment.json")],
         files=[(name, text) for name, text in _FILES.items() if (records.folder / name).is_file()],
     )
 
 
-def _subtitle(records: Records) -> str:
-    machine = records.environment.get("machine")
-    where = ""
-    if isinstance(machine, dict):
-        where = f" on {machine.get('cpu', 'an unknown CPU')}, {machine.get('cores', '?')} cores"
-    count = len(records.runs) or len(records.measurements)
-    return f"{count} measurements{where}; gpt2core {records.environment.get('gpt2core', '?')}"
-
-
-def _flat(document: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+def _flatten(document: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     for key, value in document.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key} ")
-        elif isinstance(value, list):
-            yield f"{prefix}{key}", short(", ".join(map(str, value)), 600)
+            yield from _flatten(value, f"{prefix}{key} ")
         else:
-            yield f"{prefix}{key}", short(str(value), 300)
+            text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            yield f"{prefix}{key}", short(text, 600)

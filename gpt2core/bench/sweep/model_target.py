@@ -3,44 +3,33 @@
 Both have `describe()`, which says what they are, `measure(trial)`, which generates once, and `close()`.
 """
 
-import hashlib
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final, cast
 
 from gpt2core import GPT2, Piece, SamplingParams, open_checkpoint
 from gpt2core.backends import resolve_precision
 from gpt2core.bench.errors import ServerError
+from gpt2core.bench.store import model_id
 from gpt2core.bench.sweep.workload import ClassicSettings, Trial
 from gpt2core.errors import ContextLengthError, RequestError
 
-SAMPLE_NBYTES: Final = 2**20
 MAX_WAIT_S: Final = 30.0
 
 
 @dataclass(frozen=True, slots=True)
 class TimedGeneration:
-    """One generation that succeeded. Times are seconds from its start.
+    """One generation that succeeded. Times are seconds from its start."""
 
-    Attributes:
-        elapsed_s: until its end.
-        ttft_s: until its first token; None where only the whole answer was seen.
-        token_times_s: when each generated token came; empty where that was not seen.
-        prompt_tokens, completion_tokens: None where a server does not tell.
-        finish_reason: "length", or "stop" where an end-of-text token ended it early.
-        text: what was generated, without the prompt.
-    """
-
-    elapsed_s: float
-    ttft_s: float | None
-    token_times_s: list[float]
-    prompt_tokens: int | None
+    elapsed_s: float  # until its end
+    ttft_s: float | None  # until its first token; None where only the whole answer was seen
+    token_times_s: list[float]  # when each generated token came; empty where that was not seen
+    prompt_tokens: int | None  # None where a server does not tell
     completion_tokens: int | None
-    finish_reason: str | None
-    text: str
+    finish_reason: str | None  # "length", or "stop" where an end-of-text token ended it early
+    text: str  # what was generated, without the prompt
 
 
 class ModelTarget:
@@ -54,17 +43,21 @@ class ModelTarget:
     """
 
     def __init__(self, settings: ClassicSettings) -> None:
-        self._settings = settings
-        self._name = settings.model or "demo"
-        checkpoint = open_checkpoint(
-            self._name, revision=settings.revision, local_files_only=settings.local_files_only, progress=False
-        )
+        self._settings, name = settings, settings.model or "demo"
+        source: dict[str, Any] = {key: getattr(settings, key) for key in ("revision", "local_files_only")}
+        checkpoint = open_checkpoint(name, progress=False, **source)
         folder = checkpoint.folder
-        self._precision = resolve_precision(checkpoint.stored, settings.precision)
+        precision = resolve_precision(checkpoint.stored, settings.precision)
         del checkpoint  # what it maps would count twice
-        self._model_id = model_id(folder)
-        engine = {name: getattr(settings, name) for name in ("backend", "device", "threads")}
-        self._model = GPT2.from_pretrained(folder, precision=self._precision, **engine)
+        identity = model_id(folder)
+        engine = {key: getattr(settings, key) for key in ("backend", "device", "threads")}
+        self._model = GPT2.from_pretrained(folder, precision=precision, **engine)
+        self._facts: dict[str, Any] = {
+            "model": name,
+            "model_id": identity,
+            "backend": self._model.backend.name,
+        }
+        self._facts |= {"precision": precision, "url": None, "exact_length": True}
         try:
             context, longest = self._model.config.n_positions, max(settings.lengths)
             if longest > context:
@@ -80,14 +73,7 @@ class ModelTarget:
 
     def describe(self) -> dict[str, Any]:
         """What is measured: model, model_id, backend, precision, url, exact_length."""
-        return {
-            "model": self._name,
-            "model_id": self._model_id,
-            "backend": self._model.backend.name,
-            "precision": self._precision,
-            "url": None,
-            "exact_length": True,
-        }
+        return self._facts
 
     def measure(self, trial: Trial) -> TimedGeneration:
         """Generate once, token by token.
@@ -139,23 +125,6 @@ def check_room(prompt_tokens: Sequence[int], lengths: Sequence[int]) -> None:
             f"prompt {prompt_tokens.index(longest)} has {longest} tokens; total length {min(lengths)} leaves "
             f"it no new token; shorten it or give --lengths of {longest + 1} or more"
         )
-
-
-def model_id(folder: Path) -> str:
-    """A hash that tells checkpoints apart: configuration, tokenizer, and a sample of each weight file.
-
-    The sample is the file's size and a MiB each of its head (with all names and shapes), middle and end; to
-    read everything would take longer than many a benchmark.
-    """
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.json")) + sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
-        with path.open("rb") as file:
-            for start in (0, size // 2, max(0, size - SAMPLE_NBYTES)):
-                file.seek(start)
-                digest.update(file.read(SAMPLE_NBYTES))
-    return digest.hexdigest()[:16]
 
 
 def measure_with_retries(

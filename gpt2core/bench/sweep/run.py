@@ -17,7 +17,7 @@ from gpt2core.bench.progress import Progress
 from gpt2core.bench.records import parse_run
 from gpt2core.bench.store import RUNS, OtherWorkWatch, ResultsFolder, check_folder, fingerprint
 from gpt2core.bench.sweep.model_target import ModelTarget, TimedGeneration, measure_with_retries
-from gpt2core.bench.sweep.summary import Summary, summarise, write_results
+from gpt2core.bench.sweep.summary import Summary, summarize, write_results
 from gpt2core.bench.sweep.workload import ClassicSettings, Trial
 from gpt2core.errors import RequestError
 
@@ -29,26 +29,16 @@ MAX_ERROR_CHARACTERS: Final = 500
 
 @dataclass(frozen=True, slots=True)
 class ClassicResult:
-    """A benchmark that has ended.
+    """A benchmark that has ended."""
 
-    Attributes:
-        output: the folder with its files.
-        settings, environment: what settings.json and environment.json say.
-        records: the lines of runs.jsonl.
-        times_s: (prompts, lengths, runs) float64, NaN where a run failed.
-        summaries: one for each prompt and length.
-        resumed: how many measured cells were there before.
-        report: whether report.html and the plots were written.
-    """
-
-    output: Path
-    settings: Mapping[str, Any]
+    output: Path  # the folder with its files
+    settings: Mapping[str, Any]  # what settings.json says
     environment: Mapping[str, Any]
-    records: Sequence[Mapping[str, Any]]
-    times_s: np.ndarray[Any, Any]
-    summaries: Sequence[Summary]
-    resumed: int
-    report: bool
+    records: Sequence[Mapping[str, Any]]  # the lines of runs.jsonl
+    times_s: np.ndarray[Any, Any]  # (prompts, lengths, runs) float64, NaN where a run failed
+    summaries: Sequence[Summary]  # one for each prompt and length
+    resumed: int  # how many measured cells were there before
+    report: bool  # whether report.html and the plots were written
 
     @property
     def failures(self) -> list[Mapping[str, Any]]:
@@ -70,7 +60,7 @@ class ClassicResult:
             "resumed": self.resumed,
             "failed": len(self.failures),
             "errors": sorted({record["error"] for record in self.failures}),
-            "summary": [summary.to_dict() for summary in self.summaries],
+            "summary": [asdict(summary) for summary in self.summaries],
             "files": sorted(path.name for path in self.output.iterdir() if path.is_file()),
         }
 
@@ -115,8 +105,8 @@ def run_classic(
     with closing(open_target(settings)) as target:
         document = settings.document() | target.describe()
         with ResultsFolder(path, document, environment, resume=resume, force=force) as folder:
-            resumed = _keep_finished(folder, settings, environment)
-            _run(settings, target, folder, environment, on_progress or (lambda progress: None))
+            resumed = _keep_finished(folder, settings)
+            _run(settings, target, folder, on_progress or (lambda progress: None))
             records = folder.records
             runs = [parse_run(record) for record in records]
             times_s = write_results(path, document, runs)
@@ -125,7 +115,7 @@ def run_classic(
         from gpt2core.bench.report.page import write_report  # loads matplotlib, so only now
 
         write_report(path)
-    summaries = summarise(dict(enumerate(settings.prompts)), settings.lengths, runs)
+    summaries = summarize(dict(enumerate(settings.prompts)), settings.lengths, runs)
     return ClassicResult(path, document, environment, records, times_s, summaries, resumed, drawn)
 
 
@@ -138,16 +128,16 @@ def open_target(settings: ClassicSettings) -> "ModelTarget | ServerTarget":
     return ServerTarget(settings)
 
 
-def _keep_finished(folder: ResultsFolder, settings: ClassicSettings, environment: Mapping[str, Any]) -> int:
+def _keep_finished(folder: ResultsFolder, settings: ClassicSettings) -> int:
     """Drop the lines of failed cells, which are tried again; returns how many measured cells stay."""
     possible, seen = set(settings.trials()), set()
     for line, record in enumerate(folder.records, 1):
         where = f"{folder.path / RUNS}, line {line}"
         try:
-            trial = Trial(*record["cell"])
-            known = trial in possible and record["environment"] == environment["id"]
-            known = known and record["run"] == trial.run and record["status"] in ("ok", "failed")
-            known = known and (record["status"] == "failed" or record["elapsed_s"] > 0)
+            trial, status = Trial(*record["cell"]), record["status"]
+            known = trial in possible and record["environment"] == folder.environment["id"]
+            known = known and record["run"] == trial.run and status in ("ok", "failed")
+            known = known and (status == "failed" or record["elapsed_s"] > 0)
         except (KeyError, TypeError) as error:
             raise BenchmarkError(f"{where} is no line of this benchmark; give another --output") from error
         if not known or trial in seen:
@@ -164,45 +154,41 @@ def _run(
     settings: ClassicSettings,
     target: "ModelTarget | ServerTarget",
     folder: ResultsFolder,
-    environment: Mapping[str, Any],
     on_progress: Callable[[Progress], None],
 ) -> None:
-    recorded = {Trial(*record["cell"]) for record in folder.records}
-    trials = settings.trials()
-    missing = {(t.prompt_index, t.length) for t in trials if not t.is_warm_up and t not in recorded}
-    waiting = [
-        t for t in trials if t not in recorded or (t.is_warm_up and (t.prompt_index, t.length) in missing)
-    ]
+    recorded, trials = {Trial(*record["cell"]) for record in folder.records}, settings.trials()
+    missing = {trial[:2] for trial in trials if not trial.is_warm_up and trial not in recorded}
+    waiting = [t for t in trials if t not in recorded or (t.is_warm_up and t[:2] in missing)]
     all_tokens, tokens, began_s = sum(trial.length for trial in waiting), 0, time.monotonic()
     described = target.describe()
-    common = {key: described[key] for key in ("backend", "precision", "model", "url")}
     for done, trial in enumerate(waiting):
         name = "warm-up" if trial.is_warm_up else f"run {trial.run + 1}"
         what = f"{name}, {done} of {len(waiting)}"
         on_progress(Progress(what, tokens, all_tokens, time.monotonic() - began_s))
         started_at, watch = datetime.now(UTC).isoformat(timespec="milliseconds"), OtherWorkWatch()
         result, tries = measure_with_retries(settings, partial(target.measure, trial))
-        beside = watch.read()
-        if trial not in recorded:
-            folder.append(
-                {
-                    "kind": "classic",
-                    "cell": list(trial),
-                    "prompt": settings.prompts[trial.prompt_index],
-                    "length": trial.length,
-                    "run": trial.run,
-                    **_outcome(result),
-                    "attempts": tries,
-                    "seed": settings.seed_of(trial.run),
-                    **common,
-                    "environment": environment["id"],
-                    "started_at": started_at,
-                    # a server on this machine is no other work, but cannot be told from it
-                    "others_cores": None if settings.url else beside.others_cores,
-                    "steal_share": beside.steal_share,
-                }
-            )
+        others_cores, steal_share = watch.read()
         tokens += trial.length
+        if trial in recorded:
+            continue
+        folder.append(
+            {
+                "kind": "classic",
+                "cell": list(trial),
+                "prompt": settings.prompts[trial.prompt_index],
+                "length": trial.length,
+                "run": trial.run,
+                **_outcome(result),
+                "attempts": tries,
+                "seed": settings.seed_of(trial.run),
+                **{name: described[name] for name in ("backend", "precision", "model", "url")},
+                "environment": folder.environment["id"],
+                "started_at": started_at,
+                # a server on this machine is no other work, but cannot be told from it
+                "others_cores": None if settings.url else others_cores,
+                "steal_share": steal_share,
+            }
+        )
     on_progress(Progress("", tokens, all_tokens, time.monotonic() - began_s))
 
 

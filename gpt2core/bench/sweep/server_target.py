@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 from urllib.parse import urlsplit
 
 import httpx2
@@ -18,7 +18,7 @@ import httpx2
 from gpt2core.bench.errors import BenchmarkError, ServerError
 from gpt2core.bench.sweep.model_target import TimedGeneration, check_room, measure_with_retries
 from gpt2core.bench.sweep.workload import ClassicSettings, Trial
-from gpt2core.errors import Gpt2CoreError, RequestError
+from gpt2core.errors import Gpt2CoreError, RequestError, in_short
 
 MAX_ANSWER_NBYTES: Final = 16 * 2**20
 CONNECT_TIMEOUT_S: Final = 10.0
@@ -31,19 +31,12 @@ REFUSED: Final = (400, 422, 501)
 FORMS: Final = tuple({"stream": s, "exact": e} for s in (True, False) for e in (True, False))
 
 
-@dataclass(frozen=True, slots=True)
-class Address:
-    """A server's URL, taken apart.
+class Address(NamedTuple):
+    """A server's URL, taken apart."""
 
-    Attributes:
-        url: of the endpoint that generates, user and password included where they were given.
-        shown: the same without them.
-        models: of the list of models; None for `/generate`.
-    """
-
-    url: str
-    shown: str
-    models: str | None
+    url: str  # of the endpoint that generates, user and password included where they were given
+    shown: str  # the same without them
+    models: str | None  # of the list of models; None for `/generate`
     loopback: bool
 
 
@@ -59,20 +52,17 @@ def parse_url(url: str) -> Address:
     except ValueError as error:
         raise RequestError(f"the URL cannot be read: {error}; give it as http://127.0.0.1:8000") from error
     if parts.scheme not in ("http", "https") or not host:
-        raise RequestError(f"{parts.path[:60]!r} is no URL of a server; give it as http://127.0.0.1:8000")
-    path, models = parts.path.rstrip("/"), None
+        raise RequestError(f"{in_short(parts.path)} is no URL of a server; give it as http://127.0.0.1:8000")
+    path, root = parts.path.rstrip("/"), f"{parts.scheme}://{parts.netloc}"
+    models = None
     if path.endswith(("/v1", "/v1/completions")):
         path = path.removesuffix("/completions")
-        models, path = f"{path}/models", f"{path}/completions"
+        models, path = f"{root}{path}/models", f"{path}/completions"
     elif not path.endswith("/generate"):
         path += "/generate"
-    bare = parts.netloc.rpartition("@")[2]
-    return Address(
-        url=f"{parts.scheme}://{parts.netloc}{path}",
-        shown=f"{parts.scheme}://{bare}{path}",
-        models=f"{parts.scheme}://{parts.netloc}{models}" if models else None,
-        loopback=host in ("localhost", "::1") or host.startswith("127."),
-    )
+    shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{path}"
+    loopback = host in ("localhost", "::1") or host.startswith("127.")
+    return Address(f"{root}{path}", shown, models, loopback)
 
 
 class ServerTarget:
@@ -92,17 +82,16 @@ class ServerTarget:
         self._settings = settings
         self._address = address = parse_url(settings.url)
         self._openai = address.models is not None
+        self._name = f"the server at {address.shown}"
         headers = {"authorization": f"Bearer {settings.api_key}"} if settings.api_key else {}
         limits_s = httpx2.Timeout(settings.timeout_s, connect=min(CONNECT_TIMEOUT_S, settings.timeout_s))
         # A proxy of the environment would not find this machine's own servers.
         self._client = httpx2.Client(timeout=limits_s, headers=headers, trust_env=not address.loopback)
         try:
-            self._model = settings.model
-            if address.models is not None:
-                self._model = self._model or self._first_model(address.models)
-            self._form, heard = self._probe_form()
-            self._model, self._backend = self._model or heard.facts.get("model"), heard.facts.get("backend")
-            self._prompt_tokens = [self._probe(prompt) for prompt in settings.prompts]
+            self._model = settings.model or (self._first_model(address.models) if address.models else None)
+            self._form, facts = self._choose_form()
+            self._model, self._backend = self._model or facts.get("model"), facts.get("backend")
+            self._prompt_tokens = [self._count_tokens(prompt) for prompt in settings.prompts]
             known = [tokens for tokens in self._prompt_tokens if tokens is not None]
             if len(known) == len(settings.prompts):
                 check_room(known, settings.lengths)
@@ -133,88 +122,81 @@ class ServerTarget:
         """Close the connections."""
         self._client.close()
 
-    def _probe_form(self) -> tuple[dict[str, bool], "_Answer"]:
+    def _choose_form(self) -> tuple[dict[str, bool], dict[str, Any]]:
         refusal = ""
         for form in FORMS:
             try:
-                heard = self._probed(self._settings.prompts[0], form)
+                facts = self._probe(self._settings.prompts[0], form)
             except _Refused as error:
                 refusal = refusal or str(error)
                 continue
-            if "prompt_tokens" in heard.facts or not self._openai:
-                return form, heard
+            if "prompt_tokens" in facts or not self._openai:
+                return form, facts
             refusal = "it does not tell usage.prompt_tokens, without which no total length can be asked for"
-        raise BenchmarkError(f"the server at {self._address.shown} cannot be measured: {refusal}")
+        raise BenchmarkError(f"{self._name} cannot be measured: {refusal}")
 
-    def _probe(self, prompt: str) -> int | None:
+    def _count_tokens(self, prompt: str) -> int | None:
         try:
-            return self._probed(prompt, self._form).facts.get("prompt_tokens")
+            return self._probe(prompt, self._form).get("prompt_tokens")
         except _Refused as error:
-            raise BenchmarkError(
-                f"the server at {self._address.shown} refuses prompt {prompt!r:.40}: {error}"
-            ) from error
+            raise BenchmarkError(f"{self._name} refuses prompt {in_short(prompt)}: {error}") from error
 
-    def _probed(self, prompt: str, form: dict[str, bool]) -> "_Answer":
-        heard: list[_Answer] = []
+    def _probe(self, prompt: str, form: dict[str, bool]) -> dict[str, Any]:
+        """The facts of a short answer."""
+        facts: dict[str, Any] = {}
 
         def ask() -> TimedGeneration:
-            heard.append(self._ask(prompt, min(self._settings.lengths), None, self._settings.seed, **form))
-            return heard[0].measurement(None)
+            heard = self._ask(prompt, min(self._settings.lengths), None, self._settings.seed, **form)
+            facts.update(heard.facts)
+            return heard.measurement(None)
 
         result, _ = measure_with_retries(self._settings, ask)
-        if isinstance(result, _Refused):
-            raise result
         if isinstance(result, Exception):
-            raise self._explained(result) from result
-        return heard[0]
+            raise result if isinstance(result, _Refused) else self._explain(result) from result
+        return facts
 
     def _first_model(self, url: str) -> str:
+        deadline_s = time.perf_counter() + self._settings.timeout_s
         try:
             with self._answer("GET", url) as response:
-                deadline_s = time.perf_counter() + self._settings.timeout_s
-                return str(_parsed(self._read(response, deadline_s))["data"][0]["id"])
+                return str(_parse(self._read(response, deadline_s))["data"][0]["id"])
         except (KeyError, IndexError, TypeError) as error:
             raise BenchmarkError(f"{url} lists no model; name one with --model") from error
         except (Gpt2CoreError, httpx2.HTTPError) as error:
-            raise self._explained(error) from error
+            raise self._explain(error) from error
 
-    def _explained(self, error: Exception) -> BenchmarkError:
+    def _explain(self, error: Exception) -> BenchmarkError:
         said = str(error) if isinstance(error, Gpt2CoreError) else f"{type(error).__name__}: {error}"
         if isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout):
-            return BenchmarkError(
-                f"no server answers at {self._address.shown}: {said}; start it with `gpt2core serve`, or "
-                "correct --url"
-            )
-        return BenchmarkError(f"the server at {self._address.shown} cannot be measured: {said}")
+            remedy = "start it with `gpt2core serve`, or correct --url"
+            return BenchmarkError(f"no server answers at {self._address.shown}: {said}; {remedy}")
+        return BenchmarkError(f"{self._name} cannot be measured: {said}")
 
-    def _body(
+    def _ask(
         self, prompt: str, length: int, prompt_tokens: int | None, seed: int, *, stream: bool, exact: bool
-    ) -> dict[str, Any]:
-        """A request for `length` tokens in all; without `prompt_tokens` a short one that tells them."""
+    ) -> "_Answer":
+        """Ask for `length` tokens in all, without `prompt_tokens` for few; and note what comes when."""
         new_tokens = 1 if prompt_tokens is None else length - prompt_tokens
         body = {"prompt": prompt, "temperature": self._settings.temperature, "seed": seed}
+        body |= {"stream": True} if stream else {}
         if self._openai:  # `min_tokens` is no field of OpenAI's; several engines have it
             body |= {"model": self._model, "max_tokens": new_tokens}
             body |= {"min_tokens": new_tokens} if exact else {}
-            return body | ({"stream": True, "stream_options": {"include_usage": True}} if stream else {})
-        body |= {"max_length": length} | ({"min_new_tokens": new_tokens} if exact else {})
-        return body | ({"stream": True} if stream else {})
-
-    def _ask(self, *what: Any, **form: Any) -> "_Answer":
-        """Send `_body(*what, **form)`, and note what comes when."""
-        body = self._body(*what, **form)
+            body |= {"stream_options": {"include_usage": True}} if stream else {}
+        else:
+            body |= {"max_length": length} | ({"min_new_tokens": new_tokens} if exact else {})
         heard = _Answer(self._openai, time.perf_counter())
         deadline_s = heard.start_s + self._settings.timeout_s
         with self._answer("POST", self._address.url, json=body) as response:
             streamed = response.headers.get("content-type", "").startswith("text/event-stream")
             if not streamed:
-                heard.add(_parsed(self._read(response, deadline_s)), streamed=False)
+                heard.add(_parse(self._read(response, deadline_s)), streamed=False)
             for event in httpx2.EventSource(response) if streamed else ():
                 self._check_time(deadline_s)
                 if event.data == "[DONE]":
                     heard.done = True
                 else:
-                    heard.add(_parsed(event.data.encode()), streamed=True)
+                    heard.add(_parse(event.data.encode()), streamed=True)
         heard.end()
         return heard
 
@@ -223,7 +205,7 @@ class ServerTarget:
         with self._client.stream(method, url, **request) as response:
             if response.status_code != 200:
                 deadline_s = time.perf_counter() + self._settings.timeout_s
-                raise _failure(response, self._read(response, deadline_s))
+                raise _explain_status(response, self._read(response, deadline_s))
             yield response
 
     def _read(self, response: httpx2.Response, deadline_s: float) -> bytes:
@@ -262,15 +244,14 @@ class _Answer:
         """Take in all of an answer, or one event of a stream."""
         now_s = time.perf_counter() - self.start_s
         if error := document.get("error"):
-            message = error.get("message") if isinstance(error, dict) else error
-            raise ServerError(f"the server reports: {message!s:.200}", again=True)
+            raise ServerError(f"the server reports: {_message_of(error):.200}", again=True)
+        whole = not self.openai and ("generations" in document or "generated_text" in document)
         try:
             if self.openai:  # the usage of a stream comes in an event without choices
                 choice = document["choices"][0] if document["choices"] else {}
-                found, whole = document | choice | (document.get("usage") or {}), False
+                found = document | choice | (document.get("usage") or {})
                 text = choice.get("text") or ""
             else:
-                whole = "generations" in document or "generated_text" in document
                 found = document | (document.get("generations") or [{}])[0]
                 text = found.get("text", found.get("generated_text", ""))
         except (KeyError, TypeError, IndexError, AttributeError) as error:
@@ -281,7 +262,7 @@ class _Answer:
         facts = {name: found[name] for name in names if found.get(name) is not None}
         for name, value in facts.items():
             if name.endswith("tokens") and (type(value) is not int or value < 0):
-                raise ServerError(f"the answer's {name} is {value!r:.40}", again=True)
+                raise ServerError(f"the answer's {name} is {in_short(value)}", again=True)
         if streamed and not whole:
             has_token = bool(text) or not facts.keys() & {"finish_reason", "prompt_tokens"}
             (self.tokens_s if has_token else self.ends_s).append(now_s)
@@ -309,7 +290,7 @@ class _Answer:
         )
 
 
-def _parsed(data: bytes) -> dict[str, Any]:
+def _parse(data: bytes) -> dict[str, Any]:
     try:
         document = json.loads(data.decode())
     except (ValueError, RecursionError):
@@ -319,19 +300,21 @@ def _parsed(data: bytes) -> dict[str, Any]:
     return document
 
 
-def _failure(response: httpx2.Response, data: bytes) -> ServerError:
+def _message_of(error: Any) -> str:
+    return str(error.get("message", error) if isinstance(error, dict) else error)
+
+
+def _explain_status(response: httpx2.Response, data: bytes) -> ServerError:
     try:
-        error = _parsed(data)["error"]
-        detail = error["message"] if isinstance(error, dict) else error
+        detail = _message_of(_parse(data)["error"])
     except (ServerError, KeyError):
         detail = data[:200].decode(errors="replace")
-    message = f"status {response.status_code} {response.reason_phrase}: {detail!s:.200}".rstrip(": ")
+    message = f"status {response.status_code} {response.reason_phrase}: {detail:.200}".rstrip(": ")
     if response.status_code in REFUSED:
         return _Refused(message, again=False)
     try:
-        asked_s: float | None = float(response.headers.get("retry-after", ""))
+        asked_s = float(response.headers.get("retry-after", ""))
     except ValueError:  # none, or a date
-        asked_s = None
-    if asked_s is not None and not (math.isfinite(asked_s) and asked_s >= 0):
-        asked_s = None
-    return ServerError(message, again=response.status_code in PASSING, retry_after_s=asked_s)
+        asked_s = math.nan
+    wait_s = asked_s if 0 <= asked_s < math.inf else None
+    return ServerError(message, again=response.status_code in PASSING, retry_after_s=wait_s)

@@ -1,7 +1,7 @@
 """From the lines of a run to benchmark_results.npy, its axes, and the summary of each prompt and length."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,26 +18,19 @@ AXES: Final = "benchmark_results.json"
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """All runs of one prompt and length; the fields from `mean_s` on are None where no run succeeded.
-
-    Attributes:
-        low_s, high_s: Student's 95 % interval of the mean; None with fewer than two runs.
-        tokens_per_s: new tokens divided by time, over all runs together; prompt and first token included.
-        ttft_s: mean time to the first token, where it was seen.
-        ended_early: runs that an end-of-text token ended before the length was reached.
-    """
+    """All runs of one prompt and length; the fields from `mean_s` on are None where no run succeeded."""
 
     prompt_index: int
     prompt: str
     length: int
     runs: int
     failed: int
-    ended_early: int
+    ended_early: int  # runs that an end-of-text token ended before the length was reached
     mean_s: float | None
-    low_s: float | None
+    low_s: float | None  # ends of Student's 95 % interval of the mean; None with fewer than two runs
     high_s: float | None
-    tokens_per_s: float | None
-    ttft_s: float | None
+    tokens_per_s: float | None  # new tokens over time, all runs together; prompt and first token included
+    ttft_s: float | None  # mean time to the first token, where it was seen
 
     @property
     def interval(self) -> Interval | None:
@@ -48,42 +41,37 @@ class Summary:
             return Interval(self.mean_s, self.mean_s, self.mean_s)
         return Interval(self.low_s, self.mean_s, self.high_s)
 
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
-        return asdict(self)
 
-
-def summarise(prompts: Mapping[int, str], lengths: Sequence[int], runs: Sequence[Run]) -> list[Summary]:
+def summarize(prompts: Mapping[int, str], lengths: Sequence[int], runs: Sequence[Run]) -> list[Summary]:
     """One summary for each prompt and length, prompt after prompt; the warm-up is not counted."""
-    found = []
-    for i, prompt in prompts.items():
-        for length in lengths:
-            mine = [r for r in runs if (r.prompt_index, r.length) == (i, length) and not r.warm_up]
-            good = [run for run in mine if run.ok]
-            times_s = [run.elapsed_s or 0.0 for run in good]
-            ttfts_s = [run.ttft_s for run in good if run.ttft_s is not None]
-            counted = [
-                (r.completion_tokens, r.elapsed_s or 0.0) for r in good if r.completion_tokens is not None
-            ]
-            counted_s = sum(time_s for _, time_s in counted)
-            mean = mean_interval(times_s, least=0.0) if good else None
-            several = mean if len(good) > 1 else None
-            found.append(
-                Summary(
-                    prompt_index=i,
-                    prompt=prompt,
-                    length=length,
-                    runs=len(good),
-                    failed=len(mine) - len(good),
-                    ended_early=sum(run.finish_reason == "stop" for run in good),
-                    mean_s=mean.mid if mean else None,
-                    low_s=several.low if several else None,
-                    high_s=several.high if several else None,
-                    tokens_per_s=sum(n for n, _ in counted) / counted_s if counted_s else None,
-                    ttft_s=float(np.mean(ttfts_s)) if ttfts_s else None,
-                )
-            )
-    return found
+    cells: dict[tuple[int, int], list[Run]] = {(i, length): [] for i in prompts for length in lengths}
+    for run in runs:
+        if not run.warm_up:
+            cells[run.prompt_index, run.length].append(run)
+    return [_summarize_cell(i, prompts[i], length, mine) for (i, length), mine in cells.items()]
+
+
+def _summarize_cell(index: int, prompt: str, length: int, runs: Sequence[Run]) -> Summary:
+    good = [run for run in runs if run.ok]
+    counted = [run for run in good if run.completion_tokens is not None]
+    tokens, counted_s = (
+        sum(getattr(r, name) for r in counted) for name in ("completion_tokens", "elapsed_s")
+    )
+    ttfts_s = [run.ttft_s for run in good if run.ttft_s is not None]
+    mean = mean_interval([run.elapsed_s or 0.0 for run in good], least=0.0) if good else None
+    return Summary(
+        prompt_index=index,
+        prompt=prompt,
+        length=length,
+        runs=len(good),
+        failed=len(runs) - len(good),
+        ended_early=sum(run.finish_reason == "stop" for run in good),
+        mean_s=mean.mid if mean else None,
+        low_s=mean.low if mean and len(good) > 1 else None,
+        high_s=mean.high if mean and len(good) > 1 else None,
+        tokens_per_s=tokens / counted_s if counted_s else None,
+        ttft_s=float(np.mean(ttfts_s)) if ttfts_s else None,
+    )
 
 
 def summary_table(summaries: Sequence[Summary]) -> Table:

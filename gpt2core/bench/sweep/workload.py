@@ -4,7 +4,6 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from gpt2core import SamplingParams
@@ -21,13 +20,10 @@ DEFAULT_PROMPTS: Final = (
 )
 """Stories, a question, code; from 4 to some 30 tokens with GPT-2's tokenizer."""
 
-DEFAULT_LENGTHS: Final = (50, 100, 200)
-DEFAULT_RUNS: Final = 5
 WARM_UP: Final = -1
 """The run that is not counted: it meets cold caches, and compilers."""
 
 MAX_PROMPTS: Final = 1000
-MAX_PROMPTS_NBYTES: Final = 2**20
 MAX_RUNS: Final = 10_000
 
 
@@ -48,45 +44,31 @@ class Trial(NamedTuple):
 class ClassicSettings:
     """What the classic benchmark measures. Validated when made.
 
-    Attributes:
-        model: "demo", a folder or a hub id; with `url` the name that is sent to the server. None for "demo",
-            or for what the server names first.
-        backend, precision, device, threads, revision, local_files_only: as of `GPT2.from_pretrained`; with
-            `url` they have no effect.
-        url: a server instead of a model in this process; its `/generate`, or an OpenAI-style completions
-            endpoint if it ends in `/v1` or `/v1/completions`.
-        prompts: at least one, each once.
-        lengths: total lengths in tokens, prompt and new; each once.
-        runs: how often each prompt and length is measured.
-        seed: run i draws with `seed + i`, so that its text can be made again.
-        temperature: 0 = greedy.
-        timeout_s: limit for one attempt, seconds.
-        retries: how often a failed attempt is repeated before the cell counts as failed.
-        backoff_s: wait before the first repetition, doubled for each further one, at most 30 s.
-        api_key: for a server that asks for one; is written nowhere.
+    `backend`, `precision`, `device`, `threads`, `revision` and `local_files_only` are those of
+    `GPT2.from_pretrained`; with `url` they have no effect.
 
     Raises:
         RequestError: a value is out of its range.
         InvalidSamplingError: `temperature` or `seed` is.
     """
 
-    model: str | None = None
+    model: str | None = None  # "demo" if None; with `url` the name sent, or what the server names first
     backend: str = "auto"
     precision: str = "auto"
     device: str = "cpu"
     threads: int | None = None
     revision: str | None = None
     local_files_only: bool = False
-    url: str | None = None
-    prompts: tuple[str, ...] = DEFAULT_PROMPTS
-    lengths: tuple[int, ...] = DEFAULT_LENGTHS
-    runs: int = DEFAULT_RUNS
-    seed: int = 0
-    temperature: float = 0.8
-    timeout_s: float = 300.0
-    retries: int = 2
-    backoff_s: float = 0.5
-    api_key: str | None = field(default=None, repr=False)
+    url: str | None = None  # a server's `/generate`, or OpenAI-style if it ends in `/v1[/completions]`
+    prompts: tuple[str, ...] = DEFAULT_PROMPTS  # at least one, each once
+    lengths: tuple[int, ...] = (50, 100, 200)  # total lengths in tokens, prompt and new; each once
+    runs: int = 5  # how often each prompt and length is measured
+    seed: int = 0  # run i draws with `seed + i`, so that its text can be made again
+    temperature: float = 0.8  # 0 = greedy
+    timeout_s: float = 300.0  # limit for one attempt
+    retries: int = 2  # how often a failed attempt is repeated before the cell counts as failed
+    backoff_s: float = 0.5  # wait before the first repetition, doubled for each further one, at most 30 s
+    api_key: str | None = field(default=None, repr=False)  # for a server that asks; is written nowhere
 
     def __post_init__(self) -> None:
         SamplingParams(temperature=self.temperature, seed=self.seed)
@@ -132,35 +114,13 @@ class ClassicSettings:
     def document(self) -> dict[str, Any]:
         """What settings.json says of them."""
         own = ("device", "threads", "revision")
-        common = ("prompts", "lengths", "runs", "seed", "temperature", "timeout_s", "retries")
-        document: dict[str, Any] = {"kind": "classic"}
-        document |= {name: None if self.url else getattr(self, name) for name in own}
-        document |= {name: getattr(self, name) for name in common}
-        floats = {name: float(document[name]) for name in ("temperature", "timeout_s")}
-        return document | {name: list(document[name]) for name in ("prompts", "lengths")} | floats
-
-
-def read_prompts(path: Path) -> tuple[str, ...]:
-    """One prompt a line; lines of white space only are left out.
-
-    Raises:
-        RequestError: the file cannot be read, is not UTF-8, too large, or holds no prompt.
-    """
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_PROMPTS_NBYTES + 1)
-    except OSError as error:
-        raise RequestError(f"prompt file {path} cannot be read: {error.strerror}") from error
-    if len(data) > MAX_PROMPTS_NBYTES:
-        raise RequestError(f"prompt file {path} has more than {MAX_PROMPTS_NBYTES} bytes; shorten it")
-    try:
-        lines = data.decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise RequestError(f"prompt file {path} is not UTF-8 at byte {error.start}; convert it") from error
-    prompts = tuple(line for line in lines if line.strip())
-    if not prompts:
-        raise RequestError(f"prompt file {path} holds no prompt; write one prompt a line")
-    return prompts
+        return {
+            "kind": "classic",
+            **{name: None if self.url else getattr(self, name) for name in own},
+            **{name: list(getattr(self, name)) for name in ("prompts", "lengths")},
+            **{name: getattr(self, name) for name in ("runs", "seed", "retries")},
+            **{name: float(getattr(self, name)) for name in ("temperature", "timeout_s")},
+        }
 
 
 def _check_prompts(prompts: Sequence[str]) -> None:

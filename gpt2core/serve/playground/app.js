@@ -109,7 +109,7 @@ function finish(summary, seconds) {
   const [text] = summary.generations;
   const count = text.completion_tokens;
   show({ busy: false, status: `Done: ${ENDS[text.finish_reason] ?? text.finish_reason}.` });
-  const speed = count > 1 ? `, ${(count / summary.elapsed_s).toFixed(0)} tokens/s` : "";
+  const speed = count > 1 ? `, ${(count / summary.elapsed_s).toFixed(0)} tok/s` : "";
   follow(() => {
     part("figures").textContent =
       `${plural(count, "token")} in ${summary.elapsed_s.toFixed(2)} s at the server${speed}; ` +
