@@ -317,7 +317,7 @@ def test_the_description_has_examples_that_work_and_this_servers_limits(server):
                     body["model"] = server.settings.name
                 assert server.post(path, body).status_code == 200
                 ran += 1
-    assert ran == 6
+    assert ran == 11
 
 
 def test_the_docs_page_needs_nothing_from_elsewhere_and_no_script(server):

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from gpt2core import GPT2, Gpt2CoreError, RequestError
-from gpt2core.serve import apidocs, chat, completions, embeddings, generate, logs, playground, tokens
+from gpt2core.serve import apidocs, chat, completions, embeddings, generate, logs, playground, score, tokens
 from gpt2core.serve.auth import require_key
 from gpt2core.serve.doorkeeper import Doorkeeper
 from gpt2core.serve.driver import Driver
@@ -117,6 +117,7 @@ def create_app(settings: Settings | None = None, *, load: Callable[[Settings], G
     app.include_router(embeddings.router(service, metrics), dependencies=keyed)
     app.include_router(tokens.router(service), dependencies=keyed)
     app.include_router(version_router(), dependencies=keyed)
+    app.include_router(score.router(service), dependencies=keyed)
     app.include_router(apidocs.router(describe_once), dependencies=keyed)
     if settings.playground:
         app.include_router(playground.router(driver, settings), dependencies=keyed)

@@ -32,6 +32,7 @@ from gpt2core.serve.ticket import Ticket
 State = Literal["loading", "ready", "draining", "failed", "closed"]
 JOIN_S: Final = 5.0
 LOOK_S: Final = 0.1
+WAIT_S: Final = 0.001
 REFUSALS_S: Final = 1.0
 """Between two lines about refused requests."""
 
@@ -261,6 +262,7 @@ class Driver:
             self.model = self._load()
             engine = self.model.engine
             _warm_up(engine)
+            self.model.wait_with(self._wait_until)
             engine.pace_prompts(self._settings.max_stretch)
             self.engine = engine
             self._call(self._become_ready)
@@ -302,6 +304,14 @@ class Driver:
             for request in ticket.requests:
                 engine.cancel(request)
                 self._ticket_of.pop(request, None)
+
+    def _wait_until(self, ready: Callable[[], bool]) -> None:
+        """On another thread: wait for what steps of this one bring about, or the closing of the engine."""
+        self._bell.set()
+        while not ready():
+            if not self._thread.is_alive():
+                raise BackendError("the engine thread has ended; start the server again")
+            time.sleep(WAIT_S)
 
     def _call(self, function: Callable[..., None], *args: object) -> None:
         try:

@@ -18,6 +18,7 @@ from gpt2core.serve.schemas import (
     GenerateRequest,
     TokenizeRequest,
 )
+from gpt2core.serve.score_schemas import ScoreRequest
 from gpt2core.serve.settings import Settings
 
 REQUESTS: tuple[type[BaseModel], ...] = (
@@ -27,6 +28,7 @@ REQUESTS: tuple[type[BaseModel], ...] = (
     EmbeddingRequest,
     TokenizeRequest,
     DetokenizeRequest,
+    ScoreRequest,
 )
 _REF = "#/components/schemas/{model}"
 _MEANING = {
