@@ -109,8 +109,8 @@ def test_a_refusal_looks_at_no_body_and_keeps_the_connection(monkeypatch):
         server = full(stack, Fake())
         monkeypatch.setattr(Service, "encode", None)
         monkeypatch.setattr("gpt2core.serve.body.parse", None)
-        for _ in range(3):
-            answer = server.client.post("/v1/completions", content=b"{", headers={"X-Request-ID": "mine"})
+        for path in ["/v1/completions"] * 3 + ["/score"]:
+            answer = server.client.post(path, content=b"{", headers={"X-Request-ID": "mine"})
             assert (answer.status_code, answer.json()["error"]["code"]) == (429, "queue_full")
             assert answer.headers["retry-after"] == "1"
             assert answer.headers["x-request-id"] == "mine"

@@ -44,7 +44,7 @@ PROBE_HOSTS: Final = frozenset(LOOPBACK_HOSTS)
 TAKE_PLACES: Final = frozenset(
     (
         *("/generate", "/v1/completions", "/v1/chat/completions", "/v1/embeddings"),
-        *("/tokenize", "/detokenize"),
+        *("/tokenize", "/detokenize", "/score"),
     )
 )
 """Where a POST needs a place."""
