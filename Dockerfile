@@ -1,14 +1,15 @@
 # syntax=docker/dockerfile:1
 # The server with one engine. Another one: docker build --build-arg EXTRAS=serve,torch .
-# There is no C compiler in the image, so `auto` takes ONNX Runtime, not the native backend: that one is compiled for
-# the processor on which it runs, not the one on which an image is built. To have it, add gcc and libc6-dev below.
+# gcc makes the native backend's libraries, one for each set of instructions, in the first stage; the second has none.
 FROM python:3.11-slim-bookworm AS build
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
 ARG EXTRAS=serve,onnx
 WORKDIR /src
 RUN python -m venv /venv
 ENV PATH=/venv/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
-COPY pyproject.toml constraints.txt README.md LICENSE ./
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
+COPY pyproject.toml hatch_build.py constraints.txt README.md LICENSE ./
 COPY gpt2core gpt2core
 RUN pip install --only-binary=:all: -c constraints.txt ".[$EXTRAS]"
 

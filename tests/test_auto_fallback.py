@@ -89,7 +89,7 @@ def test_where_each_of_them_fails_numpy_runs_and_each_is_named(failing):
     ]
 
 
-def test_the_command_line_says_it_in_one_line(tmp_path):
+def test_the_command_line_says_that_it_compiles_and_why_it_goes_on_without(tmp_path):
     code = (
         "import sys, gpt2core.backends; sys.modules['gpt2core.backends.choose'].SMALL_MODEL_PARAMETERS = 0; "
         "from gpt2core.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -101,6 +101,8 @@ def test_the_command_line_says_it_in_one_line(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines() == [
-        f"gpt2core: warning: backend='auto' takes onnx: the native backend could not be built: {tmp_path}/cc "
-        "ended with exit code 1; use backend='onnx', or name another compiler with GPT2CORE_CC"
+        f"gpt2core: compiling the native backend for this processor with {tmp_path}/cc, which takes some "
+        "seconds once",
+        f"gpt2core: warning: --backend auto takes onnx: the native backend could not be built: {tmp_path}/cc "
+        "ended with exit code 1; use --backend onnx, or name another compiler with GPT2CORE_CC",
     ]

@@ -14,6 +14,7 @@ import gpt2core
 from gpt2core import _machine, backends
 from gpt2core.backends import available, choose, create_backend, load_factory
 from gpt2core.backends._shared.threads import _openblas, blas_threads, check_threads
+from gpt2core.backends._shared.variants import VARIANTS
 from gpt2core.backends.native import NativeBackend
 from gpt2core.backends.numpy.backend import NumpyBackend
 from gpt2core.backends.onnx import OnnxBackend
@@ -56,7 +57,10 @@ def test_native_is_listed_without_a_package_but_not_without_a_compiler(monkeypat
     assert [name for name, info in available(load_plugins=False).items() if info.available] == ["native"]
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("GPT2CORE_CC", raising=False)
-    reason = "needs a C compiler (gcc or clang), and none was found; install one (Debian: apt install gcc)"
+    reason = (
+        "needs a C compiler (gcc or clang), and none was found; install one (Debian: apt install gcc; "
+        "anywhere: pip install 'gpt2core[native]')"
+    )
     assert available()["native"] == backends.BackendInfo("native", False, None, reason)
 
 
@@ -137,11 +141,12 @@ def test_an_unknown_precision_is_refused_by_name():
 
 
 def has_only(monkeypatch, path, installed):
-    """Pretend that these packages are installed, and with "cc" a C compiler."""
+    """Pretend that these packages are installed, with "cc" a C compiler, with "lib" a prebuilt library."""
     monkeypatch.delenv("GPT2CORE_BACKEND", raising=False)
     monkeypatch.delenv("GPT2CORE_CC", raising=False)
     monkeypatch.setenv("PATH", str(path))
     monkeypatch.setattr(backends, "find_spec", lambda name: object() if name in installed else None)
+    monkeypatch.setattr(backends, "find_prebuilt", lambda: VARIANTS["x86_64"] if "lib" in installed else ())
     if "cc" in installed:
         (path / "cc").write_text("#!/bin/sh\nexit 1\n")  # is looked up, never run
         (path / "cc").chmod(0o755)
@@ -151,8 +156,11 @@ def has_only(monkeypatch, path, installed):
     ("size", "device", "installed", "chosen"),
     [
         ("tiny", "cpu", ["cc", "torch", "onnxruntime", "onnx"], "numpy"),
+        ("tiny", "cpu", ["lib", "torch", "onnxruntime", "onnx"], "native"),
+        ("tiny", "cpu", ["lib"], "native"),
         ("small", "cpu", ["cc", "torch", "onnxruntime", "onnx"], "native"),
         ("small", "cpu", ["cc"], "native"),
+        ("small", "cpu", ["lib"], "native"),
         ("small", "cpu", ["torch", "onnxruntime", "onnx"], "onnx"),
         ("small", "cpu", ["torch", "onnxruntime"], "torch"),
         ("small", "cpu", ["torch"], "torch"),
@@ -160,7 +168,7 @@ def has_only(monkeypatch, path, installed):
         ("tiny", "cuda", ["cc", "torch", "onnxruntime", "onnx"], "torch"),
         ("tiny", "cuda", ["onnxruntime", "onnx"], "onnx"),
         ("tiny", "cuda:1", ["jax", "jaxlib", "flax", "onnxruntime", "onnx"], "jax"),
-        ("tiny", "cuda", ["cc"], "torch"),
+        ("tiny", "cuda", ["cc", "lib"], "torch"),
         ("tiny", "tpu", ["cc", "torch", "onnxruntime", "onnx"], "jax"),
         ("small", "cpu", ["jax", "jaxlib", "flax"], "numpy"),
     ],

@@ -72,6 +72,18 @@ def test_the_build_context_holds_what_the_image_needs_and_nothing_else():
     assert (ROOT / ".dockerignore").read_text().startswith("*\n")
 
 
+def test_the_image_gets_the_native_libraries_from_a_compiler_that_it_does_not_keep():
+    found = instructions()
+    last = max(i for i, (name, _) in enumerate(found) if name == "FROM")
+    compiler, install = (
+        next(i for i, (name, rest) in enumerate(found) if name == "RUN" and what in rest)
+        for what in ("install -y --no-install-recommends gcc", "pip install")
+    )
+    copied = [i for i, (name, rest) in enumerate(found) if name == "COPY" and "hatch_build.py" in rest]
+    assert max(compiler, *copied) < install < last
+    assert not any("gcc" in rest for _, rest in found[last:])
+
+
 def health_check() -> list[str]:
     command = yaml.safe_load(last_stage()["HEALTHCHECK"].partition("CMD ")[2])
     assert command[0] == "python"

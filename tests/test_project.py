@@ -31,7 +31,7 @@ NOT_OURS_TO_PIN = (
     "triton",
     "setuptools",
 )  # torch pins its GPU build; venv brings setuptools
-RUNTIME_EXTRAS_OUTSIDE_ALL = {"all", "dev", "ray"}
+RUNTIME_EXTRAS_OUTSIDE_ALL = {"all", "dev", "native", "ray"}
 
 
 def relative(path: Path) -> str:

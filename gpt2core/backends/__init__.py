@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Final
 from gpt2core import foreign_names
 from gpt2core._version import __version__
 from gpt2core.backends._shared.c_compiler import missing_compiler
+from gpt2core.backends._shared.threads import check_threads
+from gpt2core.backends._shared.variants import find_prebuilt
 from gpt2core.backends.base import (
     Backend,
     BackendFactory,
@@ -61,10 +63,14 @@ class _BuiltIn:
         return self.others if self.package is None else (self.package, *self.others)
 
 
+def _missing_kernels() -> str | None:
+    return None if find_prebuilt() else missing_compiler()
+
+
 _BUILT_IN: Final[Mapping[str, _BuiltIn]] = {
     "numpy": _BuiltIn("gpt2core.backends.numpy:NumpyBackend", "numpy", precisions=PRECISIONS),
     "native": _BuiltIn(
-        "gpt2core.backends.native:NativeBackend", None, precisions=PRECISIONS, missing=missing_compiler
+        "gpt2core.backends.native:NativeBackend", None, precisions=PRECISIONS, missing=_missing_kernels
     ),
     "torch": _BuiltIn("gpt2core.backends.torch:TorchBackend", "torch", precisions=("float32", "int8")),
     "jax": _BuiltIn("gpt2core.backends.jax:JaxBackend", "jax", ("jaxlib", "flax")),
@@ -152,9 +158,10 @@ def choose(
     3. for "cuda" and "cuda:N" the first of PyTorch, JAX and ONNX Runtime that is installed; for any other
        device but the CPU ("gpu", "tpu") JAX, the only one that supports it; a missing one says how to
        install it;
-    4. NumPy for a model of less than 30 million parameters;
-    5. the native backend where there is a C compiler, else ONNX Runtime where it is installed, else PyTorch
-       where it is, else NumPy (faster than JAX here).
+    4. NumPy for a model of less than 30 million parameters where the native backend would first have to be
+       compiled, or cannot run;
+    5. the native backend where there is a prebuilt library or a C compiler, else ONNX Runtime where it is
+       installed, else PyTorch where it is, else NumPy (faster than JAX here).
 
     Backends that do not run `precision` are passed over, except by the first rule.
 
@@ -184,7 +191,14 @@ def _choose(
         able = name in _BUILT_IN and precision in _BUILT_IN[name].precisions
         return able and name not in without and _missing(name) is None
 
-    return apply_rules(config, device=device, threads=threads, precision=precision, can_run=can_run)
+    return apply_rules(
+        config,
+        device=device,
+        threads=threads,
+        precision=precision,
+        can_run=can_run,
+        native_is_built=bool(find_prebuilt()),
+    )
 
 
 def create_backend(
@@ -255,6 +269,7 @@ def _create(
         what = f"rounding the weights to {precision}"
         weights = round_or_read(weights, precision, on_progress=lambda done, all: tell(what, done, all))
     if isinstance(factory, BuildsOnce):
+        check_threads(threads)  # a wrong request is told before something is compiled
         tell(f"compiling the {name} backend, once")
         factory.build()
         tell("loading the weights")

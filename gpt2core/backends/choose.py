@@ -7,7 +7,7 @@ from gpt2core.backends import recommendation
 from gpt2core.config import ModelConfig
 
 SMALL_MODEL_PARAMETERS: Final = 30_000_000
-"""Below this, starting a framework takes longer than most texts take on NumPy."""
+"""Below this, starting a framework or compiling kernels takes longer than most texts take on NumPy."""
 _FASTEST_FIRST: Final = ("native", "onnx", "torch")  # on a CPU, as measured with examples/speed.py
 _ON_CUDA: Final = ("torch", "jax", "onnx")  # ONNX Runtime last: its cache stays in the host's memory
 
@@ -19,12 +19,14 @@ def apply_rules(
     threads: int | None,
     precision: str,
     can_run: Callable[[str], bool],
+    native_is_built: bool,
 ) -> tuple[str, str]:
     """A backend and why: rules 2 to 5 of `gpt2core.backends.choose`.
 
     Args:
         config, device, threads, precision: what is to be run, and how.
         can_run: whether a built-in backend can run here, and run `precision`.
+        native_is_built: whether the native backend, if it can run, does so without compiling.
     """
     measured = recommendation.find(config, device=device, threads=threads, precision=precision)
     if measured is not None and can_run(measured.backend):
@@ -36,9 +38,9 @@ def apply_rules(
         return _ON_CUDA[0], f"NumPy does not run on device {device!r}"
     if device != "cpu":
         return "jax", f"no other backend runs on device {device!r}"
-    if config.parameters < SMALL_MODEL_PARAMETERS:
+    if config.parameters < SMALL_MODEL_PARAMETERS and not (native_is_built and can_run("native")):
         return "numpy", f"{config.parameters / 1e6:.1f} million parameters run before a framework has started"
     for name in _FASTEST_FIRST:
         if can_run(name):
             return name, "it is the fastest of those that run here"
-    return "numpy", "there is no C compiler, and neither ONNX Runtime nor PyTorch is installed"
+    return "numpy", "there is neither a native library nor a C compiler, ONNX Runtime or PyTorch"

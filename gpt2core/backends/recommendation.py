@@ -21,6 +21,7 @@ from gpt2core._json import loads_strict
 from gpt2core._machine import count_cores, describe_processor
 from gpt2core._version import __version__
 from gpt2core.backends._shared.c_compiler import find_compiler
+from gpt2core.backends._shared.variants import find_prebuilt
 from gpt2core.config import ModelConfig
 
 FOLDER: Final = "recommended"
@@ -112,6 +113,7 @@ def fingerprint() -> dict[str, Any]:
         "machine": platform.machine(),
         "processor": list(describe_processor()),
         "compiler": find_compiler(),  # whether the native backend can run, and how fast
+        "prebuilt": [variant.name for variant in find_prebuilt()],
         "cores": count_cores(),
     }
 

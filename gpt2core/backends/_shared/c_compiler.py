@@ -3,20 +3,42 @@
 import os
 import platform
 import sys
+from importlib.util import find_spec
 from typing import Final
 
 VARIABLE: Final = "GPT2CORE_CC"
 """The environment variable that names a compiler: a program's name or path."""
 _PROGRAMS: Final = ("cc", "gcc", "clang")
+_ZIG: Final = "zig"
 
 
 def find_compiler() -> str | None:
-    """The path of the C compiler: what GPT2CORE_CC names, else the first of cc, gcc and clang; None: none."""
+    """The path of the C compiler; None: there is none.
+
+    It is what GPT2CORE_CC names, else the first of cc, gcc and clang, else the zig of the package ziglang.
+    """
     import shutil  # costs milliseconds, which those who need no compiler should not wait for
 
     named = os.environ.get(VARIABLE)
     found = map(shutil.which, (named,) if named else _PROGRAMS)
-    return next((path for path in found if path is not None), None)
+    path = next((path for path in found if path is not None), None)
+    return find_zig() if path is None and named in (None, "", _ZIG) else path
+
+
+def compile_command(compiler: str) -> list[str]:
+    """What to run for a compiler that `find_compiler` found."""
+    is_zig = os.path.splitext(os.path.basename(compiler))[0] == _ZIG
+    return [compiler, "cc", "-fno-sanitize=all"] if is_zig else [compiler]
+
+
+def find_zig() -> str | None:
+    """The program inside the package ziglang, which the extra `native` installs."""
+    spec = find_spec("ziglang")
+    for folder in (spec and spec.submodule_search_locations) or ():
+        program = os.path.join(folder, _ZIG + (".exe" if os.name == "nt" else ""))
+        if os.access(program, os.X_OK):
+            return program
+    return None
 
 
 def missing_compiler() -> str | None:
@@ -32,4 +54,7 @@ def missing_compiler() -> str | None:
     named = os.environ.get(VARIABLE)
     if named:
         return f"needs a C compiler, and {VARIABLE} names {named!r}, which is not found; correct or unset it"
-    return "needs a C compiler (gcc or clang), and none was found; install one (Debian: apt install gcc)"
+    return (
+        "needs a C compiler (gcc or clang), and none was found; install one (Debian: apt install gcc; "
+        "anywhere: pip install 'gpt2core[native]')"
+    )

@@ -17,9 +17,8 @@ from gpt2core._machine import count_cores
 from gpt2core._shapes import Float32
 from gpt2core.backends._shared.memory import private_memory
 from gpt2core.backends._shared.threads import check_threads
-from gpt2core.backends.native.build import load_library
-from gpt2core.backends.native.library import declare
 from gpt2core.backends.native.packing import CCache, CModel, CTrace, PackedModel, point_to
+from gpt2core.backends.native.prebuilt import load_kernels
 from gpt2core.batch import Batch, whole_sequence
 from gpt2core.errors import BackendError, BackendUnavailableError, RequestError
 from gpt2core.quantization.rounding import PRECISIONS
@@ -66,7 +65,7 @@ class NativeCache:
 
 @final
 class NativeBackend:
-    """GPT-2 in C, compiled for this processor when first used; needs a C compiler and no framework.
+    """GPT-2 in C, from a prebuilt library or compiled when first used; needs no framework.
 
     A sequence's logits do not depend, to the last bit, on what is computed beside it.
 
@@ -77,8 +76,11 @@ class NativeBackend:
         threads: of a forward pass; None takes one per core. They wait actively within a pass and
             up to 0.2 ms after it.
 
+    Attributes:
+        variant: the prebuilt library that computes, such as "avx2"; else "compiled".
+
     Raises:
-        BackendUnavailableError: another device, no C compiler, or one that fails.
+        BackendUnavailableError: another device; or no library fits, and there is no C compiler or it fails.
     """
 
     name = "native"
@@ -87,8 +89,8 @@ class NativeBackend:
 
     @staticmethod
     def build() -> None:
-        """Compile the kernels, unless they are kept already; see `load_library`."""
-        load_library()
+        """Compile the kernels, unless there is a library already; see `load_kernels`."""
+        load_kernels()
 
     def __init__(self, weights: Weights, *, device: str = "cpu", threads: int | None = None) -> None:
         check_threads(threads)
@@ -98,7 +100,8 @@ class NativeBackend:
             )
         self.config = weights.config
         self.precision = weights.precision
-        self._library = declare(load_library())
+        self._library = load_kernels()
+        self.variant = self._library.variant
         self._layout = _Layout(
             layers=self.config.n_layer,
             heads=self.config.n_head,

@@ -12,22 +12,22 @@ import pathlib
 import platform
 import shlex
 import signal
+import sys
 import threading
 from typing import Final
 
 from gpt2core._files import cache_folder
 from gpt2core._machine import describe_processor
-from gpt2core.backends._shared.c_compiler import find_compiler, missing_compiler
+from gpt2core.backends._shared.c_compiler import compile_command, find_compiler, missing_compiler
+from gpt2core.backends._shared.variants import FLAGS, KERNELS
 from gpt2core.backends.native.library_cache import find_folder, load, load_kept, new_scratch, prune, sign
 from gpt2core.errors import BackendUnavailableError
 
 __all__ = ["find_compiler", "load_library"]
 
-KERNELS: Final = pathlib.Path(__file__).parent / "kernels"
 FLAGS_VARIABLE: Final = "GPT2CORE_CFLAGS"
 """The environment variable with further flags for the compiler; the last one wins."""
 COMPILE_TIMEOUT_S: Final = 120.0
-_FLAGS: Final = ("-O3", "-std=gnu11", "-fno-math-errno", "-ffp-contract=off", "-fPIC", "-shared", "-pthread")
 _FOR_THIS_PROCESSOR: Final = {
     "x86_64": "-march=native",
     "aarch64": "-mcpu=native",
@@ -62,7 +62,7 @@ def load_library(sources: pathlib.Path = KERNELS) -> ctypes.CDLL:
         if path not in _loaded:
             folder = find_folder(path.parent, make=False)
             kept = load_kept(folder, path.name) if folder is not None else None
-            _loaded[path] = kept or _built(path, sources, [compiler, *flags])
+            _loaded[path] = kept or _built(path, sources, [*compile_command(compiler), *flags])
         return _loaded[path]
 
 
@@ -75,7 +75,7 @@ def _flags() -> list[str]:
             f"{FLAGS_VARIABLE} is {text!r}, which cannot be split into flags ({error}); correct or unset it"
         ) from error
     native = _FOR_THIS_PROCESSOR.get(platform.machine())
-    return [*_FLAGS, *([native] if native else []), *further]
+    return [*FLAGS, *([native] if native else []), *further]
 
 
 def _key(sources: pathlib.Path, compiler: str, flags: list[str]) -> str:
@@ -93,6 +93,7 @@ def _key(sources: pathlib.Path, compiler: str, flags: list[str]) -> str:
 
 def _built(path: pathlib.Path, sources: pathlib.Path, command: list[str]) -> ctypes.CDLL:
     """The library, compiled in its folder and kept there; else in the temporary folder, and not kept."""
+    _say(f"compiling the native backend for this processor with {command[0]}, which takes some seconds once")
     folder = find_folder(path.parent, make=True)
     if folder is not None:
         with contextlib.suppress(_UnfitFolderError):  # full, read-only, or its files must not be executed
@@ -121,6 +122,11 @@ def _built_in(
         ) from error
 
 
+def _say(text: str) -> None:
+    if sys.stderr is not None:  # started without one, print would take stdout
+        print(f"gpt2core: {text}", file=sys.stderr, flush=True)
+
+
 class _UnfitFolderError(BackendUnavailableError):
     """The folder is at fault, so another one may do."""
 
@@ -132,7 +138,7 @@ def _compile(command: list[str], sources: pathlib.Path, scratch: pathlib.Path) -
         compiler = subprocess.Popen(
             command,
             cwd=sources,
-            env={**os.environ, "LC_ALL": "C", "TMPDIR": str(scratch)},
+            env={**os.environ, "LC_ALL": "C", "TMPDIR": str(scratch), "ZIG_LOCAL_CACHE_DIR": str(scratch)},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

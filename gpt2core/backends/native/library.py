@@ -31,6 +31,7 @@ class Kernels:
     Attributes:
         portable: whether logits have the bits that every processor gives (docs/reproducibility.md); false
             only where the library was built with -DGPT2CORE_UNFUSED.
+        variant: the prebuilt library it is; "compiled" is one made by this machine's compiler.
     """
 
     forward: Callable[..., int]
@@ -44,6 +45,7 @@ class Kernels:
     pack_int8: Callable[..., None]
     pack_int4: Callable[..., None]
     portable: bool
+    variant: str
 
 
 _TYPES: Final[dict[str, tuple[Any, Sequence[Any]]]] = {
@@ -67,8 +69,12 @@ _TYPES: Final[dict[str, tuple[Any, Sequence[Any]]]] = {
 }
 
 
-def declare(library: Any) -> Kernels:
+def declare(library: Any, variant: str = "compiled") -> Kernels:
     """The kernels of a loaded library, after its structures and its arithmetic have been checked.
+
+    Args:
+        library: loaded, and known to hold nothing that this processor cannot run.
+        variant: what to call it.
 
     Raises:
         BackendUnavailableError: either is not what it should be.
@@ -84,7 +90,7 @@ def declare(library: Any) -> Kernels:
     for name, (result_type, argument_types) in _TYPES.items():
         functions[name] = getattr(library, f"gpt2core_{name}")
         functions[name].restype, functions[name].argtypes = result_type, argument_types
-    return Kernels(**functions, portable=result == 0)
+    return Kernels(**functions, portable=result == 0, variant=variant)
 
 
 def _check_layout(library: Any) -> None:

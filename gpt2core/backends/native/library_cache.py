@@ -25,7 +25,7 @@ _MAX_FILES: Final = 32
 _ABANDONED_S: Final = 3600.0  # a build takes seconds, and its compiler is ended after two minutes
 _DESCRIPTORS: Final = "/proc/self/fd/"
 
-_PROCESS: Final = ctypes.CDLL(None)  # fegetenv and fesetenv
+_C: Final = ctypes.CDLL(None if os.name == "posix" else "ucrtbase")  # fegetenv and fesetenv
 _loads: Final = itertools.count()
 
 
@@ -86,11 +86,11 @@ def load(name: str) -> ctypes.CDLL:
         OSError: it is no library, or must not be executed.
     """
     environment = ctypes.create_string_buffer(256)  # fenv_t has 32 bytes or fewer
-    _PROCESS.fegetenv(environment)
+    _C.fegetenv(environment)
     try:
         return ctypes.CDLL(name)
     finally:
-        _PROCESS.fesetenv(environment)
+        _C.fesetenv(environment)
 
 
 def load_kept(folder: pathlib.Path, name: str) -> ctypes.CDLL | None:

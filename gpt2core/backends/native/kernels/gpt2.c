@@ -6,6 +6,7 @@
 
 #include "attention.h"
 #include "packing.h"
+#include "processor.h"
 #include "scores.h"
 
 typedef struct {
@@ -324,10 +325,10 @@ EXPORT int gpt2core_forward(Team *team, const Model *model, const Cache *cache, 
       {&pass.score_work.candidates, scores ? threads * scored * scores->top * 2 : 0},
   };
   const int count = sizeof parts / sizeof *parts;
-  const int64_t unit = 64 / sizeof(float); /* every part on lines of its own; aligned_alloc wants whole ones too */
+  const int64_t unit = LINE_NBYTES / sizeof(float); /* every part on lines of its own */
   int64_t floats = 0;
   for (int i = 0; i < count; i++) floats += round_up(parts[i].floats + 1, unit);
-  float *arena = aligned_alloc(64, floats * sizeof(float));
+  float *arena = allocate_lines(floats * (int64_t)sizeof(float));
   if (!arena) return -1;
   float *next = arena;
   for (int i = 0; i < count; i++) {
@@ -336,7 +337,7 @@ EXPORT int gpt2core_forward(Team *team, const Model *model, const Cache *cache, 
   }
   if (team->process != getpid()) team_start(team);
   team_run(team, run_member, &pass);
-  free(arena);
+  free_lines(arena);
   return 0;
 }
 

@@ -34,6 +34,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "allocation.h"
 #include "export.h"
 #include "float_environment.h"
 
@@ -205,10 +206,10 @@ static void team_start(Team *team) {
 
 /* A team of `threads` threads, or of as many as the system gives; NULL without memory for it. */
 EXPORT Team *gpt2core_team_new(int threads) {
-  Team *team = aligned_alloc(64, (sizeof(Team) + 63) / 64 * 64);
+  Team *team = allocate_lines(sizeof(Team));
   Member *members = malloc(threads * sizeof *members);
   if (!team || !members) {
-    free(team), free(members);
+    free_lines(team), free(members);
     return NULL;
   }
   memset(team, 0, sizeof *team);
@@ -224,7 +225,7 @@ EXPORT void gpt2core_team_free(Team *team) {
     for (int i = 1; i < team->threads; i++) pthread_join(team->members[i].handle, NULL);
   }
   free(team->members);
-  free(team);
+  free_lines(team);
 }
 
 #endif

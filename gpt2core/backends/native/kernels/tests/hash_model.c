@@ -1,18 +1,50 @@
 /* Hashes of the logits' bits of random models: the same on every processor and from every compiler.
 
-       hash_model FIRST COUNT POSITIONS [--naive]
+       hash_model FIRST COUNT POSITIONS [--naive | --library PATH]
 
    builds models of odd shapes from the seeds FIRST and on, whole numbers deciding everything, and runs each in every
    precision over texts of POSITIONS tokens or a few more in all: in chunks of random sizes, beside one another, with 1
-   to 3 threads. With --naive the logits are those of `naive.h`. Prints one line for each precision: its name, the
-   hash, the number of positions. */
+   to 3 threads. With --naive the logits are those of `naive.h`, with --library those of a compiled library. Prints one
+   line for each precision: its name, the hash, the number of positions. */
 
 #include <stdio.h>
+#if defined(_WIN32)
+/* of windows.h, which defines INT8 and other names of ours */
+__declspec(dllimport) void *LoadLibraryA(const char *path);
+__declspec(dllimport) void *GetProcAddress(void *library, const char *name);
+#define open_library(path) LoadLibraryA(path)
+#define find_symbol(library, name) GetProcAddress(library, name)
+#else
+#include <dlfcn.h>
+#define open_library(path) dlopen(path, RTLD_NOW | RTLD_LOCAL)
+#define find_symbol(library, name) dlsym(library, name)
+#endif
 
 #include "../gpt2.c"
 #include "naive.h"
 
 _Static_assert((int)PLAIN_INT4 == (int)INT4 && (int)PLAIN_INT8 == (int)INT8, "one order of precisions");
+
+/* This program's own kernels, or those of a library. */
+#define KERNELS(use)                                                                                            \
+  use(self_test) use(strip_width) use(activation_named) use(team_new) use(team_free) use(forward)               \
+      use(pack_float32) use(pack_bfloat16) use(pack_int8) use(pack_int4)
+#define DECLARE(name) __typeof__(&gpt2core_##name) name;
+#define OWN(name) gpt2core_##name,
+static struct {
+  KERNELS(DECLARE)
+} kernels = {KERNELS(OWN)};
+static int64_t wide = WIDE; /* outputs of a strip */
+
+static void load_kernels(const char *path) {
+  void *library = open_library(path), *symbol;
+#define LOAD(name)                                                                                              \
+  symbol = library ? find_symbol(library, "gpt2core_" #name) : NULL;                                            \
+  if (!symbol) fprintf(stderr, "%s does not load, or has no %s\n", path, #name), exit(1);                       \
+  memcpy(&kernels.name, &symbol, sizeof symbol);
+  KERNELS(LOAD)
+  wide = kernels.strip_width();
+}
 
 static const char *const PRECISIONS[] = {"float32", "bfloat16", "int8", "int4"};
 #define MAX_ALLOCATIONS 1000
@@ -104,33 +136,33 @@ static PlainModel random_model(Random *random, int precision) {
 /* ------------------------------------------------------------------------------------------- for the kernels to read */
 
 static const float *in_strips(const float *x, int64_t count) {
-  float *padded = allocate(4 * round_up(count, WIDE));
+  float *padded = allocate(4 * round_up(count, wide));
   memcpy(padded, x, 4 * count);
   return padded;
 }
 
 static Matrix pack(const PlainMatrix *m) {
-  const int64_t strips = (m->outputs + WIDE - 1) / WIDE;
+  const int64_t strips = (m->outputs + wide - 1) / wide;
   Matrix packed = {m->kind, (int)m->group, m->inputs, m->outputs, NULL, NULL, NULL};
   if (m->kind == INT8) packed.inputs = round_up(m->inputs, 4), packed.group = (int)packed.inputs;
   if (m->kind == INT4) packed.inputs = round_up(m->inputs, m->group);
-  void *to = allocate(strips * WIDE * packed.inputs * 4);
+  void *to = allocate(strips * wide * packed.inputs * 4);
   packed.values = to;
-  if (m->kind == FLOAT32) gpt2core_pack_float32(m->float32, m->outputs, 1, m->inputs, m->outputs, to);
-  if (m->kind == BFLOAT16) gpt2core_pack_bfloat16(m->bfloat16, m->outputs, 1, m->inputs, m->outputs, to);
+  if (m->kind == FLOAT32) kernels.pack_float32(m->float32, m->outputs, 1, m->inputs, m->outputs, to);
+  if (m->kind == BFLOAT16) kernels.pack_bfloat16(m->bfloat16, m->outputs, 1, m->inputs, m->outputs, to);
   if (m->kind == INT8) {
-    gpt2core_pack_int8(m->int8, m->outputs, 1, m->inputs, packed.inputs, m->outputs, to);
+    kernels.pack_int8(m->int8, m->outputs, 1, m->inputs, packed.inputs, m->outputs, to);
     packed.scale = in_strips(m->scale, m->outputs);
   }
   if (m->kind == INT4) {
     const int64_t groups = packed.inputs / m->group;
     uint8_t *nibbles = allocate(m->outputs * packed.inputs / 2);
     for (int64_t i = 0; i < m->outputs * packed.inputs; i++) nibbles[i / 2] |= (uint8_t)(m->int4[i] << (i % 2 * 4));
-    gpt2core_pack_int4(nibbles, packed.inputs, m->outputs, to);
-    float *scale = allocate(4 * strips * WIDE * groups), *zero = allocate(4 * strips * WIDE * groups);
+    kernels.pack_int4(nibbles, packed.inputs, m->outputs, to);
+    float *scale = allocate(4 * strips * wide * groups), *zero = allocate(4 * strips * wide * groups);
     for (int64_t o = 0; o < m->outputs; o++)
       for (int64_t g = 0; g < groups; g++) {
-        const int64_t at = (o / WIDE * groups + g) * WIDE + o % WIDE;
+        const int64_t at = (o / wide * groups + g) * wide + o % wide;
         scale[at] = m->scale[o * groups + g];
         zero[at] = m->zero[o * groups + g];
       }
@@ -161,7 +193,7 @@ static Model pack_model(const PlainModel *m) {
     for (int64_t i = 0; i < m->width; i++)
       memcpy(wte + (v * m->width + i) * size, by_columns + (i * m->vocabulary + v) * size, size);
   return (Model){m->layers, m->heads, m->width, m->mlp, m->vocabulary, m->epsilon,
-                 gpt2core_activation_named(m->activation), m->head.kind, m->precision >= INT8, wte, m->head.scale,
+                 kernels.activation_named(m->activation), m->head.kind, m->precision >= INT8, wte, m->head.scale,
                  m->wpe, blocks, pack_norm(m->ln_f, m->width), pack(&m->head)};
 }
 
@@ -183,8 +215,8 @@ static void check_scores(Team *team, const Model *model, const Cache *cache, con
   for (int64_t n = 0; n < scored; n++) targets[n] = (int32_t)((tokens[first + n] + 7 * n) % vocabulary);
   const Scores scores = {first, vocabulary < TOP ? vocabulary : TOP, targets, members, ranks, sums, sums + scored,
                          sums + 2 * scored, top_ids, sums + 3 * scored};
-  int wrong = gpt2core_forward(team, model, cache, tokens, count, pieces, pieces_count, logits_at, count, out, NULL,
-                               &scores);
+  int wrong =
+      kernels.forward(team, model, cache, tokens, count, pieces, pieces_count, logits_at, count, out, NULL, &scores);
   wrong |= memcmp(out, want, 4 * first * vocabulary) != 0;
   for (int64_t n = 0; n < scored && !wrong; n++) {
     const float *row = want + (first + n) * vocabulary;
@@ -219,7 +251,7 @@ static void run_kernels(const PlainModel *plain, Random *random, int32_t *const 
   const int64_t numbers = plain->layers * ROWS * plain->heads * capacity;
   const Cache cache = {allocate(4 * numbers * head_dim), allocate(4 * numbers * round_up(head_dim, LOGICAL_LANES)),
                        ROWS, capacity};
-  Team *team = gpt2core_team_new(1 + (int)below(random, 3));
+  Team *team = kernels.team_new(1 + (int)below(random, 3));
   int64_t done[ROWS] = {0};
   for (;;) {
     int32_t batch[ROWS * 128], logits_at[ROWS * 128];
@@ -236,8 +268,8 @@ static void run_kernels(const PlainModel *plain, Random *random, int32_t *const 
       }
     }
     float *out = malloc(4 * (count + 1) * plain->vocabulary);
-    if (count && gpt2core_forward(team, &model, &cache, batch, count, pieces, pieces_count, logits_at, count, out,
-                                 NULL, NULL))
+    if (count && kernels.forward(team, &model, &cache, batch, count, pieces, pieces_count, logits_at, count, out, NULL,
+                                 NULL))
       exit(1);
     if (count) check_scores(team, &model, &cache, batch, count, pieces, pieces_count, logits_at, out);
     for (int64_t p = 0; p < pieces_count; p++) {
@@ -249,14 +281,15 @@ static void run_kernels(const PlainModel *plain, Random *random, int32_t *const 
     free(out);
     if (!memcmp(done, lengths, sizeof done)) break;
   }
-  gpt2core_team_free(team);
+  kernels.team_free(team);
 }
 
 int main(int argc, char **argv) {
-  if (argc < 4) return fprintf(stderr, "usage: hash_model FIRST COUNT POSITIONS [--naive]\n"), 2;
+  if (argc < 4) return fprintf(stderr, "usage: hash_model FIRST COUNT POSITIONS [--naive | --library PATH]\n"), 2;
   const int64_t first = atoll(argv[1]), count = atoll(argv[2]), positions = atoll(argv[3]);
   const int naive = argc > 4 && !strcmp(argv[4], "--naive");
-  const int self_test = gpt2core_self_test();
+  if (argc > 5 && !strcmp(argv[4], "--library")) load_kernels(argv[5]);
+  const int self_test = kernels.self_test();
   if (self_test > 0) return fprintf(stderr, "the self-test failed: %d\n", self_test), 1;
   for (int precision = FLOAT32; precision <= INT4; precision++) {
     uint64_t hash = HASH_START;
