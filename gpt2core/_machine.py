@@ -13,6 +13,36 @@ _PROC: Final = pathlib.Path("/proc")
 _PROCESSOR_LINES: Final = ("model", "cpu family", "stepping", "flags", "CPU ", "Features")
 
 
+def install_hint(extra: str) -> str:
+    """How to install the framework of an extra, or that there is none to install for this Python."""
+    if lacking := _without_wheels():
+        return (
+            f"its packages have no wheels for {lacking}; take the backend numpy or native, or a CPython of "
+            "64 bits on Linux (glibc), Windows (x86-64) or macOS (arm64)"
+        )
+    return f"install it with: pip install 'gpt2core[{extra}]'"
+
+
+def _without_wheels() -> str:
+    """What about this Python keeps PyTorch, JAX and ONNX Runtime from having wheels; "" if nothing does."""
+    if sys.implementation.name != "cpython":
+        return platform.python_implementation()
+    if sys.maxsize < 2**32:
+        return "a Python of 32 bits"
+    machine = platform.machine().lower()
+    if sys.platform == "linux":
+        if machine not in ("x86_64", "aarch64"):
+            return f"{machine} on Linux"
+        try:
+            return "" if os.confstr("CS_GNU_LIBC_VERSION") else "Linux without glibc"
+        except (ValueError, OSError):  # as with musl, on Alpine
+            return "Linux without glibc"
+    known = {"darwin": ("arm64",), "win32": ("amd64", "x86_64")}
+    return (
+        "" if machine in known.get(sys.platform, ()) else f"{machine} on {platform.system() or sys.platform}"
+    )
+
+
 def count_cores() -> int:
     """How many cores this process may use: those of its affinity, at most what its cgroup's quota pays for.
 

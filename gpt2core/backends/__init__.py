@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Final
 
 from gpt2core import foreign_names
+from gpt2core._machine import install_hint
 from gpt2core._version import __version__
 from gpt2core.backends._shared.c_compiler import missing_compiler
 from gpt2core.backends._shared.threads import check_threads
@@ -126,9 +127,9 @@ def load_factory(name: str) -> BackendFactory:
         module, _, attribute = _BUILT_IN[name].factory.partition(":")
         try:
             factory: BackendFactory = getattr(importlib.import_module(module), attribute)
-        except ImportError as error:
+        except (ImportError, OSError) as error:  # OSError: of a library that the framework loads itself
             missing = isinstance(error, ModuleNotFoundError) and error.name in _BUILT_IN[name].packages
-            hint = _install_hint(name) if missing else f"its import failed: {_describe(error)}"
+            hint = install_hint(name) if missing else f"its import failed: {_describe(error)}"
             raise BackendUnavailableError(f"backend {name!r} is not available: {hint}") from error
         return factory
     plugins = _plugins()
@@ -316,7 +317,7 @@ def _missing(name: str) -> str | None:
     """What the built-in backend `name` lacks here, with the remedy; None where it can run."""
     built_in = _BUILT_IN[name]
     if any(find_spec(package) is None for package in built_in.packages):
-        return _install_hint(name)
+        return install_hint(name)
     return built_in.missing()
 
 
@@ -344,10 +345,6 @@ def _version(package: str | None) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _install_hint(name: str) -> str:
-    return f"install it with: pip install 'gpt2core[{name}]'"
 
 
 def _describe(error: BaseException) -> str:

@@ -10,6 +10,7 @@ from typing import Any, Final
 import numpy as np
 
 from gpt2core._json import check_no_pointer, listed, read_json_object, shown, shown_name
+from gpt2core._machine import install_hint
 from gpt2core.checkpoint.folder import (
     SMALL_FILES,
     WEIGHTS,
@@ -172,15 +173,19 @@ def _find(folder: Path) -> list[Path]:
 def _import_torch() -> Any:
     try:
         import torch
-    except ImportError as error:
-        raise BackendUnavailableError(
-            "converting pickled weights needs PyTorch, which is not installed; pip install 'gpt2core[torch]'"
-        ) from error
+    except (ImportError, OSError) as error:  # OSError: of a library that PyTorch loads itself
+        missing = isinstance(error, ModuleNotFoundError) and error.name == "torch"
+        why = (
+            f"which is not installed; {install_hint('torch')}"
+            if missing
+            else f"whose import failed: {type(error).__name__}: {error}; install it again"
+        )
+        raise BackendUnavailableError(f"converting pickled weights needs PyTorch, {why}") from error
     version = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
     if version < _TORCH_FLOOR:
         raise BackendUnavailableError(
             f"PyTorch {torch.__version__} is too old to read pickled weights safely, the least is "
-            f"{'.'.join(map(str, _TORCH_FLOOR))}; pip install 'gpt2core[torch]'"
+            f"{'.'.join(map(str, _TORCH_FLOOR))}; {install_hint('torch')}"
         )
     return torch
 

@@ -185,6 +185,10 @@ def _import_gguf() -> Any:
     try:
         import gguf
     except ImportError as error:
+        if getattr(error, "name", None) != "gguf":
+            raise BackendUnavailableError(
+                f"GGUF files need the package gguf, whose import failed: {error}; install it again"
+            ) from error
         raise BackendUnavailableError(
             "GGUF files need the package gguf, which is not installed; pip install 'gpt2core[gguf]'"
         ) from error
