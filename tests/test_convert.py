@@ -304,7 +304,7 @@ def test_missing_or_old_torch_is_explained_with_the_extra(tmp_path, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "__version__", "2.5.1+cpu")
         with pytest.raises(
-            BackendUnavailableError, match=r"PyTorch 2\.5\.1\+cpu is too old .* the least is 2\.10; pip"
+            BackendUnavailableError, match=r"PyTorch 2\.5\.1\+cpu is too old .* the least is 2\.10; install"
         ):
             convert_pickle(tmp_path)
     monkeypatch.setitem(sys.modules, "torch", None)

@@ -23,7 +23,7 @@ from gpt2core.testing import VARIANTS, check_backend, random_checkpoint, random_
 from gpt2core.testing.conformance import a_trace_shows_the_references_numbers
 from gpt2core.testing.subject import TOLERANCE
 from gpt2core.trace import Trace
-from gpt2core.verify import verify, worker
+from gpt2core.verify import _Judge, verify, worker
 from gpt2core.verify.cases import Case, Row, cases_of, texts_of
 from gpt2core.verify.compare import compare_logits, first_departure, parting
 
@@ -271,11 +271,21 @@ def test_parting_finds_the_bisection_at_which_two_draws_part(vocab):
                 assert (uniform(seed, 0, 1, depth) < share) == (token < other)
 
 
-def test_a_backend_that_was_named_and_cannot_load_fails_the_run(folder, monkeypatch):
+@pytest.mark.parametrize("name", ["native", "no_such_module:Backend"])  # made in vain, and not even found
+def test_a_backend_that_was_named_and_cannot_load_fails_the_run(folder, monkeypatch, name):
     monkeypatch.setenv("GPT2CORE_CC", "no-such-compiler")
-    report = verify(folder, backends=["native", "numpy"], seeds=0, tokens=1)
-    assert {one.backend: one.status for one in report.backends} == {"numpy": "passed", "native": "failed"}
+    report = verify(folder, backends=[name, "numpy"], seeds=0, tokens=1)
+    assert {one.backend: one.status for one in report.backends} == {"numpy": "passed", name: "failed"}
     assert not report.passed
+
+
+def test_half_a_case_file_of_a_process_that_died_is_not_read(tmp_path):
+    weights, killed = random_weights(random_config()), "its process was killed by SIGKILL"
+    logits = [reference_logits(weights, [1, 2, 3, 4])]
+    sizes = {"tolerance": 1e-3, "prompt_ids": [], "cases": cases_of([4]), "trace": None}
+    (tmp_path / "case-0.npy").write_bytes(b"\x93NUMPY\x01\x00")
+    report = _Judge(weights=weights, logits=logits, **sizes).report("x", tmp_path, {"errors": [killed]})
+    assert (report.status, report.reasons, report.comparisons) == ("failed", (killed,), ())
 
 
 def test_the_first_departure_is_the_first_in_the_order_of_computation():
