@@ -39,16 +39,11 @@ from gpt2core.errors import (
     RequestError,
 )
 
-EXIT_FAILED, EXIT_USAGE, EXIT_MODEL, EXIT_MISSING, EXIT_COMPUTING, EXIT_MEMORY = range(1, 7)
-EXIT_INTERRUPTED = 130
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 EXIT_CODES = {
     0: "done, also when the reader of a pipe has closed it early",
-    EXIT_FAILED: "failed: a check or measurement failed, a file cannot be written, or another fault",
+    EXIT_FAILED: "failed: a model, engine, file or measurement is missing or faulty; the error says which",
     EXIT_USAGE: "wrong usage or request: an option, a value, a prompt that does not fit",
-    EXIT_MODEL: "a model cannot be found, read, trusted or written",
-    EXIT_MISSING: "an engine, its package or its device is not there",
-    EXIT_COMPUTING: "an engine failed while it computed, or gave numbers that are not finite",
-    EXIT_MEMORY: "not enough memory",
     EXIT_INTERRUPTED: "interrupted",
 }
 """What each exit code means."""
@@ -111,16 +106,10 @@ def _report(error: Exception) -> int:
             code, message = error.exit_code, error.format_message()
         case RequestError():
             code, message = EXIT_USAGE, str(error)
-        case CheckpointError():
-            code, message = EXIT_MODEL, str(error)
-        case BackendUnavailableError():
-            code, message = EXIT_MISSING, str(error)
-        case BackendError():
-            code, message = EXIT_COMPUTING, str(error)
         case Gpt2CoreError() | OSError():
             message = str(error)
         case MemoryError():
-            code, message = EXIT_MEMORY, "not enough memory; try a smaller model"
+            message = "not enough memory; try a smaller model"
         case _:
             message = f"unexpected {type(error).__name__}: {error}; set GPT2CORE_DEBUG=1 to see the traceback"
     print("gpt2core: error:", one_line(message), file=sys.stderr)
