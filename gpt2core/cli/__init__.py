@@ -32,9 +32,6 @@ from gpt2core.cli.score import score
 from gpt2core.cli.serve import serve
 from gpt2core.cli.verify import verify
 from gpt2core.errors import (
-    BackendError,
-    BackendUnavailableError,
-    CheckpointError,
     Gpt2CoreError,
     RequestError,
 )

@@ -190,7 +190,10 @@ class Settings(BaseSettings):
 
 
 LIBRARY_VARIABLES = frozenset(
-    ("CACHE", "CC", "CFLAGS", "DEBUG", "NO_SKIPS", "ONNX_SPINNING", "PEERS", "TORCH_COMPILE", "VENV")
+    (
+        *("AARCH64", "CACHE", "CC", "CFLAGS", "DEBUG", "NATIVE", "NO_SKIPS", "ONNX_SPINNING", "PEERS"),
+        *("TORCH_COMPILE", "VENV", "WHEEL"),
+    )
 )
 """Other variables of this project, which are no settings of the server."""
 
