@@ -38,12 +38,13 @@ def test_generate_prints_the_prompt_and_what_the_library_generates(run, folder, 
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_generate_passes_each_option_on(run, folder, model, options, sampling):
+def test_generate_passes_each_option_on(run, folder, model, options, sampling, capfd):
     sampling = {"temperature": 0.8, "max_new_tokens": 40, "seed": 5} | sampling
     want = model.generate(PROMPT, **sampling).text
     args = ("generate", PROMPT, "--model", folder, "--max-new-tokens", "40", "--seed", "5", *options)
     if "native" in options:
-        load_factory("native").build()  # else a line says that it is compiled
+        load_factory("native").build()
+        capfd.readouterr()  # that it is compiled
     assert run(*args) == (0, f"{PROMPT}{want}\n", "")
 
 
