@@ -64,12 +64,6 @@ def test_special_tokens_in_a_text_stay_text_and_a_model_generates_and_is_saved(t
         assert again.encode(text, allow_special=True) == first.encode(text, allow_special=True)
 
 
-def test_sentencepiece_is_named_with_its_remedy(tmp_path):
-    (tmp_path / "spiece.model").write_bytes(b"\n\x0b\n\x05<unk>")
-    with pytest.raises(CheckpointError, match=r"spiece.model is SentencePiece's; make a tokenizer"):
-        Tokenizer.from_folder(tmp_path)
-
-
 def test_a_vocabulary_that_is_not_utf8_is_named(tmp_path):
     (tmp_path / "vocab.txt").write_bytes(b"[UNK]\n\xff\n")
     with pytest.raises(CheckpointError, match=r"vocab.txt is not UTF-8"):

@@ -34,6 +34,7 @@ WEIGHTS_INDEX: Final = "model.safetensors.index.json"
 SMALL_FILES: Final = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json",
     "merges.txt", "vocab.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "spiece.model", "sentencepiece.bpe.model", "tokenizer.model",
 )  # fmt: skip
 """What a checkpoint's folder may hold beside its weights; the first is needed, some tokenizer too."""
 

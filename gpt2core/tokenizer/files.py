@@ -8,6 +8,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from gpt2core._json import check_no_pointer, parse_json_object, shown
 from gpt2core.errors import CheckpointError
+from gpt2core.tokenizer.sentencepiece import build_tokenizer
 
 _T = TypeVar("_T")
 
@@ -27,7 +28,7 @@ _FLAGS: Final = ("lstrip", "rstrip", "single_word", "normalized")
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of `tokenizer.json`, of `vocab.json` and `merges.txt`, or of BERT's `vocab.txt`.
+    """The tokenizer of `tokenizer.json`, of `vocab.json` and `merges.txt`, `vocab.txt` or `spiece.model`.
 
     As in transformers, `tokenizer_config.json` and `special_tokens_map.json` say what else is special, and
     `<|endoftext|>` always is when the vocabulary has it.
@@ -45,6 +46,9 @@ def read_tokenizer(folder: Path) -> Tokenizer:
             split.add_prefix_space = prefix
     elif (folder / "vocab.txt").exists() and not (folder / "vocab.json").exists():
         tokenizer = _read_wordpiece(folder / "vocab.txt", config)
+        _add_tokens(tokenizer, folder / "added_tokens.json")
+    elif not (folder / "vocab.json").exists() and (sentences := _find_sentencepiece(folder)):
+        tokenizer = _read_sentencepiece(sentences)
         _add_tokens(tokenizer, folder / "added_tokens.json")
     else:
         tokenizer = _read_vocab_and_merges(folder, add_prefix_space=prefix is True)
@@ -140,12 +144,6 @@ def _read_vocab_and_merges(folder: Path, *, add_prefix_space: bool) -> Tokenizer
     vocab_file, merges_file = folder / "vocab.json", folder / "merges.txt"
     missing = [file.name for file in (vocab_file, merges_file) if not file.exists()]
     if missing:
-        for name in _SENTENCEPIECE:
-            if (folder / name).exists():
-                raise CheckpointError(
-                    f"{folder} has no tokenizer that can be read: {name} is SentencePiece's; make a "
-                    "tokenizer.json of it with transformers (AutoTokenizer.from_pretrained, save_pretrained)"
-                )
         raise _broken(
             folder, f"has no tokenizer: tokenizer.json is missing, and so is {' and '.join(missing)}"
         )
@@ -174,6 +172,15 @@ def _read_vocab_and_merges(folder: Path, *, add_prefix_space: bool) -> Tokenizer
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
+
+
+def _find_sentencepiece(folder: Path) -> Path | None:
+    return next((folder / name for name in _SENTENCEPIECE if (folder / name).exists()), None)
+
+
+def _read_sentencepiece(file: Path) -> Tokenizer:
+    data = _read(file)
+    return _build(lambda: build_tokenizer(data), file)
 
 
 def _read_wordpiece(file: Path, config: Mapping[str, Any]) -> Tokenizer:
