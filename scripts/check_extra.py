@@ -21,7 +21,7 @@ PROGRAM = os.path.join(sysconfig.get_path("scripts"), "gpt2core")
 FRAMEWORKS = ("flax", "jax", "onnx", "onnxruntime", "torch", "transformers")
 TEXT = "Once upon a time"
 START_S = 60
-MISSING = 4  # the exit code of what is not installed
+MISSING = 1  # the exit code of what is not installed
 
 
 def gpt2core(*args: str, code: int = 0, stdin: str = "") -> subprocess.CompletedProcess[str]:

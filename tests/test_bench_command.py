@@ -131,7 +131,7 @@ def test_a_prompt_file_without_prompts_is_one_line(run, tmp_path, content, messa
         (("--resume", "--force"), 2, "contradict"),
         (("--runs", "0"), 2, "--runs"),
         (("--url", "http://127.0.0.1:1"), 2, "--backend has no effect on a server"),
-        (("--backend", "frobnicate", "--lengths", "90", "--prompt", "a"), 4, "no backend 'frobnicate'"),
+        (("--backend", "frobnicate", "--lengths", "90", "--prompt", "a"), 1, "no backend 'frobnicate'"),
         (("frobnicate",), 2, "No such command 'frobnicate'"),
     ],
 )

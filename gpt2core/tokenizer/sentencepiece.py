@@ -50,7 +50,7 @@ def build_tokenizer(data: bytes) -> Tokenizer:
         raise NotSentencePieceError(f"names piece {model.unknown} as unknown, and has {len(model.pieces)}")
     if model.algorithm == _UNIGRAM:
         scored = [(text, score) for text, score, _ in model.pieces]
-        inner = models.Unigram(scored, unk_id=model.unknown, byte_fallback=model.byte_fallback)
+        inner: models.Model = models.Unigram(scored, unk_id=model.unknown, byte_fallback=model.byte_fallback)
     elif model.algorithm == _BPE:
         inner = models.BPE(
             vocabulary,
