@@ -41,7 +41,7 @@ def test_every_variable_of_the_project_is_a_setting_or_is_known_to_be_none():
     read = {
         name
         for path in sources
-        for name in re.findall(r"(?<!-D)\bGPT2CORE_([A-Z_]*[A-Z])\b", path.read_text())
+        for name in re.findall(r"(?<!-D)\bGPT2CORE_([A-Z_]*[A-Z](?:64)?)\b", path.read_text())
     }
     settings = {name.upper() for name in Settings.model_fields}
     assert read - settings == LIBRARY_VARIABLES

@@ -191,7 +191,18 @@ class Settings(BaseSettings):
 
 LIBRARY_VARIABLES = frozenset(
     (
-        *("AARCH64", "CACHE", "CC", "CFLAGS", "DEBUG", "NATIVE", "NO_SKIPS", "ONNX_SPINNING", "PEERS"),
+        *(
+            "AARCH64",
+            "CACHE",
+            "CC",
+            "CFLAGS",
+            "DEBUG",
+            "MUSL",
+            "NATIVE",
+            "NO_SKIPS",
+            "ONNX_SPINNING",
+            "PEERS",
+        ),
         *("TORCH_COMPILE", "VENV", "WHEEL"),
     )
 )
