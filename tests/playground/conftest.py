@@ -8,12 +8,13 @@ import threading
 import pytest
 import uvicorn
 from playwright.sync_api import sync_playwright
-from serving import HANG_S, until
 
 
 @pytest.fixture(scope="module")
 def planted():
-    from pages import Planted  # not above: this file may be read before shape checks are in place
+    # not above: this file may be read before shape checks are in place
+    from pages import Planted
+    from serving import HANG_S, until
 
     app = Planted()
     sock = socket.create_server(("127.0.0.1", 0))
@@ -42,6 +43,8 @@ def browser():
 @pytest.fixture
 def open_page(browser):
     """Opens a page; whatever the browser complains of fails the test, refused scripts and styles among it."""
+    from serving import HANG_S
+
     complaints, contexts, allowed = [], [], []
 
     def open_(url, *, expected=(), **options):
