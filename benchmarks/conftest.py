@@ -6,19 +6,28 @@ Without that option this folder is not even imported.
 import gc
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-from gpt2core import GPT2, backends
-from gpt2core.testing import random_checkpoint
+if TYPE_CHECKING:  # the functions import it: every run reads this file, before shape checks are in place
+    from gpt2core import GPT2
 
 SHAPES = ("tiny", "small")  # of `gpt2core.testing.SIZES`; small is GPT-2 small's, with random weights
-BACKENDS = [name for name, info in backends.available().items() if info.available]
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Ordinary runs pass this folder by; None leaves the decision to others."""
     return None if config.getoption("benchmark_only", default=False) else True
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run what takes a model on each available backend."""
+    from gpt2core import backends
+
+    if "model" in metafunc.fixturenames:
+        names = [name for name, info in backends.available().items() if info.available]
+        metafunc.parametrize("model", names, indirect=True, scope="session")
 
 
 @pytest.fixture(scope="session", params=SHAPES)
@@ -30,12 +39,16 @@ def shape(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="session")
 def checkpoint(shape: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with random weights of that shape."""
+    from gpt2core.testing import random_checkpoint
+
     return random_checkpoint(tmp_path_factory.mktemp(shape), shape)
 
 
-@pytest.fixture(scope="session", params=BACKENDS)
-def model(request: pytest.FixtureRequest, checkpoint: Path) -> Iterator[GPT2]:
+@pytest.fixture(scope="session")
+def model(request: pytest.FixtureRequest, checkpoint: Path) -> "Iterator[GPT2]":
     """That checkpoint on each available backend; one is open at a time."""
+    from gpt2core import GPT2
+
     with GPT2.from_pretrained(checkpoint, backend=request.param) as opened:
         yield opened
     gc.collect()
