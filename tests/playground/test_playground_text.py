@@ -339,6 +339,7 @@ def test_the_real_server_asks_for_its_key_and_takes_it_from_the_page(open_page):
         page.locator("#api_key").fill("k" * 8)
         run(page)
         expect(page.locator("#status")).to_contain_text("Done")
+        page.close()  # else it asks the server for its tokens once more, which is gone
 
 
 def test_the_playground_can_be_turned_off():
