@@ -11,12 +11,11 @@ import numpy as np
 from gpt2core._shapes import Float32
 from gpt2core.config import ModelConfig
 from gpt2core.engine.engine import Engine
-from gpt2core.errors import RequestError
+from gpt2core.errors import RequestError, in_short
 from gpt2core.prompts import Prompt, Prompts, split_prompts
 from gpt2core.scoring.options import ScoreChoices, ScoreOptions
 from gpt2core.scoring.run import Progress, Scorer, Text, boundary_members, in_groups
 from gpt2core.scoring.score import Score
-from gpt2core.token_ids import check_token_ids
 from gpt2core.tokenizer.tokenizer import Tokenizer
 
 
@@ -138,7 +137,7 @@ class Scorable:
             BackendError: the backend failed.
         """
         if errors not in ("raise", "return"):
-            raise RequestError(f"errors is {errors!r:.40}; it must be 'raise' or 'return'")
+            raise RequestError(f"errors is {in_short(errors)}; it must be 'raise' or 'return'")
         scorer = self._scorer(choices)
         return scorer.score(texts) if errors == "return" else _raise_errors(scorer.score(texts))
 
@@ -166,13 +165,7 @@ class Scorable:
         self._check_open()
         options = ScoreOptions.of(choices).resolve(self.config)
         members = self._boundary_members if options.boundaries else None
-        return Scorer(
-            self.engine,
-            self._run_until,
-            options,
-            members,
-            lambda ids: check_token_ids(ids, self.config.vocab_size),
-        )
+        return Scorer(self.engine, self._run_until, options, members, lambda: self.tokenizer)
 
     @cached_property
     def _boundary_members(self) -> Float32[np.ndarray, "V"]:

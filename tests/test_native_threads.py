@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -54,6 +56,32 @@ for turn in range(3):  # the last child closes, too
 
 def test_a_forked_child_computes_the_same_and_the_parent_goes_on():
     assert run(FORK) == ["True", "3", "0", "True"] * 3
+
+
+def test_a_team_takes_one_pass_at_a_time_whoever_calls():
+    backend = NativeBackend(TINY, threads=1)
+    kernels, inside, most = backend._library, [], []
+
+    class Watched:
+        """The library, which notes how many are in a pass at once."""
+
+        def __getattr__(self, name):
+            return getattr(kernels, name)
+
+        def forward(self, *arguments):
+            inside.append(arguments)
+            time.sleep(0.02)  # longer than another thread takes to get here
+            most.append(len(inside))
+            inside.pop()
+            return 0
+
+    backend._library = Watched()
+    caches = [backend.new_cache(1, 8) for _ in range(4)]
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda cache: backend.forward(Batch.of([([1, 2], 0, 0)]), cache), caches))
+    backend._library = kernels
+    assert most == [1, 1, 1, 1]
+    backend.close()
 
 
 FORK_IN_A_PASS = f"""{START}

@@ -137,7 +137,7 @@ def test_gptq_changes_products_less_than_rounding_each_weight_by_itself(inputs):
     assert got < 0.5 * plain
 
 
-def test_int8_leaves_perplexity_and_int4_raises_it_by_less_than_two_percent():
+def test_int8_leaves_the_perplexity_of_a_short_text_and_int4_raises_it_by_less_than_four_percent():
     checkpoint = open_checkpoint("demo")
     text = (  # one short text decides little, so the bounds are wide; the command in the docs reads a book
         "The old king sat by the window and looked out over the sea. It had been raining since the morning, "

@@ -195,7 +195,7 @@ def test_when_the_thread_that_steps_is_done_another_takes_over():
     assert texts(got) == texts([make_model().generate("b", max_new_tokens=40, **HOT)])
 
 
-def test_close_in_another_thread_ends_generations_as_cancelled():
+def test_close_in_another_thread_lets_those_that_run_and_wait_go():
     before, entered, leave = gate()
     model = make_model(before=before, max_batch=1)
     leading, got = start(lambda: model.generate("a", max_new_tokens=50))
@@ -207,7 +207,7 @@ def test_close_in_another_thread_ends_generations_as_cancelled():
     for thread in (leading, waiting, closing):
         thread.join(10)
     assert not any(thread.is_alive() for thread in (leading, waiting, closing))
-    assert {got[0].finish_reason, pieces[0][-1].finish_reason} <= {"cancelled", "length"}
+    assert len(got) == len(pieces) == 1  # neither raised; which of them was cut short is the next test's
     assert model.engine.closed
 
 

@@ -12,7 +12,7 @@ import click
 from gpt2core.cli.command import Command, respell
 from gpt2core.cli.console import adapter_option, load, model_options, one_line, options, read_text, write
 from gpt2core.cli.sampling_options import text_options, to_fields
-from gpt2core.errors import RequestError, did_you_mean
+from gpt2core.errors import RequestError, did_you_mean, in_short
 
 if TYPE_CHECKING:
     from gpt2core.chat_template import ChatTemplate
@@ -175,11 +175,11 @@ def _command(conversation: Conversation, name: str, *values: str) -> bool:
         from gpt2core.sampling.params import MAX_SEED
 
         if not (values[0].isdecimal() and int(values[0]) <= MAX_SEED):
-            raise RequestError(f"/seed is {values[0]!r:.40}; give a whole number from 0 to {MAX_SEED}")
+            raise RequestError(f"/seed is {in_short(values[0])}; give a whole number from 0 to {MAX_SEED}")
         conversation.seed = conversation.last_seed = int(values[0])
     else:
         near = did_you_mean(name, COMMANDS) or "; /help lists those that there are"
-        raise RequestError(f"there is no command {name!r:.40}{near}; //{name[1:]:.20} ... says it")
+        raise RequestError(f"there is no command {in_short(name)}{near}; //{name[1:]:.20} ... says it")
     return True
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from gpt2core.errors import RequestError
+from gpt2core.errors import RequestError, in_short
 
 text_options = (
     click.option(
@@ -76,10 +76,10 @@ def to_fields(given: dict[str, Any]) -> dict[str, Any]:
 def _bias(text: str) -> tuple[int, float]:
     token_id, _, bias = text.partition("=")
     if not re.fullmatch(r"\s*\d+\s*", token_id):
-        raise RequestError(f"--logit-bias is {text!r:.60}; give a token id and a number, as 50256=-100")
+        raise RequestError(f"--logit-bias is {in_short(text)}; give a token id and a number, as 50256=-100")
     try:
         return int(token_id), float(bias)
     except ValueError:
         raise RequestError(
-            f"--logit-bias is {text!r:.60}; give a token id and a number, as 50256=-100"
+            f"--logit-bias is {in_short(text)}; give a token id and a number, as 50256=-100"
         ) from None

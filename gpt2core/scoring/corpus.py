@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Literal
 
-from gpt2core import RequestError
 from gpt2core._json import JSONFault, loads_strict, shown
+from gpt2core.errors import RequestError, in_short
 
 Format = Literal["text", "lines", "jsonl", "csv", "tsv", "parquet"]
 FORMATS: Final[tuple[Format, ...]] = ("text", "lines", "jsonl", "csv", "tsv", "parquet")
@@ -124,7 +124,7 @@ def _read_csv(stream: BinaryIO, name: str, delimiter: str) -> Iterator[Row | Fau
         if header is None:
             raise RequestError(f"{name} is empty; its first line must name the columns")
         if len(set(header)) < len(header):
-            raise RequestError(f"{name} has columns of the same name: {header!r:.80}; rename them")
+            raise RequestError(f"{name} has columns of the same name: {in_short(header)}; rename them")
         while True:
             line = reader.line_num + 1
             try:
@@ -182,10 +182,10 @@ def text_of(row: Row, field: str) -> str:
         RequestError: the row has no such field, or no text in it.
     """
     if field not in row.fields:
-        raise RequestError(f"has no field {field!r:.40}; it has {', '.join(map(repr, row.fields))[:200]}")
+        raise RequestError(f"has no field {in_short(field)}; it has {', '.join(map(repr, row.fields))[:200]}")
     value = row.fields[field]
     if not isinstance(value, str):
-        raise RequestError(f"field {field!r:.40} holds {shown(value)}, expected a text")
+        raise RequestError(f"field {in_short(field)} holds {shown(value)}, expected a text")
     return value
 
 
@@ -206,5 +206,7 @@ def regions_of(row: Row, field: str) -> list[tuple[int, int]]:
     except (TypeError, ValueError):
         spans = []
     if not spans:
-        raise RequestError(f"field {field!r:.40} holds no regions; give [[start, end], ...] in characters")
+        raise RequestError(
+            f"field {in_short(field)} holds no regions; give [[start, end], ...] in characters"
+        )
     return spans

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, fields
 from typing import Literal, TypedDict
 
-from gpt2core import ModelConfig, RequestError
+from gpt2core.config import ModelConfig
+from gpt2core.errors import RequestError, in_short
 
 Marker = Literal["eos"] | int | None
 """No token, the model's end-of-text token, or a token by its id."""
@@ -62,7 +63,7 @@ class ScoreOptions:
         known = [field.name for field in fields(cls)]
         for name in choices:
             if name not in known:
-                raise RequestError(f"unknown option {name!r:.40} of score; known are {', '.join(known)}")
+                raise RequestError(f"unknown option {in_short(name)} of score; known are {', '.join(known)}")
         return cls(**choices)
 
     def resolve(self, config: ModelConfig) -> "ResolvedOptions":
@@ -108,7 +109,7 @@ def _whole_number(name: str, value: object, low: int, high: int, meaning: str) -
         return None
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise RequestError(
-            f"{name} is {value!r:.40}; it must be a whole number from {low} to {high}, {meaning}"
+            f"{name} is {in_short(value)}; it must be a whole number from {low} to {high}, {meaning}"
         )
     return value
 
@@ -121,5 +122,5 @@ def _marker(name: str, value: object, config: ModelConfig) -> int | None:
     if value is None or (type(value) is int and 0 <= value < config.vocab_size):
         return value if isinstance(value, int) else None
     raise RequestError(
-        f"{name} is {value!r:.40}; it must be None, 'eos', or a token id below {config.vocab_size}"
+        f"{name} is {in_short(value)}; it must be None, 'eos', or a token id below {config.vocab_size}"
     )

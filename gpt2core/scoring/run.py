@@ -24,7 +24,7 @@ from gpt2core._shapes import Float32
 from gpt2core.scoring.options import ResolvedOptions
 from gpt2core.scoring.score import Alternative, Score, mean_perplexity
 from gpt2core.scoring.windows import Window, score_windows
-from gpt2core.token_ids import TokenIds
+from gpt2core.token_ids import TokenIds, check_token_ids
 
 Text = str | TokenIds
 Progress = Callable[[int, int, int], None]
@@ -62,7 +62,7 @@ class Scorer:
         options: how.
         members: (V,) 1 for the tokens that mark a word's beginning or a text's end; always the same array for
             an engine.
-        check_ids: refuses what are no token ids.
+        get_tokenizer: the model's tokenizer, or an error that says why it has none.
     """
 
     def __init__(
@@ -71,12 +71,12 @@ class Scorer:
         run_until: Callable[[Callable[[], bool]], None],
         options: ResolvedOptions,
         members: Float32[np.ndarray, "V"] | None,
-        check_ids: Callable[[TokenIds], list[int]],
+        get_tokenizer: Callable[[], Tokenizer],
     ) -> None:
         self._engine, self._run_until, self._options = engine, run_until, options
         self._tokenizer = engine.tokenizer
         self._members = members
-        self._check_ids = check_ids
+        self._get_tokenizer = get_tokenizer
 
     def score(
         self, texts: Iterable[Text], on_progress: Progress | None = None
@@ -101,11 +101,9 @@ class Scorer:
         """
         options, text = self._options, None
         if isinstance(given, str):
-            if self._tokenizer is None:
-                raise RequestError("text needs a tokenizer, which this model lacks; give token ids")
             text = " " + given if options.leading_space and not given.startswith(" ") else given
-            given = self._tokenizer.encode(text, allow_special=options.allow_special)
-        ids = self._check_ids(given)
+            given = self._get_tokenizer().encode(text, allow_special=options.allow_special)
+        ids = check_token_ids(given, self._engine.config.vocab_size)
         if options.end is not None:
             ids.append(options.end)
         if len(ids) < 2 and options.bos is None:

@@ -9,8 +9,8 @@ from typing import Literal
 
 import numpy as np
 
-from gpt2core import RequestError
 from gpt2core._shapes import Float64, Int64
+from gpt2core.errors import RequestError, in_short
 from gpt2core.scoring.spans import Span, character_spans
 from gpt2core.scoring.words import WordScore, score_words
 
@@ -194,6 +194,6 @@ def _exponential(value: float) -> float:
 def _log_base(base: float) -> float:
     if isinstance(base, bool) or not isinstance(base, int | float) or not (math.isfinite(base) and base > 1):
         raise RequestError(
-            f"base is {base!r:.40}; it must be a number above 1, as 2 for bits or math.e for nats"
+            f"base is {in_short(base)}; it must be a number above 1, as 2 for bits or math.e for nats"
         )
     return math.log(base)

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from gpt2core import RequestError
+from gpt2core.errors import RequestError, in_short
 from gpt2core.scoring.spans import Span
 
 
@@ -111,7 +111,7 @@ def _find_spans(text: str, by: str | Iterable[Span] | Callable[[str], Iterable[S
         by = by(text)
     if isinstance(by, str):
         if by != "whitespace":
-            raise RequestError(f"by is {by!r:.40}; it must be 'whitespace', spans, or what gives them")
+            raise RequestError(f"by is {in_short(by)}; it must be 'whitespace', spans, or what gives them")
         spans, start = [], 0
         for word in text.split():
             start = text.index(word, start)

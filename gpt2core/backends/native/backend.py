@@ -20,7 +20,7 @@ from gpt2core.backends._shared.threads import check_threads
 from gpt2core.backends.native.packing import CCache, CModel, CTrace, PackedModel, point_to
 from gpt2core.backends.native.prebuilt import load_kernels
 from gpt2core.batch import Batch, whole_sequence
-from gpt2core.errors import BackendError, BackendUnavailableError, RequestError
+from gpt2core.errors import BackendError, BackendUnavailableError, RequestError, in_short
 from gpt2core.quantization.rounding import PRECISIONS
 from gpt2core.token_scores import TokenQuery, TokenScores
 from gpt2core.trace import Trace
@@ -152,7 +152,7 @@ class NativeBackend:
         targets = np.asarray(query.targets)
         if not 0 < len(targets) <= most or targets.min() < 0 or targets.max() >= vocab_size:
             raise RequestError(
-                f"the query's targets are {targets.tolist()!r:.60}; give from 1 to {most}, one for each "
+                f"the query's targets are {in_short(targets.tolist())}; give from 1 to {most}, one for each "
                 f"of the last positions, each at least 0 and below the vocabulary's size, {vocab_size}"
             )
         logits, scores = self._run(batch, cache, query=query)
