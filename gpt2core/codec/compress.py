@@ -1,16 +1,11 @@
 """From bytes to a compressed file: each segment is read by the model as a prompt, many tokens a pass."""
 
-# V vocabulary
-
 import io
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import BinaryIO, Final
 
-import numpy as np
-
 from gpt2core import GPT2, Batch
-from gpt2core._shapes import Int32
 from gpt2core.codec.container import (
     CODED,
     DEFLATED,
@@ -22,7 +17,7 @@ from gpt2core.codec.container import (
     Windows,
     new_digest,
 )
-from gpt2core.codec.frequencies import count_frequencies
+from gpt2core.codec.frequencies import Interval, find_intervals
 from gpt2core.codec.prediction import Predictor, windows_of_level
 from gpt2core.codec.range_coder import RangeEncoder
 from gpt2core.codec.text import read_blocks
@@ -145,28 +140,26 @@ class _SegmentCoder:
         for size in self._windows.sizes(len(ids), continues=continues):
             before = history[at - self._windows.carry : at] if self._windows.carry and at else []
             window = history[at : at + size]
-            frequencies = self._iter_frequencies(before or self._predictor.begin, window)
-            for token_id, row in zip(window, frequencies, strict=True):
-                start, total = row[:token_id].sum(dtype=np.int64), row.sum(dtype=np.int64)
-                encoder.encode(int(start), int(row[token_id]), int(total))
+            for interval in self._iter_intervals(before or self._predictor.begin, window):
+                encoder.encode(*interval)
             at += size
         return encoder.finish()
 
-    def _iter_frequencies(
-        self, before: Sequence[int], ids: Sequence[int]
-    ) -> Iterator[Int32[np.ndarray, "V"]]:
-        """The frequencies of the vocabulary at each of `ids`, which follow `before`."""
+    def _iter_intervals(self, before: Sequence[int], ids: Sequence[int]) -> Iterator[Interval]:
+        """The interval of each of `ids`, which follow `before`."""
         vocab_size = self._predictor.vocab_size
+        left = list(ids)
         if not before:
-            yield np.ones(vocab_size, np.int32)
+            yield Interval(left.pop(0), 1, vocab_size)  # nothing is known: all are as likely
         tokens = [*before, *ids[:-1]]
         first_wanted = max(len(before) - 1, 0)
         step = max(1, _LOGITS // vocab_size)
         start = 0
         while start < len(tokens):
             end = min(max(start, first_wanted) + step, len(tokens))
-            batch = Batch.of(
-                [(tokens[start:end], start, 0)], range(max(first_wanted - start, 0), end - start)
-            )
-            yield from count_frequencies(self._predictor.backend.forward(batch, self._cache))
+            wanted = range(max(first_wanted - start, 0), end - start)
+            batch = Batch.of([(tokens[start:end], start, 0)], wanted)
+            logits = self._predictor.backend.forward(batch, self._cache)
+            yield from find_intervals(logits, left[: len(wanted)])
+            del left[: len(wanted)]
             start = end

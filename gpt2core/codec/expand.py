@@ -5,8 +5,6 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import BinaryIO, Final
 
-import numpy as np
-
 from gpt2core import GPT2, Batch
 from gpt2core.codec.container import (
     CODED,
@@ -20,7 +18,7 @@ from gpt2core.codec.container import (
     new_digest,
 )
 from gpt2core.codec.errors import CodecError
-from gpt2core.codec.frequencies import count_frequencies
+from gpt2core.codec.frequencies import Table, UniformTable
 from gpt2core.codec.prediction import Predictor
 from gpt2core.codec.range_coder import RangeDecoder
 
@@ -170,13 +168,10 @@ class _Lane:
         """The tokens to read next, and how many are cached before them; no tokens where nothing is known."""
         return self._unread, self._cached
 
-    def take(self, frequencies: np.ndarray) -> None:
-        """Decode the next token by its (V,) frequencies."""
-        ends = np.cumsum(frequencies, dtype=np.int64)
-        total = int(ends[-1])
-        token_id = int(ends.searchsorted(self._decoder.position(total), side="right"))
-        frequency = int(frequencies[token_id])
-        self._decoder.advance(int(ends[token_id]) - frequency, frequency, total)
+    def take(self, table: Table | UniformTable, row: int) -> None:
+        """Decode the next token by a row's frequencies."""
+        token_id, interval = table.find(row, self._decoder.position(table.total(row)))
+        self._decoder.advance(*interval)
         self._history.append(token_id)
         self._cached += len(self._unread)
         self._unread = [token_id]
@@ -244,21 +239,21 @@ class _Decoder:
 
     def _run(self, lanes: list[_Lane]) -> None:
         vocab_size = self._predictor.vocab_size
-        uniform = np.ones(vocab_size, np.int32)
+        uniform = UniformTable(vocab_size)
         while True:
             rows: list[tuple[_Lane, list[int], int, int]] = []
             for slot, lane in enumerate(lanes):
                 while not lane.is_done and not lane.row()[0]:
-                    lane.take(uniform)
+                    lane.take(uniform, 0)
                 if not lane.is_done:
                     rows.append((lane, *lane.row(), slot))
             if not rows:
                 return
             for part in _split(rows):
                 batch = Batch.of([(tokens, start, slot) for _, tokens, start, slot in part])
-                frequencies = count_frequencies(self._predictor.backend.forward(batch, self._cache))
-                for (lane, *_), row in zip(part, frequencies, strict=True):
-                    lane.take(row)
+                table = Table(self._predictor.backend.forward(batch, self._cache))
+                for row, (lane, *_) in enumerate(part):
+                    lane.take(table, row)
 
 
 def _split(
