@@ -90,10 +90,12 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, Any]],
         tokenizer: Tokenizer,
         *,
-        context: int,
+        context: int | None,
         add_generation_prompt: bool,
     ) -> list[int]:
         """The prompt's token ids: special tokens of the template are tokens, those of a message are text.
+
+        With `context=None` the messages may have any length.
 
         Raises:
             RequestError: the template does not take these messages.
@@ -110,8 +112,8 @@ class ChatTemplate:
 
         safe = [{**one, "content": spelled.sub(hide, one["content"])} for one in messages]
         text = self.render(safe, tokenizer, add_generation_prompt=add_generation_prompt)
-        most = context * tokenizer.max_token_bytes
-        if len(text.encode()) > most:
+        most = None if context is None else context * tokenizer.max_token_bytes
+        if most is not None and len(text.encode()) > most:
             raise ContextLengthError(
                 f"the messages have {len(text.encode())} bytes; this model's context of {context} tokens "
                 f"holds at most {most}; leave the oldest of them out"

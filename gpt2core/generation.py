@@ -36,12 +36,14 @@ class Generation:
             stop string that ended it are included.
         finish_reason: "stop" at an end-of-text token or stop string, "length" at the last token allowed,
             "cancelled" when the model was closed meanwhile.
-        prompt_tokens: how many tokens the prompt has.
+        prompt_tokens: how many tokens of the prompt were read.
         logprobs: one entry per token, when asked for; with `echo=True` the prompt's come first, and the very
             first has `logprob=None`.
         seed: the seed that gives this text again (with the same `choice`).
         choice: which of the `n` choices this is, from 0.
         timing: how long it took.
+        truncated_tokens: how many of the prompt's first tokens were not read, with `overflow` other than
+            "error".
     """
 
     text: str
@@ -52,6 +54,7 @@ class Generation:
     seed: int
     choice: int
     timing: Timing
+    truncated_tokens: int = 0
 
 
 def make_generation(done: Request) -> Generation:
@@ -68,9 +71,10 @@ def make_generation(done: Request) -> Generation:
         text=done.text,
         token_ids=token_ids,
         finish_reason=done.finish_reason,
-        prompt_tokens=done.prompt_tokens,
+        prompt_tokens=done.read_prompt_tokens,
         logprobs=None if done.params.logprobs is None else done.logprobs.copy(),
         seed=done.seed,
         choice=done.choice,
         timing=Timing(ttft_s, done.finished_s - done.submitted_s, tokens_per_s, done.proposed, done.accepted),
+        truncated_tokens=done.truncated_tokens,
     )

@@ -6,6 +6,7 @@ from typing import Any, TypeAlias, TypedDict, cast
 
 from gpt2core.errors import ContextLengthError, InvalidSamplingError, RequestError, did_you_mean, in_short
 from gpt2core.foreign_names import SAMPLING
+from gpt2core.sampling.overflow import Overflow
 from gpt2core.sampling.params import SamplingParams
 from gpt2core.token_ids import TokenIds, is_tensor
 from gpt2core.tokenizer.tokenizer import Tokenizer
@@ -37,6 +38,7 @@ class OneChoiceOptions(TypedDict, total=False):
     seed: int | None
     logprobs: int | None
     echo: bool
+    overflow: Overflow
 
 
 class SamplingOptions(OneChoiceOptions, total=False):
@@ -96,16 +98,16 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) or (is_tensor(value) and len(value.shape) == 0)
 
 
-def encode_prompt(text: str, tokenizer: Tokenizer, context: int, *, allow_special: bool) -> list[int]:
-    """The token ids of a text that may fit a context.
+def encode_prompt(text: str, tokenizer: Tokenizer, context: int | None, *, allow_special: bool) -> list[int]:
+    """The token ids of a text that may fit a context; with None it may have any length.
 
     Raises:
         ContextLengthError: it has more bytes than the context can hold; found without tokenizing, which may
             be slow.
         RequestError: it is empty, or the tokenizer refuses it.
     """
-    most = context * tokenizer.max_token_bytes
-    if 4 * len(text) > most:  # a character has at most 4 bytes
+    most = context * tokenizer.max_token_bytes if context is not None else None
+    if most is not None and 4 * len(text) > most:  # a character has at most 4 bytes
         nbytes = len(text.encode(errors="surrogatepass"))
         if nbytes > most:
             raise ContextLengthError(

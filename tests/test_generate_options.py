@@ -41,7 +41,8 @@ def test_every_sampling_parameter_is_an_option_and_every_default_but_two_is_the_
     ours = SamplingParams(**{name: given[name] for name in names - {"echo", "logit_bias"}})
     assert ours == SamplingParams(temperature=0.8)
     talk = {option.name for option in program.commands["chat"].params}
-    assert names - talk == {"n", "logprobs", "echo"}  # an answer is one text, shown as it is
+    # An answer is one text, shown as it is, and a conversation is never cut.
+    assert names - talk == {"n", "logprobs", "echo", "overflow"}
 
 
 def test_every_option_of_loading_that_concerns_one_text_is_an_option():
@@ -199,3 +200,25 @@ def test_a_file_that_holds_no_prompts_is_refused_with_the_line(generate, tmp_pat
     if content is not None:
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     assert message in generate("--prompts", str(tmp_path / name), code=2).err
+
+
+def test_what_was_left_out_of_a_prompt_is_told_on_stderr_and_in_the_json(generate, model):
+    long = "Once upon a time " * 9  # 153 tokens of one byte; the context is 96
+    want = model.generate(long, max_new_tokens=9, overflow="truncate")
+    options = ("-n", "9", "-t", "0", "--overflow", "truncate")
+    for extra in ((), ("--no-stream",)):
+        got = generate(long, *options, *extra)
+        assert got.out == f"{long}{want.text}\n"
+        assert got.err == "the prompt: its first 66 tokens were left out (--overflow truncate)\n"
+    got = generate("short", long, *options, "--json")
+    assert got.err == "prompt 2: its first 66 tokens were left out (--overflow truncate)\n"
+    [one, two] = [result["generations"][0] for result in json.loads(got.out)["results"]]
+    assert (one["truncated_tokens"], one["prompt_tokens"]) == (0, 5)
+    assert (two["truncated_tokens"], two["prompt_tokens"], two["text"]) == (66, 87, want.text)
+
+
+def test_a_text_slides_on_beyond_the_context(generate, model):
+    want = model.generate(PROMPT, max_new_tokens=200, overflow="slide")
+    got = generate(PROMPT, "-n", "200", "-t", "0", "--overflow", "slide")
+    assert (got.out, got.err) == (f"{PROMPT}{want.text}\n", "")
+    assert len(want.token_ids) > 96 or want.finish_reason == "stop"

@@ -185,6 +185,7 @@ def test_the_signatures_are_those_that_callers_write():
 def test_the_results_have_these_fields():
     assert [f.name for f in dataclasses.fields(Generation)] == [
         "text", "token_ids", "finish_reason", "prompt_tokens", "logprobs", "seed", "choice", "timing",
+        "truncated_tokens",
     ]  # fmt: skip
     assert [f.name for f in dataclasses.fields(Timing)] == [
         "ttft_s", "elapsed_s", "tokens_per_s", "proposed_tokens", "accepted_tokens",
@@ -194,5 +195,5 @@ def test_the_results_have_these_fields():
         "boundary_logprobs", "text", "byte_offsets", "marks",
     ]  # fmt: skip
     assert [f.name for f in dataclasses.fields(gpt2core.Piece)] == [
-        "text", "token_id", "logprobs", "finish_reason", "prompt", "choice",
+        "text", "token_id", "logprobs", "finish_reason", "prompt", "choice", "truncated_tokens",
     ]  # fmt: skip

@@ -228,7 +228,7 @@ def test_a_page_of_an_allowed_origin_can_read_every_answer(path, body, headers, 
         exposed = {
             name.strip().lower() for name in answer.headers["access-control-expose-headers"].split(",")
         }
-        assert exposed == {"x-request-id", "retry-after"}
+        assert exposed == {"x-request-id", "retry-after", "x-truncated-tokens"}
 
 
 def test_head_is_answered_wherever_get_is_and_without_a_body(server):

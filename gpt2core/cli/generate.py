@@ -144,8 +144,11 @@ def generate(
                 shown = [_as_text(text, loaded) if echo else "" for text in texts]
                 _write_whole(shown, result, params.n)
             logprobs = [entry for generation in result for entry in generation.logprobs or ()]
+            truncated = [generation.truncated_tokens for generation in result[:: params.n]]
         else:
-            speed, logprobs = _write_stream(loaded, texts[0], params, allow_special, echo=echo)
+            speed, logprobs, left_out = _write_stream(loaded, texts[0], params, allow_special, echo=echo)
+            truncated = [left_out]
+        _report_truncated(truncated, params.overflow)
         if logprobs and not as_json:
             _report_logprobs(loaded, logprobs)
         if stats:
@@ -191,22 +194,26 @@ def _as_text(prompt: "Given", loaded: "GPT2") -> str:
 
 def _write_stream(
     loaded: "GPT2", prompt: "Given", params: "SamplingParams", allow_special: bool, *, echo: bool
-) -> "tuple[Speed, list[TokenLogprob]]":
+) -> "tuple[Speed, list[TokenLogprob], int]":
+    """What it took, and how many of the prompt's tokens were left out."""
     start_s = time.perf_counter()
     pieces = loaded.stream(prompt, params, allow_special=allow_special)
     if echo:
         write(_as_text(prompt, loaded))
     times_s = []
     logprobs: list[TokenLogprob] = []
+    truncated_tokens = 0
     for piece in pieces:
+        truncated_tokens = piece.truncated_tokens
         if piece.token_id is not None:
             times_s.append(time.perf_counter() - start_s)
         logprobs += piece.logprobs
         write(piece.text)
     write("\n")
     if not times_s:
-        return Speed(0, None, None), logprobs
-    return Speed(len(times_s), times_s[0], times_s[-1] - times_s[0]), logprobs
+        return Speed(0, None, None), logprobs, truncated_tokens
+    speed = Speed(len(times_s), times_s[0], times_s[-1] - times_s[0])
+    return speed, logprobs, truncated_tokens
 
 
 def _write_whole(prompts: list[str], generations: "list[Generation]", n: int) -> None:
@@ -243,6 +250,15 @@ def _report_logprobs(loaded: "GPT2", logprobs: "list[TokenLogprob]") -> None:
     print(*table_lines(rows), sep="\n", file=sys.stderr)
 
 
+def _report_truncated(truncated: list[int], overflow: str) -> None:
+    """On stderr, what was left out of each prompt."""
+    for number, tokens in enumerate(truncated, 1):
+        if tokens:
+            which = f"prompt {number}" if len(truncated) > 1 else "the prompt"
+            what = f"{which}: its first {tokens} tokens were left out (--overflow {overflow})"
+            print(what, file=sys.stderr)
+
+
 def _measure_speed(generations: "list[Generation]") -> Speed:
     """Of a batch: all its tokens, the first of them, and the time after it."""
     new_tokens = sum(len(generation.token_ids) for generation in generations)
@@ -260,6 +276,7 @@ def _to_document(generation: "Generation") -> dict[str, Any]:
         "token_ids": generation.token_ids,
         "finish_reason": generation.finish_reason,
         "prompt_tokens": generation.prompt_tokens,
+        "truncated_tokens": generation.truncated_tokens,
         "seed": generation.seed,
         "choice": generation.choice,
         "logprobs": None if logprobs is None else [_to_entry(entry) for entry in logprobs],

@@ -60,6 +60,13 @@ sampling_options = (
         type=int,
         help="Also each token's log probability, and the K likeliest tokens.",
     ),
+    click.option(
+        "--overflow",
+        type=click.Choice(["error", "truncate", "slide"]),
+        default="error",
+        show_default=True,
+        help="Beyond the context: leave out the prompt's beginning, or go on with the newest half.",
+    ),
 )
 """Of `generate`: all of them."""
 

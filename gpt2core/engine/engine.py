@@ -39,6 +39,7 @@ from gpt2core.engine.scheduler import Scheduler, Step
 from gpt2core.engine.speculation import SpeculationMode
 from gpt2core.errors import BackendError, NumericalError, RequestError
 from gpt2core.prompts import encode_prompt
+from gpt2core.sampling.overflow import Fit
 from gpt2core.sampling.params import SamplingParams
 from gpt2core.token_ids import Tensor, TokenIds, check_token_ids
 from gpt2core.token_scores import TokenScores
@@ -163,12 +164,12 @@ class Engine:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise RequestError("prompt is a text; make the engine with a tokenizer, or give token ids")
-            context = self.config.n_positions
+            context = self.config.n_positions if params.overflow == "error" else None
             prompt = encode_prompt(prompt, self.tokenizer, context, allow_special=allow_special)
         return self.check(prompt, params)[0]
 
-    def check(self, prompt_ids: Iterable[int] | Tensor, params: SamplingParams) -> tuple[list[int], int]:
-        """Refuse what cannot run; return the token ids as a new list, and how many tokens may be generated.
+    def check(self, prompt_ids: Iterable[int] | Tensor, params: SamplingParams) -> tuple[list[int], Fit]:
+        """Refuse what cannot run; return all token ids as a new list, and how they fit the context.
 
         Raises:
             RequestError: the prompt is empty or holds what is not a token id; stop strings or echo are asked
@@ -180,7 +181,7 @@ class Engine:
         params.check_vocabulary(self.config.vocab_size)
         if self.tokenizer is None and (params.stop or params.echo):
             raise RequestError("stop strings and echo need text; make the engine with a tokenizer")
-        return ids, params.resolve_max_new_tokens(len(ids), self.config.n_positions)
+        return ids, params.fit(len(ids), self.config.n_positions)
 
     def submit(
         self,
@@ -196,7 +197,8 @@ class Engine:
         """Queue a prompt; return one request per choice (`params.n`), in order of choice.
 
         Args:
-            prompt_ids: at least one token id; prompt and new tokens must fit the context.
+            prompt_ids: at least one token id; where prompt and new tokens exceed the context,
+                `params.overflow` says what happens.
             params: how to sample; `seed=None` draws a seed, which the requests name.
             prompt: number of the prompt in the caller's list, for the pieces.
             stream: whether to collect `Piece`s in `request.pieces`, for the caller to take.
@@ -207,12 +209,20 @@ class Engine:
                 they are never kept. For prompts after which nothing is generated.
 
         Raises:
-            RequestError: what `check` raises, or the engine is closed.
+            RequestError: what `check` raises; the engine is closed; or logits are read of a prompt that may
+                be cut (`params.overflow`).
             BackendError: the cache cannot be made.
         """
-        ids, max_new_tokens = self.check(prompt_ids, params)
+        ids, fit = self.check(prompt_ids, params)
+        slides = params.overflow == "slide"
+        if not slides:
+            ids = ids[fit.skipped :]
         scored = on_logits is None and params.echo and params.logprobs is not None
         reads = on_logits is not None or on_scores is not None
+        if reads and params.overflow != "error":
+            raise RequestError(
+                f"overflow is {params.overflow!r}; logits are read at the positions of a prompt; leave it out"
+            )
         seed = int.from_bytes(os.urandom(8)) >> 1 if params.seed is None else params.seed
         end_token_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos)
         now_s = time.perf_counter()
@@ -224,7 +234,7 @@ class Engine:
                 choice=choice,
                 params=params,
                 seed=seed,
-                max_new_tokens=max_new_tokens,
+                max_new_tokens=fit.max_new_tokens,
                 end_token_ids=end_token_ids,
                 stream=TextStream(self.tokenizer.stream_decoder(), params.stop) if self.tokenizer else None,
                 echo=self.tokenizer.decode(ids) if self.tokenizer and params.echo else "",
@@ -233,6 +243,9 @@ class Engine:
                 on_scores=on_scores,
                 logits_chunk=None if on_scores is not None and self._scorer is not None else LOGITS_CHUNK,
                 pieces=deque() if stream else None,
+                truncated_tokens=fit.skipped,
+                context=self.config.n_positions if slides else None,
+                first=fit.skipped if slides else 0,
                 submitted_s=now_s,
             )
             for choice in range(params.n)
@@ -412,10 +425,10 @@ class Engine:
             if isinstance(result, RowFailed):
                 updates.append(request.fail(result.error, now_s))
             else:
-                prefilling = request.cached < request.prompt_tokens
+                prefilling = request.cached < request.to_read
                 request.cached += row.tokens if prefilling else len(result)  # what was refused is forgotten
-                if prefilling and request.cached == request.prompt_tokens:
-                    if (update := request.take_prompt(now_s)) is not None:
+                if prefilling and request.cached == request.to_read:
+                    if not request.generated and (update := request.take_prompt(now_s)) is not None:
                         updates.append(update)
                     if not request.finished:
                         self._scheduler.begin_decoding(request)
@@ -426,4 +439,7 @@ class Engine:
                         updates.append(request.take_token(*token, now_s))
             if request.finished:
                 self._scheduler.remove(request)
+            elif request.is_full:
+                request.slide()
+                self._scheduler.read_anew(request)
         return updates

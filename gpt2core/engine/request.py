@@ -12,6 +12,7 @@ import numpy as np
 from gpt2core._shapes import Float32
 from gpt2core.errors import Gpt2CoreError
 from gpt2core.sampling.draw import SamplingParams, TokenLogprob, token_logprobs
+from gpt2core.sampling.overflow import window_start
 from gpt2core.token_scores import TokenScores
 from gpt2core.tokenizer.stream import TextStream
 
@@ -33,6 +34,7 @@ class Piece:
     finish_reason: FinishReason | None  # on the last piece
     prompt: int  # which prompt of the call, from 0
     choice: int  # which of the `n` choices, from 0
+    truncated_tokens: int = 0  # how many of the prompt's first tokens were not read; the same on all pieces
 
 
 class Update(NamedTuple):
@@ -105,9 +107,13 @@ class Request:
     on_scores: ScoreReader | None = None  # instead: reads what they say of given tokens
     logits_chunk: int | None = LOGITS_CHUNK  # most positions per step whose logits are read; None: any number
     pieces: deque[Piece] | None = None  # not yet taken by the one who streams; None when nobody does
+    truncated_tokens: int = 0  # of the prompt, which are not read
+    context: int | None = None  # where the text slides on when it is full; None: it fits
+    first: int = 0  # the first of its tokens that the model sees
 
     slot: int | None = None  # in the cache; None while waiting
-    cached: int = 0  # tokens in the cache
+    cached: int = 0  # tokens in the cache, of those from `first` on
+    to_read: int = field(init=False)  # with so many a token is drawn: the prompt's, or what is read anew
     proposed: int = 0  # tokens that speculation proposed
     accepted: int = 0  # and how many of them were drawn
     texts: list[str] = field(default_factory=list)  # one per update
@@ -119,6 +125,9 @@ class Request:
     first_token_s: float | None = None
     last_token_s: float | None = None
     finished_s: float | None = None
+
+    def __post_init__(self) -> None:
+        self.to_read = self.prompt_tokens - self.first
 
     @property
     def finished(self) -> bool:
@@ -137,22 +146,50 @@ class Request:
 
     @property
     def prefill_tokens(self) -> int:
-        """How many prompt tokens the next step may take: all that are left, or fewer if logits are wanted."""
-        left = self.prompt_tokens - self.cached
+        """How many tokens the next step may read: all that are left, or fewer if logits are wanted."""
+        left = self.to_read - self.cached
         if self.logits_from is None or self.logits_chunk is None:
             return left
         return min(left, max(0, self.logits_from - self.cached) + self.logits_chunk)
+
+    @property
+    def read_prompt_tokens(self) -> int:
+        """How many tokens of the prompt the model has seen, or will."""
+        return self.prompt_tokens - (0 if self.context is None else self.truncated_tokens)
+
+    @property
+    def cached_ids(self) -> list[int]:
+        """The tokens that its slot holds."""
+        return self.token_ids[self.first : self.first + self.cached]
+
+    @property
+    def tokens_after_next(self) -> int:
+        """How many tokens the text may have after the next one, before it ends or slides on."""
+        left = self.prompt_tokens + self.max_new_tokens - len(self.token_ids) - 1
+        return left if self.context is None else min(left, self.context - self.cached - 1)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the context has no room for its next token."""
+        return self.cached == self.context
+
+    def slide(self) -> None:
+        """Let the model see the newest half of the context only, which is to be read anew."""
+        assert self.context is not None
+        self.first = window_start(len(self.token_ids), self.context)
+        self.cached, self.to_read = 0, len(self.token_ids) - self.first
+        self.logits_from = None  # whoever read the prompt's has them
 
     def count_cached(self, held: Sequence[int]) -> int:
         """How many tokens of the prompt a slot that holds `held` has already.
 
         At least one is left to be read, whose logits give the first token, and all whose logits are wanted.
         """
-        most = min(len(held), self.prompt_tokens - 1)
+        most = min(len(held), self.to_read - 1)
         if self.logits_from is not None:
             most = min(most, self.logits_from)
         for i in range(most):
-            if held[i] != self.token_ids[i]:
+            if held[i] != self.token_ids[self.first + i]:
                 return i
         return most
 
@@ -210,7 +247,9 @@ class Request:
         if logprobs:
             self.logprobs.extend(logprobs)
         if self.pieces is not None:
-            self.pieces.append(Piece(text, token_id, logprobs, reason, self.prompt, self.choice))
+            self.pieces.append(
+                Piece(text, token_id, logprobs, reason, self.prompt, self.choice, self.truncated_tokens)
+            )
         if reason is not None:
             self.finish_reason = reason
             self.finished_s = now_s  # last: who reads without a lock sees all of the rest then

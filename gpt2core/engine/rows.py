@@ -56,8 +56,8 @@ def build_batch(step: Step, proposals: Mapping[Request, Sequence[int]]) -> tuple
     for request, count in sorted(step.prefill, key=_is_scored):  # the scored ones last, else in their order
         start, end, first = request.cached, request.cached + count, len(logits_at)
         at = len(tokens) - start  # where the request's position 0 would be among the tokens
-        tokens += request.token_ids[start:end]
-        draws = end == request.prompt_tokens and request.max_new_tokens > 0
+        tokens += request.token_ids[request.first + start : request.first + end]
+        draws = end == request.to_read and request.max_new_tokens > 0
         reads_at = None
         if request.logits_from is not None and request.logits_from < end:
             reads_at = max(request.logits_from, start)

@@ -8,8 +8,8 @@ What it guarantees, whatever arrives:
 - Every request that decodes gets its token in every step: a long prompt does not stall the others.
 - Every request that holds a slot and still has prompt left advances by at least one token in every step, and
   by an equal share of the budget or all that it needs: a short prompt does not wait for a long one beside it.
-- Waiting requests get slots in the order in which they came; each slot comes free, since no request
-  outlives the context. So nobody starves.
+- Waiting requests get slots in the order in which they came; each slot comes free, since every request ends
+  after so many tokens. So nobody starves.
 - A step takes at most `step_tokens` tokens, or two per slot where that is more; with a `Pacer`, beside rows
   that decode, at most as many prompt tokens as it says, or one per prompt where that is more.
 """
@@ -101,6 +101,11 @@ class Scheduler:
         self.prefilling.remove(request)
         insort(self.decoding, request, key=_slot)
 
+    def read_anew(self, request: Request) -> None:
+        """The model shall see something else than its slot holds: it reads that before it goes on."""
+        self.decoding.remove(request)
+        self.prefilling.append(request)
+
     def remove(self, request: Request) -> None:
         """Forget a request that ended, wherever it stands, and free its slot for the next `plan`."""
         if request.slot is None:
@@ -108,7 +113,7 @@ class Scheduler:
             return
         (self.prefilling if request in self.prefilling else self.decoding).remove(request)
         if self._held is not None and request.error is None:
-            self._held[request.slot] = request.token_ids[: request.cached]
+            self._held[request.slot] = request.cached_ids
         heapq.heappush(self._free, request.slot)
         request.slot = None
 

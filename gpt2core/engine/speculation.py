@@ -189,8 +189,7 @@ class Speculation:
                 account = self._accounts[request] = _Account(least)  # one attempt is free
             account.credit = min(account.credit + ALLOWANCE, most)
             # The pass itself gives one token, which is the last one allowed at the latest.
-            left = request.prompt_tokens + request.max_new_tokens - len(request.token_ids) - 1
-            length = min(account.length(costs), left, room)
+            length = min(account.length(costs), request.tokens_after_next, room)
             if length > 0 and (length in costs or self._cost(source, length, rows) < length):
                 wants.append((request, length))
                 room -= length

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from gpt2core.errors import ContextLengthError, InvalidSamplingError, in_short
+from gpt2core.sampling.overflow import OVERFLOWS, Fit, Overflow, fit_prompt
 
-DEFAULT_NEW_TOKENS: Final = 100
 MAX_COUNT: Final = 2**31 - 1
 MAX_SEED: Final = 2**63 - 1
 MAX_N: Final = 128
@@ -52,7 +52,7 @@ class SamplingParams:
 
     Attributes:
         max_new_tokens: at most so many tokens, from 0; None = what `max_length` leaves, or else 100 as far as
-            the context reaches.
+            the context reaches (with `overflow="slide"` it does not end).
         min_new_tokens: no token that ends the text is drawn before so many tokens.
         max_length: at most so many tokens with the prompt; not together with `max_new_tokens`.
         temperature: 0 = greedy, the likeliest token (then `top_k`, `top_p` and `min_p` change nothing).
@@ -73,6 +73,9 @@ class SamplingParams:
         logprobs: also report the logarithm of each token's probability, and those of so many of the
             likeliest tokens, 0 to 20; None = report nothing.
         echo: the result begins with the prompt.
+        overflow: where prompt and new tokens exceed the context: "error"; "truncate" leaves out as many of
+            the prompt's first tokens as must be; "slide" goes on, whenever the context is full, with its
+            newest half, which is read anew (`gpt2core.sampling.overflow`).
 
     Raises:
         InvalidSamplingError: a value of the wrong type or out of its range, or two that contradict.
@@ -97,6 +100,7 @@ class SamplingParams:
     seed: int | None = None
     logprobs: int | None = None
     echo: bool = False
+    overflow: Overflow = "error"
 
     def __post_init__(self) -> None:
         def integer(name: str, least: int, most: int, *, optional: bool = False) -> None:
@@ -133,6 +137,10 @@ class SamplingParams:
         for name in ("echo", "ignore_eos"):
             if not isinstance(value := getattr(self, name), bool):
                 raise InvalidSamplingError(f"{name} is {in_short(value)}; it must be True or False")
+        if not isinstance(self.overflow, str) or self.overflow not in OVERFLOWS:
+            raise InvalidSamplingError(
+                f"overflow is {in_short(self.overflow)}; it must be 'error', 'truncate' or 'slide'"
+            )
         if self.max_new_tokens is not None and self.max_length is not None:
             raise InvalidSamplingError(
                 f"max_new_tokens {self.max_new_tokens} and max_length {self.max_length} (prompt + new) are "
@@ -152,45 +160,30 @@ class SamplingParams:
             ContextLengthError: prompt and new tokens exceed the context, or the prompt exceeds `max_length`.
             InvalidSamplingError: `min_new_tokens` is more than what is left.
         """
-        if prompt_tokens > context:
+        return self.fit(prompt_tokens, context).max_new_tokens
+
+    def fit(self, prompt_tokens: int, context: int) -> Fit:
+        """How a prompt of `prompt_tokens` runs in a model whose context is `context`, as `overflow` says.
+
+        Raises:
+            ContextLengthError, InvalidSamplingError: as of `resolve_max_new_tokens`; or `echo` with
+                `logprobs` asks for the probabilities of tokens that are not read.
+        """
+        fit = fit_prompt(
+            prompt_tokens,
+            context,
+            overflow=self.overflow,
+            max_new_tokens=self.max_new_tokens,
+            max_length=self.max_length,
+            min_new_tokens=self.min_new_tokens,
+        )
+        if fit.skipped and self.overflow == "slide" and self.echo and self.logprobs is not None:
             raise ContextLengthError(
-                f"prompt has {prompt_tokens} tokens; this model's context is {context}; "
-                f"shorten the prompt by {prompt_tokens - context} tokens or more"
+                f"prompt has {prompt_tokens} tokens, of which the context of {context} holds the newest "
+                f"{prompt_tokens - fit.skipped}; echo with logprobs needs all: leave one of them out, or "
+                "call score, which reads texts of any length"
             )
-        room = context - prompt_tokens
-        if self.max_new_tokens is not None:
-            if self.max_new_tokens > room:
-                raise ContextLengthError(
-                    f"prompt has {prompt_tokens} tokens and max_new_tokens is {self.max_new_tokens}, "
-                    f"{prompt_tokens + self.max_new_tokens} in all; this model's context is {context}; "
-                    f"shorten the prompt or pass max_new_tokens={room} or less"
-                )
-            most = self.max_new_tokens
-        elif self.max_length is not None:
-            if self.max_length > context:
-                raise ContextLengthError(
-                    f"max_length is {self.max_length}; this model's context is {context}; "
-                    f"pass max_length={context} or less"
-                )
-            if prompt_tokens > self.max_length:
-                raise ContextLengthError(
-                    f"prompt has {prompt_tokens} tokens; max_length (prompt + new) is {self.max_length}; "
-                    "shorten the prompt or pass max_new_tokens instead"
-                )
-            most = self.max_length - prompt_tokens
-        else:
-            if room == 0:
-                raise ContextLengthError(
-                    f"prompt has {prompt_tokens} tokens and fills this model's context of {context}; "
-                    "shorten it, or pass max_new_tokens=0 if nothing is to be generated"
-                )
-            most = min(DEFAULT_NEW_TOKENS, room)
-        if self.min_new_tokens > most:
-            raise InvalidSamplingError(
-                f"min_new_tokens is {self.min_new_tokens}; a prompt of {prompt_tokens} tokens gets at most "
-                f"{most} new ones here (context {context}); lower it or pass max_new_tokens"
-            )
-        return most
+        return fit
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Refuse a `logit_bias` or `stop_token_ids` with tokens that the model does not have.

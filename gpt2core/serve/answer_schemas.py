@@ -32,6 +32,7 @@ class GeneratedText(BaseModel):
     index: int
     choice: int
     seed: int
+    truncated_tokens: int | None = None
     logprobs: list[TokenInfo] | None = None
 
 

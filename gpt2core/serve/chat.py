@@ -64,7 +64,7 @@ def router(service: Service) -> APIRouter:
                 return template.encode(
                     [message.spelled() for message in asked.messages],
                     tokenizer,
-                    context=context,
+                    context=context if params.overflow == "error" else None,
                     add_generation_prompt=asked.add_generation_prompt is not False,
                 )
             except ContextLengthError:
@@ -84,7 +84,7 @@ def router(service: Service) -> APIRouter:
             body = await service.in_thread(answer.whole) if asked.logprobs else answer.whole()
         finally:
             job.close()
-        return Response(body, media_type="application/json")
+        return Response(body, media_type="application/json", headers=job.headers)
 
     return routes
 

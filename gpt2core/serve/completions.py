@@ -81,7 +81,7 @@ def router(service: Service) -> APIRouter:
             body = await service.in_thread(answer.whole) if asked.logprobs is not None else answer.whole()
         finally:
             job.close()
-        return Response(body, media_type="application/json")
+        return Response(body, media_type="application/json", headers=job.headers)
 
     @routes.get(
         "/models", summary="The model of this server", responses=answers(ModelList), response_model=None

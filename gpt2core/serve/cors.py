@@ -10,7 +10,7 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 
 METHODS: Final = "GET, HEAD, POST"
-EXPOSED: Final = "Retry-After, X-Request-ID"
+EXPOSED: Final = "Retry-After, X-Request-ID, X-Truncated-Tokens"
 KEPT_S: Final = 600
 
 

@@ -43,7 +43,7 @@ class EventStream(Response):
         *,
         ping_s: float,
     ) -> None:
-        super().__init__(headers={"X-Accel-Buffering": "no"})
+        super().__init__(headers={"X-Accel-Buffering": "no", **job.headers})
         del self.headers["content-length"]
         self._job = job
         self._ping_s = ping_s

@@ -61,7 +61,7 @@ def router(service: Service) -> APIRouter:
             body = await service.in_thread(answer.whole) if asked.logprobs is not None else answer.whole()
         finally:
             job.close()
-        return Response(body, media_type="application/json")
+        return Response(body, media_type="application/json", headers=job.headers)
 
     return routes
 
@@ -118,12 +118,14 @@ class _Answer:
         result: dict[str, Any] = {
             "text": request.text,
             "finish_reason": request.finish_reason,
-            "prompt_tokens": request.prompt_tokens,
+            "prompt_tokens": request.read_prompt_tokens,
             "completion_tokens": len(request.token_ids) - request.prompt_tokens,
             "index": request.prompt,
             "choice": request.choice,
             "seed": request.seed,
         }
+        if self._job.params.overflow != "error":
+            result["truncated_tokens"] = request.truncated_tokens
         if self._logprobs:
             result["logprobs"] = [describe_token(self._tokenizer, entry) for entry in request.logprobs]
         return result

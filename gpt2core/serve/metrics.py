@@ -120,7 +120,7 @@ class Metrics:
 
     def count_text(self, request: Request, route: str) -> None:
         """Count a text that is complete."""
-        self._prompt.inc(request.prompt_tokens)
+        self._prompt.inc(request.read_prompt_tokens)
         later = len(request.token_ids) - request.prompt_tokens - 1
         if later > 0 and request.first_token_s is not None and request.last_token_s is not None:
             self.of_route(route).token_s.observe((request.last_token_s - request.first_token_s) / later)

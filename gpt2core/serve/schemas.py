@@ -36,6 +36,12 @@ MODEL: Any = Field(
 ALLOW_SPECIAL: Any = Field(
     default=False, description="true or false: whether <|endoftext|> in the prompt is that token"
 )
+Overflow = Literal["error", "truncate", "slide"]
+OVERFLOW: Any = Field(
+    default="error",
+    description="where prompt and new tokens exceed the context: error; truncate, which leaves out the "
+    "prompt's first tokens; or slide, which goes on with the newest half of the context",
+)
 USER: Any = Field(default=None, description="a text; is not used")
 LIMITS: dict[str, tuple[str, str]] = {
     "n": ("maximum", "max_n"),
@@ -145,6 +151,7 @@ class GenerateRequest(Options):
         default=None, description="report each token's log probability, and of so many alternatives, from 0"
     )
     echo: bool = Field(default=False, description="true or false: whether the text begins with the prompt")
+    overflow: Overflow = OVERFLOW
     allow_special: bool = ALLOW_SPECIAL
     stream: bool = Field(
         default=False, description="true or false: whether the text comes as server-sent events"
@@ -223,6 +230,7 @@ class OpenAIOptions(Options):
         default=False, description="true or false: whether the text comes as server-sent events"
     )
     stream_options: StreamOptions | None = Field(default=None, description="an object with include_usage")
+    overflow: Overflow | None = OVERFLOW
     return_token_ids: bool | None = Field(
         default=False, description="true or false: whether the answer has the token ids, the prompt's too"
     )
@@ -252,6 +260,7 @@ class OpenAIOptions(Options):
             "ignore_eos": bool(self.ignore_eos),
             "n": self.choices,
             "seed": self.seed,
+            "overflow": self.overflow or "error",
         }
 
 
@@ -393,6 +402,8 @@ class ChatRequest(OpenAIOptions):
             InvalidSamplingError: two of them contradict.
         """
         most = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        if most is None and self.overflow == "slide":
+            most = context
         return SamplingParams(
             **self.sampling(),
             max_new_tokens=most,

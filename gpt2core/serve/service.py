@@ -54,7 +54,9 @@ class Service:
         except BaseException:
             ticket.close()
             raise
-        job = Job(ticket, params, list(map(len, ids)), request)
+        skipped = [params.fit(len(prompt), self.context).skipped for prompt in ids]
+        lengths = [len(prompt) - left_out for prompt, left_out in zip(ids, skipped, strict=True)]
+        job = Job(ticket, params, lengths, sum(skipped), request)
         job.log_fields |= {"prompts": len(prompts), "n": params.n}
         job.log_fields |= {"prompt_tokens": job.prompt_tokens, "stream": stream}
         return job
@@ -70,6 +72,12 @@ class Service:
     def _reserve(self, request: HttpRequest, count: int) -> Ticket:
         state = find_state(request.scope)
         return self.driver.reserve(state.client, count, state.begun_s, request.scope["route"].path)
+
+    @property
+    def context(self) -> int:
+        """The model's, in tokens."""
+        assert self.driver.engine is not None
+        return self.driver.engine.config.n_positions
 
     async def in_thread(self, work: Callable[[], T]) -> T:
         """Run what takes long, and holds no lock, beside the event loop."""
@@ -108,7 +116,8 @@ class Job:
 
     ticket: Ticket
     params: SamplingParams
-    prompt_lengths: list[int]
+    prompt_lengths: list[int]  # of what is read
+    truncated_tokens: int  # of all prompts
     request: HttpRequest
 
     def __post_init__(self) -> None:
@@ -116,8 +125,15 @@ class Job:
         self._watch = asyncio.create_task(watch_client(self.request, self.ticket))
 
     @property
+    def headers(self) -> dict[str, str]:
+        """What every answer says, streamed or not."""
+        if self.params.overflow == "error":
+            return {}
+        return {"X-Truncated-Tokens": str(self.truncated_tokens)}
+
+    @property
     def prompt_tokens(self) -> int:
-        """Of all prompts."""
+        """Of all prompts, as far as they are read."""
         return sum(self.prompt_lengths)
 
     @property
