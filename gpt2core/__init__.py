@@ -11,6 +11,7 @@ Importing the package imports nothing else: each name below is loaded when it is
 TYPE_CHECKING = False  # type checkers take it for true; `typing` itself would cost more than all of the rest
 if TYPE_CHECKING:
     from gpt2core._version import __version__ as __version__
+    from gpt2core.async_model import AsyncGPT2
     from gpt2core.backends.base import (
         Backend,
         BackendFactory,
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
 _MODULE_OF = {
     "GPT2": "model",
     "Alternative": "scoring.score",
+    "AsyncGPT2": "async_model",
     "Backend": "backends.base",
     "BackendError": "errors",
     "BackendFactory": "backends.base",
@@ -104,6 +106,7 @@ _RENAMED = {"Sequence": "Request"}
 __all__ = [
     "GPT2",
     "Alternative",
+    "AsyncGPT2",
     "Backend",
     "BackendError",
     "BackendFactory",

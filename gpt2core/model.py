@@ -3,8 +3,8 @@
 # T tokens, V vocabulary, n positions of one chunk
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Literal, Never, Self, Unpack, overload
 
@@ -16,7 +16,14 @@ from gpt2core.checkpoint.open import Source, save_model
 from gpt2core.engine.engine import CACHE_NBYTES, Engine
 from gpt2core.engine.request import LogitsReader, Piece, Request
 from gpt2core.engine.speculation import SpeculationMode
-from gpt2core.engine.step_loop import StepLoop, all_done, raise_error
+from gpt2core.engine.step_loop import (
+    StepLoop,
+    all_done,
+    has_news,
+    raise_error,
+    run_waiting,
+    take_pieces,
+)
 from gpt2core.errors import RequestError, in_short
 from gpt2core.generation import Generation, Timing, make_generation
 from gpt2core.loading import Loaded, Origin, check_unknown, load_models, load_transformers
@@ -311,13 +318,8 @@ class GPT2(Scorable):
         With one `seed` and several prompts each prompt gets what it would get alone. Without a seed each
         prompt has a fresh one, which its `Generation` names.
         """
-        params = merge_options(params, sampling)
-        prompts, single = self._prompts(prompt, params, allow_special)
-        with self._submitted(prompts, params) as requests:
-            self._run_until(lambda: all_done(requests))
-        raise_error(requests)
-        generations = [make_generation(request) for request in requests]
-        return generations[0] if single and params.n == 1 else generations
+        work = self._generating(prompt, params, allow_special=allow_special, **sampling)
+        return run_waiting(work, self._run_until)
 
     def stream(
         self,
@@ -338,9 +340,7 @@ class GPT2(Scorable):
         the first `next`, which starts the work. Closing the iterator, or leaving the loop, ends the
         generation.
         """
-        params = merge_options(params, sampling)
-        prompts, _ = self._prompts(prompt, params, allow_special)
-        return self._pieces(prompts, params)
+        return self._pieces(self._streaming(prompt, params, allow_special=allow_special, **sampling))
 
     def logits(self, token_ids: TokenIds) -> Float32[np.ndarray, "T V"]:
         """The model's logits at every position of one sequence.
@@ -409,19 +409,32 @@ class GPT2(Scorable):
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _pieces(self, prompts: list[list[int]], params: SamplingParams) -> Iterator[Piece]:
-        with self._submitted(prompts, params, stream=True) as requests:
+    def _generating(
+        self, prompt: Prompts, params: SamplingParams | None, *, allow_special: bool, **sampling: Any
+    ) -> Generator[list[Request], None, Generation | list[Generation]]:
+        """The work of `generate`, which yields what it waits for."""
+        params = merge_options(params, sampling)
+        prompts, single = self._prompts(prompt, params, allow_special)
+        with self._submitted(prompts, params) as requests:
+            yield requests
+        raise_error(requests)
+        generations = [make_generation(request) for request in requests]
+        return generations[0] if single and params.n == 1 else generations
+
+    def _streaming(
+        self, prompt: Prompts, params: SamplingParams | None, *, allow_special: bool, **sampling: Any
+    ) -> AbstractContextManager[list[Request]]:
+        """The requests of `stream`, which are submitted on entering; what is wrong is raised at once."""
+        params = merge_options(params, sampling)
+        prompts, _ = self._prompts(prompt, params, allow_special)
+        return self._submitted(prompts, params, stream=True)
+
+    def _pieces(self, submitted: AbstractContextManager[list[Request]]) -> Iterator[Piece]:
+        with submitted as requests:
             left = list(requests)
             while left:
-                self._run_until(lambda: any(request.pieces or request.finished for request in left))
-                for request in list(left):
-                    finished = request.finished  # before its pieces are taken: no more can follow
-                    assert request.pieces is not None
-                    while request.pieces:
-                        yield request.pieces.popleft()
-                    if finished:
-                        left.remove(request)
-                        raise_error([request])
+                self._run_until(lambda: has_news(left))
+                yield from take_pieces(left)
 
     def _read(self, ids: list[int], logits_from: int, reader: LogitsReader) -> None:
         """Let `reader` see the logits from position `logits_from` on."""

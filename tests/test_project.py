@@ -180,7 +180,7 @@ LAYERS = (
     ("scoring",),
     ("generation", "loading", "scorable"),
     ("model",),
-    ("testing",),
+    ("async_model", "testing"),
     ("verify",),
     ("bench", "codec", "integrations", "serve"),
     ("cli",),

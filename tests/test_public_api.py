@@ -20,6 +20,7 @@ from gpt2core.sampling.draw import SamplingParams
 PUBLIC = [
     "GPT2",
     "Alternative",
+    "AsyncGPT2",
     "Backend",
     "BackendError",
     "BackendFactory",

@@ -107,6 +107,9 @@ class Request:
     on_scores: ScoreReader | None = None  # instead: reads what they say of given tokens
     logits_chunk: int | None = LOGITS_CHUNK  # most positions per step whose logits are read; None: any number
     pieces: deque[Piece] | None = None  # not yet taken by the one who streams; None when nobody does
+    bell: Callable[[], None] | None = (
+        None  # is called, in the step, when it has a piece, and when it has ended
+    )
     truncated_tokens: int = 0  # of the prompt, which are not read
     context: int | None = None  # where the text slides on when it is full; None: it fits
     first: int = 0  # the first of its tokens that the model sees
@@ -233,6 +236,7 @@ class Request:
         """End with an error."""
         self.error = error
         self.finished_s = now_s
+        self._ring()
         return Update(self, None, "", (), None, error)
 
     def _record(
@@ -253,4 +257,10 @@ class Request:
         if reason is not None:
             self.finish_reason = reason
             self.finished_s = now_s  # last: who reads without a lock sees all of the rest then
+        if reason is not None or self.pieces is not None:
+            self._ring()
         return Update(self, token_id, text, logprobs, reason, None)
+
+    def _ring(self) -> None:
+        if self.bell is not None:
+            self.bell()

@@ -1,13 +1,15 @@
 """Threads that wait for an engine take turns in running its steps: none has to run in the background."""
 
 import threading
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Generator, Iterator
+from typing import Final, TypeVar
 
 from gpt2core.engine.engine import Engine
-from gpt2core.engine.request import Request
+from gpt2core.engine.request import Piece, Request
 
 LOOK_AGAIN_S: Final = 1.0
+
+T = TypeVar("T")
 
 
 class StepLoop:
@@ -60,6 +62,42 @@ class StepLoop:
 def all_done(requests: list[Request]) -> bool:
     """Whether there is nothing to wait for: all have ended, or one with an error."""
     return all(request.finished for request in requests) or any(request.error for request in requests)
+
+
+def run_waiting(
+    work: Generator[list[Request], None, T], run_until: Callable[[Callable[[], bool]], None]
+) -> T:
+    """What work returns that yields requests, and goes on when there is nothing more to wait for."""
+    try:
+        while True:
+            requests = next(work)
+            run_until(lambda requests=requests: all_done(requests))  # type: ignore[misc]
+    except StopIteration as end:
+        result: T = end.value
+        return result
+    finally:
+        work.close()  # here, not when a traceback is let go: it cancels what runs
+
+
+def has_news(requests: list[Request]) -> bool:
+    """Whether one of them has a piece, or has ended."""
+    return any(request.pieces or request.finished for request in requests)
+
+
+def take_pieces(left: list[Request]) -> Iterator[Piece]:
+    """The pieces that have come; those that have ended leave the list, which must not be empty.
+
+    Raises:
+        Gpt2CoreError: with which one of them has ended.
+    """
+    for request in list(left):
+        finished = request.finished  # before its pieces are taken: no more can follow
+        assert request.pieces is not None
+        while request.pieces:
+            yield request.pieces.popleft()
+        if finished:
+            left.remove(request)
+            raise_error([request])
 
 
 def raise_error(requests: list[Request]) -> None:

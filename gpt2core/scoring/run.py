@@ -5,7 +5,17 @@
 import itertools
 import math
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import (
+    AsyncIterable,
+    AsyncIterator,
+    Callable,
+    Collection,
+    Generator,
+    Iterable,
+    Iterator,
+    Sequence,
+)
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -88,10 +98,12 @@ class Scorer:
             RequestError: the engine is closed.
         """
         numbered = enumerate(texts)
-        while group := self._read_group(numbered):
-            self._run([job for job in group if isinstance(job, Job)], on_progress)
+        while group := self.read_group(numbered):
+            with closing(self.passes([job for job in group if isinstance(job, Job)], on_progress)) as passes:
+                for now in passes:
+                    self._run_until(lambda now=now: any(request.finished for request in now))  # type: ignore[misc]
             for job in group:
-                yield self._finish(job) if isinstance(job, Job) else job
+                yield self.finish(job) if isinstance(job, Job) else job
 
     def prepare(self, number: int, given: Text) -> Job:
         """One text, checked and turned into tokens.
@@ -121,7 +133,8 @@ class Scorer:
     def _query_top(self) -> int:
         return min(self._options.top, self._engine.config.vocab_size)
 
-    def _read_group(self, numbered: Iterator[tuple[int, Text]]) -> list[Job | RequestError]:
+    def read_group(self, numbered: Iterator[tuple[int, Text]]) -> list[Job | RequestError]:
+        """The next texts, as many as are scored together, prepared; [] at the end."""
         group: list[Job | RequestError] = []
         tokens = 0
         for number, given in itertools.islice(numbered, GROUP_TEXTS):
@@ -142,7 +155,13 @@ class Scorer:
             for window in score_windows(len(job.targets) + 1, self._options.context, self._options.stride):
                 yield job, window
 
-    def _run(self, jobs: list[Job], on_progress: Progress | None) -> None:
+    def passes(
+        self, jobs: list[Job], on_progress: Progress | None = None
+    ) -> Generator[Collection[Request], None, None]:
+        """Score texts; yields requests of which one must have ended before it goes on.
+
+        Closing it cancels what runs.
+        """
         for job in jobs:
             windows = score_windows(len(job.targets) + 1, self._options.context, self._options.stride)
             job.left = sum(1 for _ in windows)
@@ -160,8 +179,7 @@ class Scorer:
                     running[self._submit(job, window)] = after
                     tokens += size
                     after = next(waiting, None)
-                now = running
-                self._run_until(lambda now=now: any(request.finished for request in now))  # type: ignore[misc]
+                yield running
                 for request in [request for request in running if request.finished]:
                     job, window = running.pop(request)
                     tokens -= window.end - window.start
@@ -204,7 +222,7 @@ class Scorer:
             job.done.remove(end)
             on_progress(job.number, min(end + 1, len(job.sequence)), len(job.sequence))
 
-    def _finish(self, job: Job) -> Score:
+    def finish(self, job: Job) -> Score:
         """The score of a text whose windows are all done."""
         assert job.left == 0
         options, scores = self._options, job.scores
