@@ -20,7 +20,8 @@ FLAGS = ("-std=gnu11", "-fno-math-errno", "-ffp-contract=off", "-pthread", "-w")
 X86 = {
     "AVX-512 VNNI": "-O3 -march=native",
     "AVX-512": "-O2 -march=skylake-avx512",
-    "AVX2": "-O3 -march=native -mno-avx512f",
+    "AVX-VNNI": "-O3 -march=alderlake",
+    "AVX2": "-O3 -march=haswell",
     "AVX2, FMA": "-O2 -march=haswell -mtune=znver3",  # AMD's tuning, by which gcc folds loads into FMAs
     "AVX without FMA": "-O1 -march=sandybridge",
     "SSE4": "-O1 -march=nehalem",
@@ -29,10 +30,17 @@ X86 = {
     "scalar, FMA": "-O2 -march=haswell -DGPT2CORE_SCALAR",
     "not optimized": "-O0 -march=native",
 }
-_NEEDS = {"skylake-avx512": "avx512bw", "haswell": "avx2", "sandybridge": "avx", "nehalem": "sse4_2"}
+_NEEDS = {
+    "skylake-avx512": "avx512bw",
+    "alderlake": "avx_vnni",
+    "haswell": "avx2",
+    "sandybridge": "avx",
+    "nehalem": "sse4_2",
+}
 AARCH64 = {
     "aarch64, NEON": ("aarch64-linux-gnu-gcc", "-O3"),
     "aarch64, dot products": ("aarch64-linux-gnu-gcc", "-O2 -march=armv8.2-a+dotprod"),
+    "aarch64, matrix products": ("aarch64-linux-gnu-gcc", "-O2 -march=armv8.2-a+dotprod+i8mm"),
     "aarch64, scalar": ("aarch64-linux-gnu-gcc", "-O1 -DGPT2CORE_SCALAR"),
 }
 

@@ -56,12 +56,21 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--milliseconds", type=float, default=20, help="of each kernel in each round")
     parser.add_argument("--flags", default="", help="further flags for the compilers")
+    parser.add_argument(
+        "--stages", action="store_true", help="instead: what threads pay for meeting after a stage"
+    )
     args = parser.parse_args()
     wanted = args.sets.split(";")
     for name in wanted:
         if name not in sets:
             parser.error(f"there is no set {name!r}; use {'; '.join(sets)}")
     with tempfile.TemporaryDirectory() as scratch:
+        if args.stages:  # the same with every instruction set
+            compiler, (flags, _) = args.compilers.partition(",")[0], next(iter(sets.values()))
+            program = pathlib.Path(scratch) / "stages"
+            bits.compile_driver(compiler, f"{OPTIMIZED} {flags} {args.flags}", program, "kernel_speed.c")
+            show_stages(program, args.rounds, args.milliseconds)
+            return 0
         programs = {}
         for name in wanted:
             flags, feature = sets[name]
@@ -88,6 +97,23 @@ def run(program: pathlib.Path, milliseconds: float) -> list[tuple[str, str, floa
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     words = [line.split() for line in done.stdout.splitlines()]
     return [(f"{what} {precision}", rows, float(speed)) for what, precision, rows, speed in words]
+
+
+def show_stages(program: pathlib.Path, rounds: int, milliseconds: float) -> None:
+    """What a stage takes, and how much of that it would not take one thread: the least of the rounds."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    counts = [1 << power for power in range(cores.bit_length())]
+    best: dict[tuple[int, int], int] = {}
+    for _ in range(rounds):
+        for threads in counts:
+            command = [str(program), str(milliseconds), "stages", str(threads)]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            for line in done.stdout.splitlines():
+                count, items, took_ns = map(int, line.split())
+                best[count, items] = min(took_ns, best.get((count, items), took_ns))
+    print("| threads | items of each | stage, us | meeting, us |\n|---:|---:|---:|---:|")
+    for (threads, items), took_ns in sorted(best.items()):
+        print(f"| {threads} | {items} | {took_ns / 1000:.2f} | {(took_ns - best[1, items]) / 1000:.2f} |")
 
 
 def show(best: dict[str, dict[tuple[str, str], float]]) -> None:

@@ -121,7 +121,8 @@ PROCESSORS = {
     "a virtual machine that hides FMA": ("x86_64", f"{SANDY_BRIDGE} avx2", "sse2"),
     "Cortex-A72": ("aarch64", "fp asimd evtstrm aes crc32", "neon"),
     "Graviton 2": ("aarch64", "fp asimd aes atomics fphp asimdhp asimddp", "dotprod"),
-    "Apple M2": ("aarch64", "fp asimd asimddp i8mm", "dotprod"),
+    "Apple M1": ("aarch64", "fp asimd asimddp", "dotprod"),
+    "Graviton 3, Apple M2": ("aarch64", "fp asimd asimddp i8mm bf16", "i8mm"),
 }
 
 

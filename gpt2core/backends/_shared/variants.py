@@ -63,6 +63,7 @@ VARIANTS: Final[Mapping[str, tuple[Variant, ...]]] = {
         _x86("sse2"),
     ),
     "aarch64": (
+        Variant("i8mm", ("asimddp", "i8mm"), ("-mcpu=generic+dotprod+i8mm",)),
         Variant("dotprod", ("asimddp",), ("-mcpu=generic+dotprod",)),
         Variant("neon", (), ("-mcpu=generic",)),
     ),

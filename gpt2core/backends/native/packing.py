@@ -277,7 +277,7 @@ def _layout(matrix: Matrix) -> tuple[int, int, int]:
         case Int4():
             return _INT4, 2 * matrix.packed.shape[1], 4
         case Int8():
-            return _INT8, _whole(inputs, 4), 8
+            return _INT8, _whole(inputs, 8), 8
         case BFloat16():
             return _BFLOAT16, inputs, 16
     return _FLOAT32, inputs, 32

@@ -87,6 +87,27 @@ INLINE i32v dot_int4(i32v sum, u8v weights, int32_t four) { return dot_signed(su
 INLINE i32v dot_int8(i32v sum, const Int8Weights *w, int32_t four) { return dot_signed(sum, w->signs, four); }
 INLINE Int8Weights int8_weights(u8v raw) { return (Int8Weights){raw, raw}; }
 
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+#define SQUARES /* SMMLA: two rows times two outputs, eight inputs of each */
+INLINE i32v multiply_square(i32v sums, u8v rows, u8v outputs) {
+  return (i32v)vmmlaq_s32((int32x4_t)sums, (int8x16_t)rows, (int8x16_t)outputs);
+}
+/* Eight inputs of one row, then those of another. */
+INLINE u8v two_rows(const int8_t *first, const int8_t *second) {
+  return (u8v)vcombine_s8(vld1_s8(first), vld1_s8(second));
+}
+/* All eight inputs' weights of a vector's first two outputs, or of its last two. */
+INLINE u8v two_outputs(const int last, u8v four, u8v next_four) {
+  const uint32x4_t x = (uint32x4_t)four, y = (uint32x4_t)next_four;
+  return (u8v)(last ? vzip2q_u32(x, y) : vzip1q_u32(x, y));
+}
+/* One row's sums of a vector's four outputs. */
+INLINE i32v row_of_squares(const int second, i32v first_outputs, i32v last_outputs) {
+  const int64x2_t x = (int64x2_t)first_outputs, y = (int64x2_t)last_outputs;
+  return (i32v)(second ? vtrn2q_s64(x, y) : vtrn1q_s64(x, y));
+}
+#endif
+
 #elif LANES == 4 && defined(__x86_64__) /* bytes 0 and 2 of a lane as two 16-bit numbers, then bytes 1 and 3 */
 #define INT8_OFFSET 128
 INLINE i32v dot_int4(i32v sum, u8v weights, int32_t four) {

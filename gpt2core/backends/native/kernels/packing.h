@@ -21,7 +21,7 @@ EXPORT int64_t gpt2core_strip_width(void) { return WIDE; }
 PACK(gpt2core_pack_float32, float)
 PACK(gpt2core_pack_bfloat16, uint16_t)
 
-/* `padded` inputs, a multiple of 4; the weights become unsigned by adding 128 where dot_int8 wants them so. */
+/* `padded` inputs, a multiple of 8; the weights become unsigned by adding 128 where dot_int8 wants them so. */
 EXPORT void gpt2core_pack_int8(const int8_t *from, int64_t input_stride, int64_t output_stride, int64_t inputs,
                                int64_t padded, int64_t outputs, uint8_t *to) {
   for (int64_t first = 0; first < outputs; first += WIDE, to += padded * WIDE)

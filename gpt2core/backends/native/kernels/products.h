@@ -19,7 +19,7 @@ enum { FLOAT32, BFLOAT16, INT8, INT4 };
 typedef struct {
   int kind;
   int group;      /* inputs that share a scale; int8: all */
-  int64_t inputs; /* rounded up to whole groups for int8 and int4 */
+  int64_t inputs; /* for int8 rounded up to a multiple of 8, for int4 to whole groups */
   int64_t outputs;
   const void *values; /* strips */
   const float *scale; /* int8 (strips, WIDE), int4 (strips, groups, WIDE) */
@@ -44,6 +44,11 @@ typedef struct {
   Activation *activation;
 } Result;
 
+/* int4's weights of eight inputs: those of the first four, or of the last. */
+INLINE u8v int4_weights(const int last, const uint8_t *p) {
+  const u8v both = *(const u8u *)p;
+  return (last ? (u8v)(*(const u16w *)p >> 4) : both) & 15;
+}
 INLINE int32_t load_four(const int8_t *p) {
   int32_t four;
   memcpy(&four, p, 4);
@@ -135,45 +140,49 @@ INLINE void prefetch_next(Prefetch *ahead) {
 ACCUMULATE(accumulate_float32, float, load)
 ACCUMULATE(accumulate_bfloat16, uint16_t, load_bfloat16)
 
-INLINE void accumulate_int8(const int rows, const Matrix *m, const Rows *in, int64_t row, int64_t strip,
-                            Prefetch ahead, Tile sums) {
-  const uint8_t *w = (const uint8_t *)m->values + strip * m->inputs * WIDE;
-  const int8_t *x = in->rounded + row * m->inputs;
-  i32v accumulators[MAX_ROWS][STRIP];
+typedef i32v Sums[MAX_ROWS][STRIP]; /* of products of whole numbers */
+
+INLINE void clear(const int rows, Sums sums) {
   EACH(r, rows)
-    EACH(p, STRIP) accumulators[r][p] = (i32v){0};
-  for (int64_t k = 0; k < m->inputs; k += 4) {
+    EACH(p, STRIP) sums[r][p] = (i32v){0};
+}
+
+/* A strip's products in int8: w (inputs / 4, WIDE, 4), x (rows, inputs). */
+INLINE void sum_int8(const int rows, const uint8_t *w, const int8_t *x, int64_t inputs, Prefetch ahead, Sums sums) {
+  clear(rows, sums);
+  for (int64_t k = 0; k < inputs; k += 4) {
     prefetch(ahead, k / 4);
     const int8_t *from = x + k;
 #if MAX_SUMS < 24 && INT8_OFFSET == 0
     EACH(p, STRIP) { /* 16 registers do not hold the weights of all panels, with and without their signs */
       const Int8Weights weights = int8_weights(*(const u8u *)(w + k * WIDE + 4 * LANES * p));
       LOAD_AGAIN(from);
-      EACH(r, rows) accumulators[r][p] = dot_int8(accumulators[r][p], &weights, load_four(from + r * m->inputs));
+      EACH(r, rows) sums[r][p] = dot_int8(sums[r][p], &weights, load_four(from + r * inputs));
     }
 #else
     Int8Weights weights[STRIP];
     EACH(p, STRIP) weights[p] = int8_weights(*(const u8u *)(w + k * WIDE + 4 * LANES * p));
     EACH(r, rows) {
-      const int32_t four = load_four(from + r * m->inputs);
-      EACH(p, STRIP) accumulators[r][p] = dot_int8(accumulators[r][p], &weights[p], four);
-      EACH(p, STRIP) ROW_DONE(from, accumulators[r][p]);
+      const int32_t four = load_four(from + r * inputs);
+      EACH(p, STRIP) sums[r][p] = dot_int8(sums[r][p], &weights[p], four);
+      EACH(p, STRIP) ROW_DONE(from, sums[r][p]);
     }
 #endif
   }
-  EACH(r, rows) {
-    const int32_t offset = INT8_OFFSET * (int32_t)in->sum[row + r];
-    EACH(p, STRIP)
-      sums[r][p] = __builtin_convertvector(accumulators[r][p] - offset, f32v) *
-                   (load(m->scale + strip * WIDE + LANES * p) * in->scale[row + r]);
-  }
 }
 
-/* The products of one group of inputs in a strip: accumulators[row][panel]. */
-INLINE void accumulate_int4_group(const int rows, const uint8_t *w, const int8_t *x, int64_t stride, int64_t group,
-                                  Prefetch *ahead, i32v accumulators[MAX_ROWS][STRIP]) {
-  EACH(r, rows)
-    EACH(p, STRIP) accumulators[r][p] = (i32v){0};
+/* clang would keep the weights of all panels beside twelve sums, an input and the mask, for which 16 registers are too
+   few; so it gets the panels one after the other. */
+#if LANES == 8 && defined(__clang__)
+#define PANELS_IN_TURN(rows) ((rows) * STRIP == MAX_SUMS)
+#else
+#define PANELS_IN_TURN(rows) 0
+#endif
+
+/* One group of inputs of a strip in int4: w (group / 8, WIDE, 4), of x (rows, stride) the first `group`. */
+INLINE void sum_int4(const int rows, const uint8_t *w, const int8_t *x, int64_t stride, int64_t group, Prefetch *ahead,
+                     Sums sums) {
+  clear(rows, sums);
 #ifdef PAIRS_INT4
   for (int64_t first = 0; first < group; first += 8 * PAIRS_STEPS) {
     Pairs pairs[MAX_ROWS][STRIP];
@@ -183,39 +192,132 @@ INLINE void accumulate_int4_group(const int rows, const uint8_t *w, const int8_t
     for (int64_t k = first; k < first + 8 * PAIRS_STEPS; k += 8, w += 4 * WIDE) {
       prefetch_next(ahead);
       u8v weights[STRIP];
-      EACH(p, STRIP) weights[p] = *(const u8u *)(w + 4 * LANES * p) & 15;
+      EACH(p, STRIP) weights[p] = int4_weights(0, w + 4 * LANES * p);
       EACH(r, rows)
         EACH(p, STRIP) pairs[r][p] += PAIRS_INT4(weights[p], load_four(x + r * stride + k));
       EACH(r, rows)
         EACH(p, STRIP) IN_ORDER(pairs[r][p]);
       LOAD_AGAIN(w);
-      EACH(p, STRIP) weights[p] = (u8v)(*(const u16w *)(w + 4 * LANES * p) >> 4) & 15;
+      EACH(p, STRIP) weights[p] = int4_weights(1, w + 4 * LANES * p);
       EACH(r, rows)
         EACH(p, STRIP) pairs[r][p] += PAIRS_INT4(weights[p], load_four(x + r * stride + k + 4));
     }
     EACH(r, rows)
-      EACH(p, STRIP) accumulators[r][p] += ADD_PAIRS(pairs[r][p]);
+      EACH(p, STRIP) sums[r][p] += ADD_PAIRS(pairs[r][p]);
   }
 #else
   for (int64_t k = 0; k < group; k += 8, w += 4 * WIDE) {
     const int8_t *from = x + k;
-    u8v weights[STRIP];
     prefetch_next(ahead);
-    EACH(p, STRIP) weights[p] = *(const u8u *)(w + 4 * LANES * p) & 15;
+    if (PANELS_IN_TURN(rows)) {
+      EACH(last, 2)
+        EACH(p, STRIP) {
+          const u8v weights = int4_weights(last, w + 4 * LANES * p);
+          LOAD_AGAIN(from);
+          EACH(r, rows) sums[r][p] = dot_int4(sums[r][p], weights, load_four(from + r * stride + 4 * last));
+        }
+      continue;
+    }
+    u8v weights[STRIP];
+    EACH(p, STRIP) weights[p] = int4_weights(0, w + 4 * LANES * p);
     EACH(r, rows) {
       const int32_t four = load_four(from + r * stride);
-      EACH(p, STRIP) accumulators[r][p] = dot_int4(accumulators[r][p], weights[p], four);
-      EACH(p, STRIP) ROW_DONE(from, accumulators[r][p]);
+      EACH(p, STRIP) sums[r][p] = dot_int4(sums[r][p], weights[p], four);
+      EACH(p, STRIP) ROW_DONE(from, sums[r][p]);
     }
     LOAD_AGAIN(w);
-    EACH(p, STRIP) weights[p] = (u8v)(*(const u16w *)(w + 4 * LANES * p) >> 4) & 15;
+    EACH(p, STRIP) weights[p] = int4_weights(1, w + 4 * LANES * p);
     EACH(r, rows) {
       const int32_t four = load_four(from + r * stride + 4);
-      EACH(p, STRIP) accumulators[r][p] = dot_int4(accumulators[r][p], weights[p], four);
-      EACH(p, STRIP) ROW_DONE(from, accumulators[r][p]);
+      EACH(p, STRIP) sums[r][p] = dot_int4(sums[r][p], weights[p], four);
+      EACH(p, STRIP) ROW_DONE(from, sums[r][p]);
     }
   }
 #endif
+}
+
+#ifdef SQUARES /* the same with two rows and two outputs at a time */
+typedef i32v Squares[MAX_ROWS / 2][STRIP][2]; /* of two rows; with two of a panel's outputs each: (2, 2) */
+#define ROW_PAIRS(rows) (((rows) + 1) / 2)    /* a last row without another is multiplied twice */
+
+INLINE void clear_squares(const int rows, Squares squares) {
+  EACH(i, ROW_PAIRS(rows))
+    EACH(p, STRIP) squares[i][p][0] = squares[i][p][1] = (i32v){0};
+}
+
+INLINE void load_row_pairs(const int rows, const int8_t *x, int64_t stride, u8v inputs[MAX_ROWS / 2]) {
+  EACH(i, ROW_PAIRS(rows)) inputs[i] = two_rows(x + 2 * i * stride, x + (2 * i + (2 * i + 1 < rows)) * stride);
+}
+
+INLINE void add_squares(const int rows, const int panel, u8v four, u8v next_four, const u8v inputs[MAX_ROWS / 2],
+                        Squares squares) {
+  EACH(last, 2) {
+    const u8v outputs = two_outputs(last, four, next_four);
+    EACH(i, ROW_PAIRS(rows)) squares[i][panel][last] = multiply_square(squares[i][panel][last], inputs[i], outputs);
+  }
+}
+
+INLINE void rows_of_squares(const int rows, Squares squares, Sums sums) {
+  EACH(r, rows)
+    EACH(p, STRIP) sums[r][p] = row_of_squares(r % 2, squares[r / 2][p][0], squares[r / 2][p][1]);
+}
+
+INLINE void sum_int8_squares(const int rows, const uint8_t *w, const int8_t *x, int64_t inputs, Prefetch ahead,
+                             Sums sums) {
+  Squares squares;
+  clear_squares(rows, squares);
+  for (int64_t k = 0; k < inputs; k += 8) {
+    u8v pairs[MAX_ROWS / 2];
+    EACH(half, 2) prefetch(ahead, k / 4 + half);
+    load_row_pairs(rows, x + k, inputs, pairs);
+    const uint8_t *from = w + k * WIDE;
+    EACH(p, STRIP) {
+      const u8u *four = (const u8u *)(from + 4 * LANES * p), *next_four = four + STRIP;
+      add_squares(rows, p, *four, *next_four, pairs, squares);
+      ROW_DONE(from, squares[0][p][0]);
+    }
+  }
+  rows_of_squares(rows, squares, sums);
+}
+
+INLINE void sum_int4_squares(const int rows, const uint8_t *w, const int8_t *x, int64_t stride, int64_t group,
+                             Prefetch *ahead, Sums sums) {
+  Squares squares;
+  clear_squares(rows, squares);
+  for (int64_t k = 0; k < group; k += 8, w += 4 * WIDE) {
+    u8v pairs[MAX_ROWS / 2];
+    prefetch_next(ahead);
+    load_row_pairs(rows, x + k, stride, pairs);
+    EACH(p, STRIP) {
+      const u8v eight = *(const u8u *)(w + 4 * LANES * p);
+      add_squares(rows, p, eight & 15, eight >> 4, pairs, squares);
+      ROW_DONE(w, squares[0][p][0]);
+    }
+  }
+  rows_of_squares(rows, squares, sums);
+}
+#define FOR_SQUARES(rows) ((rows) > 1)
+#else
+#define FOR_SQUARES(rows) 0
+#define sum_int8_squares sum_int8
+#define sum_int4_squares sum_int4
+#endif
+
+INLINE void accumulate_int8(const int rows, const Matrix *m, const Rows *in, int64_t row, int64_t strip,
+                            Prefetch ahead, Tile sums) {
+  const uint8_t *w = (const uint8_t *)m->values + strip * m->inputs * WIDE;
+  const int8_t *x = in->rounded + row * m->inputs;
+  Sums whole;
+  if (FOR_SQUARES(rows))
+    sum_int8_squares(rows, w, x, m->inputs, ahead, whole);
+  else
+    sum_int8(rows, w, x, m->inputs, ahead, whole);
+  EACH(r, rows) {
+    const int32_t offset = INT8_OFFSET * (int32_t)in->sum[row + r];
+    EACH(p, STRIP)
+      sums[r][p] = __builtin_convertvector(whole[r][p] - offset, f32v) *
+                   (load(m->scale + strip * WIDE + LANES * p) * in->scale[row + r]);
+  }
 }
 
 INLINE void accumulate_int4(const int rows, const Matrix *m, const Rows *in, int64_t row, int64_t strip,
@@ -225,16 +327,19 @@ INLINE void accumulate_int4(const int rows, const Matrix *m, const Rows *in, int
   EACH(r, rows)
     EACH(p, STRIP) sums[r][p] = splat(0);
   for (int64_t g = 0; g < groups; g++, w += m->group / 2 * WIDE) {
-    i32v accumulators[MAX_ROWS][STRIP];
-    accumulate_int4_group(rows, w, in->rounded + row * m->inputs + g * m->group, m->inputs, m->group, &ahead,
-                          accumulators);
+    const int8_t *x = in->rounded + row * m->inputs + g * m->group;
+    Sums whole;
+    if (FOR_SQUARES(rows))
+      sum_int4_squares(rows, w, x, m->inputs, m->group, &ahead, whole);
+    else
+      sum_int4(rows, w, x, m->inputs, m->group, &ahead, whole);
     EACH(p, STRIP) {
       const int64_t at = (strip * groups + g) * WIDE + LANES * p;
       const f32v scale = load(m->scale + at), zero = load(m->zero + at);
       EACH(r, rows) {
         const float x_scale = in->scale[(row + r) * groups + g], x_sum = in->sum[(row + r) * groups + g];
-        const f32v whole = __builtin_convertvector(accumulators[r][p], f32v);
-        sums[r][p] = multiply_add(multiply_add(-zero, splat(x_sum), whole), scale * x_scale, sums[r][p]);
+        const f32v products = __builtin_convertvector(whole[r][p], f32v);
+        sums[r][p] = multiply_add(multiply_add(-zero, splat(x_sum), products), scale * x_scale, sums[r][p]);
       }
     }
   }

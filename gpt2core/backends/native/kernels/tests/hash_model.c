@@ -144,7 +144,7 @@ static const float *in_strips(const float *x, int64_t count) {
 static Matrix pack(const PlainMatrix *m) {
   const int64_t strips = (m->outputs + wide - 1) / wide;
   Matrix packed = {m->kind, (int)m->group, m->inputs, m->outputs, NULL, NULL, NULL};
-  if (m->kind == INT8) packed.inputs = round_up(m->inputs, 4), packed.group = (int)packed.inputs;
+  if (m->kind == INT8) packed.inputs = round_up(m->inputs, 8), packed.group = (int)packed.inputs;
   if (m->kind == INT4) packed.inputs = round_up(m->inputs, m->group);
   void *to = allocate(strips * wide * packed.inputs * 4);
   packed.values = to;

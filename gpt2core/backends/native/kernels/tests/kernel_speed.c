@@ -1,5 +1,6 @@
 /* The kernels' speed on this processor, in one thread, with all they read in the cache:
-   `kernel_speed [MILLISECONDS [NAME]]`, NAME being a part of the kernels' names.
+   `kernel_speed [MILLISECONDS [NAME]]`, NAME being a part of the kernels' names; or how long stages of a pass take:
+   `kernel_speed MILLISECONDS stages THREADS`.
 
    `scripts/kernel-speed` builds this for each instruction set and compares. Prints lines of a kernel's name, a number
    of rows, and 10**9 operations a second (a product and its addition are two), the most in MILLISECONDS of each. First
@@ -76,6 +77,22 @@ static void peak_float(const void *of, int64_t times) {
   EACH(i, CHAINS) sink = sums[i][0];
 }
 
+#ifdef SQUARES
+#define PRODUCTS 8 /* of one vector of sums */
+static void peak_int8(const void *of, int64_t times) {
+  i32v sums[CHAINS];
+  u8v weights = *(const u8u *)of;
+  EACH(i, CHAINS) sums[i] = (i32v){0} + i;
+  for (int64_t n = 0; n < times; n++)
+    EACH(i, CHAINS) {
+      OPAQUE(weights);
+      sums[i] = multiply_square(sums[i], weights, weights);
+    }
+  EACH(i, CHAINS) sink = (float)sums[i][0];
+}
+#define peak_int4 peak_int8
+#else
+#define PRODUCTS 4
 static void peak_int8(const void *of, int64_t times) {
   i32v sums[CHAINS];
   u8v raw = *(const u8u *)of;
@@ -109,6 +126,7 @@ static void peak_int4(const void *of, int64_t times) {
     }
   EACH(i, CHAINS) sink = (float)sums[i][0];
 }
+#endif
 
 /* ----------------------------------------------------------------------------------------------------------- products */
 
@@ -147,6 +165,44 @@ static void run_attention(const void *of, int64_t times) {
     }
 }
 
+/* ------------------------------------------------------------------------------------------------------------- stages */
+
+#define STAGES 200      /* of a pass; a model of 12 layers has 110 */
+#define ITEM_STEPS 1000 /* of an item, one after the other: about a microsecond, in which the others come too */
+
+static void run_stages(void *per_thread, Member *me) {
+  const int fineness = *(const int *)per_thread;
+  for (int n = 0; n < STAGES; n++)
+    STAGE(me, fineness * me->team->threads, fineness, item) {
+      f32v x = splat(1), factor = splat((float)item.last);
+      for (int step = 0; step < ITEM_STEPS; step++) {
+        OPAQUE(factor);
+        x = multiply_add(x, factor, factor);
+      }
+      sink = x[0];
+    }
+}
+
+/* Print how long a stage takes `threads` threads: nanoseconds, with one item for each, and with four. What it takes
+   more than in one thread is the cost of meeting. */
+static int show_stages(int threads) {
+  Team *team = gpt2core_team_new(threads);
+  if (!team || team->threads != threads) return 1;
+  for (int fineness = 1; fineness <= 4; fineness += 3) {
+    double best = INFINITY;
+    const double until = now_s() + 1e-3 * milliseconds;
+    for (int runs = 0; runs < 3 || now_s() < until; runs++) {
+      const double began = now_s();
+      team_run(team, run_stages, &fineness);
+      const double took = now_s() - began;
+      if (took < best) best = took;
+    }
+    printf("%d %d %.0f\n", threads, fineness, 1e9 * best / STAGES);
+  }
+  gpt2core_team_free(team);
+  return 0;
+}
+
 static float *random_floats(Random *random, int64_t count) {
   float *x = aligned_alloc(64, (4 * count + 63) / 64 * 64);
   if (!x) exit(1);
@@ -158,6 +214,7 @@ int main(int argc, char **argv) {
   static const char *const PRECISIONS[] = {"float32", "bfloat16", "int8", "int4"};
   static const int ROWS[] = {1, 8, 32, MAX_PROMPT};
   if (argc > 1) milliseconds = atof(argv[1]);
+  if (argc > 3 && !strcmp(argv[2], "stages")) return show_stages(atoi(argv[3]));
   if (argc > 2) wanted = argv[2];
   Random random = {1};
   float *x = random_floats(&random, MAX_PROMPT * INPUTS), *y = random_floats(&random, MAX_PROMPT * OUTPUTS);
@@ -165,8 +222,8 @@ int main(int argc, char **argv) {
   const float factor = 0.5f;
   static uint8_t bytes[4 * LANES] = {1, 2, 3, 4};
   show_speed("peak", "float", 0, peak_float, &factor, 2 * CHAINS * LANES);
-  show_speed("peak", "int8", 0, peak_int8, bytes, 8 * CHAINS * LANES);
-  show_speed("peak", "int4", 0, peak_int4, bytes, 8 * CHAINS * LANES);
+  show_speed("peak", "int8", 0, peak_int8, bytes, 2 * PRODUCTS * CHAINS * LANES);
+  show_speed("peak", "int4", 0, peak_int4, bytes, 2 * PRODUCTS * CHAINS * LANES);
   for (int kind = FLOAT32; kind <= INT4; kind++) {
     float *scale = random_floats(&random, INPUTS / 8 * OUTPUTS);
     uint8_t *values = aligned_alloc(64, INPUTS * OUTPUTS * 4);
