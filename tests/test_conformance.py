@@ -23,6 +23,10 @@ from gpt2core.testing import (
 
 LACKS = {
     ("jax", "every_precision_computes_what_its_weights_say"): "the factory has no RunsPrecisions",
+    **{
+        (backend, "moved_positions_go_on_as_computed_ones"): "the backend has no MovesCache"
+        for backend in ("torch", "jax", "onnx")
+    },
 }
 BACKENDS = ("numpy", "native", "torch", "jax", "onnx")
 
@@ -187,6 +191,26 @@ class PricesEndlessly(Broken):
         return float("inf") if rows > 8 else tokens
 
 
+class CopiesWholeBlocks(Broken):
+    def copy_cache(self, cache, source, target, start, end):
+        self.inner.copy_cache(cache, source, target, start // 8 * 8, end)
+
+
+class CopiesTooFew(Broken):
+    def copy_cache(self, cache, source, target, start, end):
+        self.inner.copy_cache(cache, source, target, start, end)
+        cache.kv[:, :, target, :, end - 1] = 0
+
+
+class MovesToTheWrongSlot(Broken):
+    def read_cache(self, cache, slot, tokens):
+        return self.inner.read_cache(cache, slot, tokens)
+
+    def write_cache(self, cache, slot, positions):
+        self.inner.write_cache(cache, slot, positions)
+        self.inner.write_cache(cache, (slot + 1) % cache.slots, positions)
+
+
 class SharesScratch(Broken):
     """Two passes at once leave their results in one place."""
 
@@ -240,6 +264,9 @@ class TakesAnySize(Broken):
         (PricesNothing, "a_price_of_tokens_is_finite_and_grows"),
         (PricesAlike, "a_price_of_tokens_is_finite_and_grows"),
         (PricesEndlessly, "a_price_of_tokens_is_finite_and_grows"),
+        (CopiesWholeBlocks, "copied_positions_go_on_as_computed_ones"),
+        (CopiesTooFew, "copied_positions_go_on_as_computed_ones"),
+        (MovesToTheWrongSlot, "moved_positions_go_on_as_computed_ones"),
         (SharesScratch, "two_callers_at_once_get_their_own_answers"),
         (TakesAnyCache, "a_cache_of_another_model_is_refused"),
         (TakesAnySize, "a_cache_beyond_the_context_is_refused"),
@@ -287,6 +314,8 @@ def test_what_a_backend_lacks_is_said_and_not_passed_over():
         "a_trace_shows_the_references_numbers": "not applicable: the backend has no Traces",
         "every_precision_computes_what_its_weights_say": "not applicable: the factory has no RunsPrecisions",
         "a_price_of_tokens_is_finite_and_grows": "not applicable: the backend has no EstimatesCost",
+        "copied_positions_go_on_as_computed_ones": "not applicable: the backend has no CopiesCache",
+        "moved_positions_go_on_as_computed_ones": "not applicable: the backend has no MovesCache",
     }
 
 

@@ -139,6 +139,47 @@ class ScoresTokens(Protocol):
 
 
 @runtime_checkable
+class CopiesCache(Protocol):
+    """A capability: copy what a cache holds, so that texts that begin alike are read once."""
+
+    def copy_cache(self, cache: Cache, source: int, target: int, start: int, end: int) -> None:
+        """Let slot `target` hold at the positions `start` to `end` - 1 what slot `source` holds there.
+
+        `source` holds at least `end` positions and `target` at least `start`, of a text that begins with the
+        same tokens. No other position and no other slot changes, but for what `target` held from `end` on,
+        which is lost. Like `forward` it must not run while another call uses the cache.
+
+        Raises:
+            RequestError: no such slot, `source` is `target`, or not 0 <= `start` < `end` <= the capacity.
+            BackendError: the engine failed; `target` holds nothing from `start` on.
+        """
+        ...
+
+
+@runtime_checkable
+class MovesCache(Protocol):
+    """A capability: hand out what a cache holds, and take it back, also in another process."""
+
+    def read_cache(self, cache: Cache, slot: int, tokens: int) -> np.ndarray:
+        """What a slot holds of its first `tokens` positions, T: a copy.
+
+        Shapes: (L, 2, H, T, K), keys and values of each layer and head, float32, or uint16 for bfloat16.
+
+        Raises:
+            RequestError: no such slot, or `tokens` is not from 1 to the capacity.
+        """
+        ...
+
+    def write_cache(self, cache: Cache, slot: int, positions: np.ndarray) -> None:
+        """Let a slot hold what `read_cache` has returned, and nothing after it.
+
+        Raises:
+            RequestError: no such slot, or the array is not of this model's shape and type.
+        """
+        ...
+
+
+@runtime_checkable
 class RunsPrecisions(Protocol):
     """A factory's capability: it also takes quantized weights, of the precisions that it names."""
 

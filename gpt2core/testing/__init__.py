@@ -11,9 +11,10 @@ def test_conformance(test):
 test()
 """
 
-from gpt2core.testing.conformance import CONFORMANCE_CHECKS, NotApplicable, check_backend, conformance_tests
+from gpt2core.testing.conformance import CONFORMANCE_CHECKS, check_backend, conformance_tests
 from gpt2core.testing.fake import FakeBackend, FakeCache, hashed, scripted
 from gpt2core.testing.random_model import SIZES, VARIANTS, random_checkpoint, random_config, random_weights
+from gpt2core.testing.subject import NotApplicable
 
 __all__ = [
     "CONFORMANCE_CHECKS",

@@ -12,7 +12,6 @@ two shapes: 4 slots of the full context, and `SMALL`, where another shape is the
 import functools
 import math
 import threading
-import unittest
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -23,17 +22,17 @@ from gpt2core.batch import Batch
 from gpt2core.errors import BackendError, RequestError
 from gpt2core.quantization.rounding import dequantize, quantize
 from gpt2core.reference import reference_logits, reference_trace
+from gpt2core.testing.moving import (
+    copied_positions_go_on_as_computed_ones,
+    moved_positions_go_on_as_computed_ones,
+)
 from gpt2core.testing.random_model import random_config, random_weights
-from gpt2core.testing.subject import TOLERANCE, Row, Subject
+from gpt2core.testing.subject import TOLERANCE, NotApplicable, Row, Subject
 from gpt2core.weights import Weights
 
 SMALL = (1, 4)  # slots, capacity
 ROUNDED_TOLERANCE = 0.1
 """Largest root mean square difference of logits, in their spread, where kernels may round their inputs."""
-
-
-class NotApplicable(unittest.SkipTest):
-    """A check is of a capability that the backend does not have; test runners show it as skipped."""
 
 
 def agrees_with_the_reference_at_every_position(subject: Subject) -> None:
@@ -384,6 +383,8 @@ CONFORMANCE_CHECKS: tuple[Callable[[Subject], None], ...] = (
     a_trace_shows_the_references_numbers,
     every_precision_computes_what_its_weights_say,
     a_price_of_tokens_is_finite_and_grows,
+    copied_positions_go_on_as_computed_ones,
+    moved_positions_go_on_as_computed_ones,
     two_callers_at_once_get_their_own_answers,
     a_cache_of_another_model_is_refused,
     a_cache_beyond_the_context_is_refused,

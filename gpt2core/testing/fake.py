@@ -13,7 +13,13 @@ from typing import final
 import numpy as np
 
 from gpt2core._shapes import Float32
-from gpt2core.backends._shared.caches import check_cache, check_size
+from gpt2core.backends._shared.caches import (
+    check_cache,
+    check_copy,
+    check_read,
+    check_size,
+    check_slot,
+)
 from gpt2core.batch import Batch
 from gpt2core.config import ModelConfig
 from gpt2core.errors import RequestError
@@ -144,6 +150,31 @@ class FakeBackend:
         for slot, history in zip(batch.slots, histories, strict=True):
             cache.histories[slot] = history
         return logits
+
+    def copy_cache(self, cache: FakeCache, source: int, target: int, start: int, end: int) -> None:
+        """See `gpt2core.backends.base.CopiesCache.copy_cache`.
+
+        Raises:
+            AssertionError: a slot holds too little, which no real backend would notice.
+        """
+        check_cache(cache, FakeCache, self.config)
+        check_copy(cache, source, target, start, end)
+        given, taken = cache.histories[source], cache.histories[target]
+        assert end <= len(given), f"slot {source} holds {len(given)} tokens, {end} were to be copied"
+        assert start <= len(taken), f"slot {target} holds {len(taken)} tokens, the copy starts at {start}"
+        cache.histories[target] = [*taken[:start], *given[start:end]]
+
+    def read_cache(self, cache: FakeCache, slot: int, tokens: int) -> np.ndarray:
+        """See `gpt2core.backends.base.MovesCache.read_cache`: the token ids, in the place of keys."""
+        check_cache(cache, FakeCache, self.config)
+        check_read(cache, slot, tokens)
+        return np.array(cache.histories[slot][:tokens], np.float32).reshape(1, 1, 1, tokens, 1)
+
+    def write_cache(self, cache: FakeCache, slot: int, positions: np.ndarray) -> None:
+        """See `gpt2core.backends.base.MovesCache.write_cache`."""
+        check_cache(cache, FakeCache, self.config)
+        check_slot(cache, slot)
+        cache.histories[slot] = positions.reshape(-1).astype(int).tolist()
 
     def close(self) -> None:
         """See `gpt2core.backends.base.Backend.close`."""

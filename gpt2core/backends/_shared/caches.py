@@ -1,5 +1,8 @@
 """What every backend asks of a cache before it computes."""
 
+import numpy as np
+
+from gpt2core.backends.base import Cache
 from gpt2core.config import ModelConfig
 from gpt2core.errors import RequestError
 
@@ -38,3 +41,67 @@ def check_cache(cache: object, kind: type, config: ModelConfig) -> None:
     other = getattr(cache, "config", None)
     if other is not config and other != config:
         raise RequestError("the cache is of another model; make it with new_cache of the backend that runs")
+
+
+def check_copy(cache: Cache, source: int, target: int, start: int, end: int) -> None:
+    """Refuse a copy between slots or of positions that a cache does not have.
+
+    Raises:
+        RequestError: so it is, or a slot is to be copied to itself.
+    """
+    check_slot(cache, source)
+    check_slot(cache, target)
+    if source == target:
+        raise RequestError(f"slot {source} was to be copied to itself; name two slots")
+    if not 0 <= start < end <= cache.capacity:
+        raise RequestError(
+            f"positions {start} to {end} were to be copied; give a range that is not empty, of the "
+            f"{cache.capacity} positions of a slot"
+        )
+
+
+def check_slot(cache: Cache, slot: int) -> None:
+    """Refuse a slot that a cache does not have.
+
+    Raises:
+        RequestError: so it is.
+    """
+    if not 0 <= slot < cache.slots:
+        raise RequestError(f"slot {slot} does not exist; this cache has the slots 0 to {cache.slots - 1}")
+
+
+def check_read(cache: Cache, slot: int, tokens: int) -> None:
+    """Refuse to read from a slot that does not exist, or more than a slot can hold.
+
+    Raises:
+        RequestError: so it is.
+    """
+    check_slot(cache, slot)
+    if not 1 <= tokens <= cache.capacity:
+        raise RequestError(f"{tokens} positions were to be read; a slot of this cache has {cache.capacity}")
+
+
+def check_written(
+    cache: Cache, slot: int, positions: np.ndarray, shape: tuple[int, int, int], dtype: type
+) -> None:
+    """Refuse what is not the content of a slot of this model.
+
+    Args:
+        cache, slot: where it is to be written.
+        positions: what.
+        shape: layers, heads and their width.
+        dtype: of the cache.
+
+    Raises:
+        RequestError: so it is.
+    """
+    check_slot(cache, slot)
+    layers, heads, width = shape
+    count = positions.shape[3] if positions.ndim == 5 else 0
+    if positions.shape != (layers, 2, heads, count, width) or positions.dtype != dtype:
+        raise RequestError(
+            f"the positions are {positions.dtype} {positions.shape}; this model's are {np.dtype(dtype)} "
+            f"({layers}, 2, {heads}, tokens, {width})"
+        )
+    if not 1 <= count <= cache.capacity:
+        raise RequestError(f"{count} positions were to be written; a slot of this cache has {cache.capacity}")

@@ -17,13 +17,13 @@ from jax.sharding import Mesh
 
 from gpt2core._files import cache_folder
 from gpt2core._shapes import Float32
-from gpt2core.backends._shared.caches import check_cache, check_size
+from gpt2core.backends._shared.caches import check_cache, check_copy, check_size
 from gpt2core.backends._shared.threads import check_threads
 from gpt2core.backends.jax.executables import executable_key, load, save
 from gpt2core.backends.jax.module import MODEL_AXIS, Gpt2Module, plain_activation
 from gpt2core.backends.jax.placement import Placement, choose_placement
 from gpt2core.backends.jax.runs import Buckets, Run, StepShape, plan_runs
-from gpt2core.backends.jax.step import make_step, make_trace
+from gpt2core.backends.jax.step import copy_positions, make_step, make_trace
 from gpt2core.batch import Batch, whole_sequence
 from gpt2core.config import ModelConfig
 from gpt2core.errors import BackendError, RequestError
@@ -54,6 +54,7 @@ class JaxCache:
         self.tokens = np.zeros((slots, capacity), np.int32)
         self.held = np.full(slots, capacity, np.int32)
         """Per slot, positions below this are in `kv` if they ever were."""
+        self.copy = jax.jit(copy_positions, donate_argnums=0, out_shardings=self.sharding)
 
     @property
     def nbytes(self) -> int:
@@ -160,6 +161,24 @@ class JaxBackend:
             cache.tokens[slot, start:end] = batch.tokens[first : first + end - start]
         cache.held[batch.slots] = np.maximum(cache.held[batch.slots], batch.ends)
         return logits
+
+    def copy_cache(self, cache: JaxCache, source: int, target: int, start: int, end: int) -> None:
+        """See `gpt2core.backends.base.CopiesCache.copy_cache`; compiled once per cache, in this process."""
+        check_cache(cache, JaxCache, self.config)
+        check_copy(cache, source, target, start, end)
+        try:
+            if start <= cache.held[target] and end <= cache.held[source]:
+                with _own_settings():
+                    cache.kv = cache.copy(cache.alive(), *np.array([source, target, start, end], np.int32))
+            else:  # lost: computed again when the slot goes on
+                cache.held[target] = min(start, int(cache.held[target]))
+        except BaseException as error:
+            cache.survived()
+            if not isinstance(error, RuntimeError):
+                raise
+            where = self._placement.devices[0]
+            raise BackendError(f"the jax backend failed to copy on {where}: {error}") from error
+        cache.tokens[target, start:end] = cache.tokens[source, start:end]
 
     def extra_tokens_cost(self, tokens: int, rows: int) -> float:
         """See `gpt2core.backends.base.EstimatesCost.extra_tokens_cost`; rows are padded to 16 tokens."""

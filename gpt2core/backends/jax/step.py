@@ -56,6 +56,14 @@ def make_step(graph: Any, treedef: Any, read: int) -> Step:
     return step
 
 
+def copy_positions(kv: Array, source: Array, target: Array, start: Array, end: Array) -> Array:
+    """The cache (L, 2, S, H, C, K), which may be overwritten, with a part of one slot copied to another."""
+    there = jnp.arange(kv.shape[4], dtype=jnp.int32)[:, None]  # (C, 1)
+    copied, kept = (jax.lax.dynamic_index_in_dim(kv, slot, 2) for slot in (source, target))
+    mixed = jnp.where((there >= start) & (there < end), copied, kept)  # (L, 2, 1, H, C, K)
+    return jax.lax.dynamic_update_index_in_dim(kv, mixed, target, 2)
+
+
 def make_trace(graph: Any, treedef: Any) -> Callable[[Leaves, Array, Array], tuple[Array, Array, Array]]:
     """A function of leaves, T tokens and their positions: what `gpt2core.trace.Trace` holds."""
 

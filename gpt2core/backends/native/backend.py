@@ -1,23 +1,22 @@
 """The backend: what C is given and what it gives back."""
 
-# M wanted logits, V vocabulary, L layers, S cache slots, H heads, K head width, C cache capacity
+# M wanted logits, V vocabulary, L layers, S cache slots, H heads, K head width, C cache capacity, T tokens
 
-import ctypes
 import os
 import threading
 import weakref
 from collections.abc import Sequence
 from ctypes import byref, c_void_p
-from dataclasses import dataclass
 from typing import Final, final
 
 import numpy as np
 
 from gpt2core._machine import count_cores
 from gpt2core._shapes import Float32
-from gpt2core.backends._shared.memory import private_memory
+from gpt2core.backends._shared.caches import check_copy, check_read, check_written
 from gpt2core.backends._shared.threads import check_threads
-from gpt2core.backends.native.packing import CCache, CModel, CTrace, PackedModel, point_to
+from gpt2core.backends.native.cache import Layout, NativeCache
+from gpt2core.backends.native.packing import CModel, CTrace, PackedModel, point_to
 from gpt2core.backends.native.prebuilt import load_kernels
 from gpt2core.batch import Batch, whole_sequence
 from gpt2core.errors import BackendError, BackendUnavailableError, RequestError, in_short
@@ -30,37 +29,6 @@ _CLOSED: Final = "the native backend is closed; load the model again"
 _COST_OF_TOKEN: Final = {"float32": 0.06, "bfloat16": 0.1, "int8": 0.08, "int4": 0.13}
 _MOST_TOKENS: Final = 512
 """Of one pass in C: what it works with stays small, and products gain nothing from more."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Layout:
-    """What a model and its cache must agree on, since C reads one by the shape of the other."""
-
-    layers: int
-    heads: int
-    head_dim: int
-    itemsize: int
-    lanes: int
-
-
-@final
-class NativeCache:
-    """Keys and values, float32 or bfloat16; zeroed lazily, so unused slots take no memory."""
-
-    def __init__(self, layout: "_Layout", slots: int, capacity: int) -> None:
-        self.layout, self.slots, self.capacity = layout, slots, capacity
-        lanes = layout.lanes
-        positions = -(-capacity // lanes) * lanes
-        widths = layout.head_dim, -(-layout.head_dim // lanes) * lanes  # keys, values
-        each = layout.layers * slots * layout.heads * positions * layout.itemsize
-        self._memory = private_memory(each * sum(widths))
-        start = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
-        self.there = CCache(start, start + each * widths[0], slots, positions)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that a full cache takes."""
-        return len(self._memory)
 
 
 @final
@@ -102,12 +70,13 @@ class NativeBackend:
         self.precision = weights.precision
         self._library = load_kernels()
         self.variant = self._library.variant
-        self._layout = _Layout(
+        self._layout = Layout(
             layers=self.config.n_layer,
             heads=self.config.n_head,
             head_dim=self.config.head_dim,
             itemsize=2 if self.precision in ("int8", "int4") else 4,
             lanes=self._library.lanes(),
+            key_block=self._library.key_block(),
         )
         self._packed: PackedModel | None = PackedModel(weights, self._library, threads or count_cores())
         team = self._library.team_new(threads or count_cores())
@@ -176,14 +145,36 @@ class NativeBackend:
         batch = whole_sequence(self.config, token_ids)
         return self._run(batch, self.new_cache(1, len(token_ids)), model=self._packed.without_head())[0]
 
+    def copy_cache(self, cache: NativeCache, source: int, target: int, start: int, end: int) -> None:
+        """See `gpt2core.backends.base.CopiesCache.copy_cache`."""
+        self._check_cache(cache)
+        check_copy(cache, source, target, start, end)
+        cache.copy(source, target, start, end)
+
+    def read_cache(self, cache: NativeCache, slot: int, tokens: int) -> np.ndarray:
+        """See `gpt2core.backends.base.MovesCache.read_cache`; the same on every processor."""
+        self._check_cache(cache)
+        check_read(cache, slot, tokens)
+        return cache.read(slot, tokens)
+
+    def write_cache(self, cache: NativeCache, slot: int, positions: np.ndarray) -> None:
+        """See `gpt2core.backends.base.MovesCache.write_cache`."""
+        self._check_cache(cache)
+        shape = self.config.n_layer, self.config.n_head, self.config.head_dim
+        check_written(cache, slot, positions, shape, cache.dtype)
+        cache.write(slot, positions)
+
     def _check(self, batch: Batch, cache: NativeCache) -> None:
+        self._check_cache(cache)
+        capacity = min(cache.capacity, self.config.n_positions)
+        batch.check(vocab_size=self.config.vocab_size, slots=cache.slots, capacity=capacity)
+
+    def _check_cache(self, cache: NativeCache) -> None:
         if not isinstance(cache, NativeCache) or cache.layout != self._layout:
             raise RequestError(
                 f"the cache is {getattr(cache, 'layout', type(cache).__name__)}, and this model's is "
                 f"{self._layout}; use what new_cache of this backend returned"
             )
-        capacity = min(cache.capacity, self.config.n_positions)
-        batch.check(vocab_size=self.config.vocab_size, slots=cache.slots, capacity=capacity)
 
     def _run(
         self,

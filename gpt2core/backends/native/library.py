@@ -38,6 +38,7 @@ class Kernels:
     team_new: Callable[[int], int | None]
     team_free: Callable[[Any], None]
     lanes: Callable[[], int]
+    key_block: Callable[[], int]
     strip_width: Callable[[], int]
     activation_named: Callable[[bytes], int]
     pack_float32: Callable[..., None]
@@ -60,6 +61,7 @@ _TYPES: Final[dict[str, tuple[Any, Sequence[Any]]]] = {
     "team_new": (c_void_p, (c_int,)),
     "team_free": (None, (c_void_p,)),
     "lanes": (c_int64, ()),
+    "key_block": (c_int64, ()),
     "strip_width": (c_int64, ()),
     "activation_named": (c_int, (c_char_p,)),
     "pack_float32": (None, (c_void_p, *[c_int64] * 4, c_void_p)),

@@ -15,7 +15,13 @@ import numpy as np
 
 from gpt2core import kernels
 from gpt2core._shapes import Float, Float32
-from gpt2core.backends._shared.caches import check_cache, check_size
+from gpt2core.backends._shared.caches import (
+    check_cache,
+    check_copy,
+    check_read,
+    check_size,
+    check_written,
+)
 from gpt2core.backends._shared.memory import lazy_zeros
 from gpt2core.backends._shared.ragged import AttentionPlan, note_filled, plan_attention
 from gpt2core.backends._shared.threads import blas_threads
@@ -98,6 +104,28 @@ class NumpyBackend:
     def extra_tokens_cost(self, tokens: int, rows: int) -> float:
         """See `gpt2core.backends.base.EstimatesCost.extra_tokens_cost`; one row alone is a faster product."""
         return (1.2 if rows == 1 else 0) + 0.1 * tokens
+
+    def copy_cache(self, cache: NumpyCache, source: int, target: int, start: int, end: int) -> None:
+        """See `gpt2core.backends.base.CopiesCache.copy_cache`."""
+        check_cache(cache, NumpyCache, self.config)
+        check_copy(cache, source, target, start, end)
+        cache.kv[:, :, target, :, start:end] = cache.kv[:, :, source, :, start:end]
+        cache.filled[target] = max(int(cache.filled[target]), end)
+
+    def read_cache(self, cache: NumpyCache, slot: int, tokens: int) -> np.ndarray:
+        """See `gpt2core.backends.base.MovesCache.read_cache`."""
+        check_cache(cache, NumpyCache, self.config)
+        check_read(cache, slot, tokens)
+        return cache.kv[:, :, slot, :, :tokens].copy()
+
+    def write_cache(self, cache: NumpyCache, slot: int, positions: np.ndarray) -> None:
+        """See `gpt2core.backends.base.MovesCache.write_cache`."""
+        check_cache(cache, NumpyCache, self.config)
+        config = self.config
+        check_written(cache, slot, positions, (config.n_layer, config.n_head, config.head_dim), np.float32)
+        tokens = positions.shape[3]
+        cache.kv[:, :, slot, :, :tokens] = positions
+        cache.filled[slot] = max(int(cache.filled[slot]), tokens)
 
     def trace(self, token_ids: Sequence[int]) -> Trace:
         """See `gpt2core.backends.base.Traces.trace`."""

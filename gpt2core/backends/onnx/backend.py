@@ -12,7 +12,7 @@ import onnxruntime
 
 from gpt2core._machine import limit_threads
 from gpt2core._shapes import Float32
-from gpt2core.backends._shared.caches import check_cache, check_size
+from gpt2core.backends._shared.caches import check_cache, check_copy, check_size
 from gpt2core.backends._shared.threads import check_threads
 from gpt2core.backends.onnx.networks import Quantized, Whole, start_tracer
 from gpt2core.backends.onnx.operators import padded_head_dim
@@ -114,6 +114,12 @@ class OnnxBackend:
         embedded += weights.wpe[run.positions]
         with self._failing("failed"):
             network.run(run, cache, embedded, np.ascontiguousarray(wanted), logits)
+
+    def copy_cache(self, cache: OnnxCache, source: int, target: int, start: int, end: int) -> None:
+        """See `gpt2core.backends.base.CopiesCache.copy_cache`."""
+        check_cache(cache, OnnxCache, self.config)
+        check_copy(cache, source, target, start, end)
+        cache.kv[:, :, target, :, start:end] = cache.kv[:, :, source, :, start:end]
 
     def extra_tokens_cost(self, tokens: int, rows: int) -> float:
         """See `EstimatesCost.extra_tokens_cost`; beside others it is a pass of its own."""

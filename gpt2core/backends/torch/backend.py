@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gpt2core._machine import limit_threads
 from gpt2core._shapes import Float32
-from gpt2core.backends._shared.caches import check_cache, check_size
+from gpt2core.backends._shared.caches import check_cache, check_copy, check_size
 from gpt2core.backends._shared.memory import give_back, lazy_zeros
 from gpt2core.backends._shared.ragged import note_filled, plan_attention
 from gpt2core.backends._shared.threads import check_threads
@@ -133,6 +133,13 @@ class TorchBackend:
             for slot, positions in note_filled(cache.filled, batch):
                 cache.kv[:, :, slot, :, positions] = 0
             return self._logits(self._model, batch, cache, None).cpu().numpy()
+
+    def copy_cache(self, cache: TorchCache, source: int, target: int, start: int, end: int) -> None:
+        """See `gpt2core.backends.base.CopiesCache.copy_cache`."""
+        check_cache(cache, TorchCache, self.config)
+        check_copy(cache, source, target, start, end)
+        cache.kv[:, :, target, :, start:end] = cache.kv[:, :, source, :, start:end]
+        cache.filled[target] = max(int(cache.filled[target]), end)
 
     def extra_tokens_cost(self, tokens: int, rows: int) -> float:
         """See `gpt2core.backends.base.EstimatesCost.extra_tokens_cost`."""

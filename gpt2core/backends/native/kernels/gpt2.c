@@ -81,6 +81,9 @@ typedef struct {
 /* Positions and a head's values are cached in multiples of this. */
 EXPORT int64_t gpt2core_lanes(void) { return LOGICAL_LANES; }
 
+/* Keys are cached in blocks of so many positions. */
+EXPORT int64_t gpt2core_key_block(void) { return LANES; }
+
 /* The index of an activation in ACTIVATIONS, or -1. */
 EXPORT int gpt2core_activation_named(const char *name) {
   for (int i = 0; i < ACTIVATIONS_COUNT; i++)
