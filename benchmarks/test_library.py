@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from gpt2core import GPT2, Engine, SamplingParams
+from gpt2core.engine.prefix_tree import PrefixTree, pack
 from gpt2core.sampling.draw import sample_token
 from gpt2core.testing import random_config
 
@@ -115,3 +116,20 @@ def test_engine_step(benchmark, batch):
     fill()
     steps()
     assert [len(one.generated) for one in fill.sequences] == [51] * batch
+
+
+@pytest.mark.parametrize("prefixes", [10, 1000])
+def test_prefix_lookup(benchmark, prefixes):
+    """A prompt of 900 tokens in the texts of so many slots, which share beginnings of every length."""
+    benchmark.group = "prefix cache, lookup"
+    rng = np.random.default_rng(0)
+    tree = PrefixTree()
+    texts = [rng.integers(0, 50257, 900).tolist()]
+    for slot in range(prefixes):
+        before = texts[rng.integers(len(texts))]
+        cut = int(rng.integers(900))
+        texts.append([*before[:cut], *rng.integers(0, 50257, 900 - cut).tolist()])
+        tree.insert(slot, pack(texts[-1]), "")
+    probe = texts[prefixes // 2]
+    found = benchmark(lambda: tree.find(pack(probe), ""))
+    assert found[-1][0] == 900

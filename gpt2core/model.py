@@ -38,6 +38,7 @@ from gpt2core.prompts import (
 from gpt2core.sampling.draw import SamplingParams
 from gpt2core.scorable import Scorable
 from gpt2core.scoring.score import Score
+from gpt2core.session import HoldsSessions
 from gpt2core.token_ids import TokenIds, check_token_ids
 from gpt2core.tokenizer.tokenizer import Tokenizer
 
@@ -46,7 +47,7 @@ __all__ = ["GPT2", "Generation", "Piece", "Prompt", "SamplingOptions", "Score", 
 _READ_ONLY = SamplingParams(max_new_tokens=0)
 
 
-class GPT2(Scorable):
+class GPT2(Scorable, HoldsSessions):
     """A model, ready to generate.
 
     Every method may be called from several threads at once; each of their calls is one more row of the same
@@ -75,7 +76,7 @@ class GPT2(Scorable):
         cache_nbytes: int = CACHE_NBYTES,
         speculation: SpeculationMode = "off",
         draft: Backend | None = None,
-        prefix_cache: bool = False,
+        prefix_cache: bool | None = None,
     ) -> None:
         self.backend = backend
         self._tokenizer = tokenizer
@@ -106,7 +107,7 @@ class GPT2(Scorable):
         cache_nbytes: int = CACHE_NBYTES,
         speculation: SpeculationMode = "off",
         draft_model: str | os.PathLike[str] | None = None,
-        prefix_cache: bool = False,
+        prefix_cache: bool | None = None,
         on_progress: LoadProgress | None = None,
         **unknown: Never,
     ) -> Self:
@@ -125,8 +126,9 @@ class GPT2(Scorable):
             speculation: "prompt_lookup" is faster where a text repeats itself; the tokens stay the same.
             draft_model: a small model of the same vocabulary that makes `model` faster; the tokens stay the
                 same. Loaded like `model`, but for the revision, which is the hub's default.
-            prefix_cache: a prompt that begins as the text before it in the same slot, as in a chat, is read
-                from there on only; with `max_batch=1` there is one slot. Not together with speculation.
+            prefix_cache: whether prompts that begin as others before them, as in a chat or with one system
+                message, are read from there on only. None: where no bit changes by it, on `native`.
+                Elsewhere numbers may differ by rounding, as with another length of a prompt's parts.
             on_progress: is called with what takes long (rounding the weights, compiling the native backend),
                 and how many of how many parts of it are done, as far as that is known.
 

@@ -169,7 +169,7 @@ def test_the_signatures_are_those_that_callers_write():
         "cache_nbytes": 4 * 2**30,
         "speculation": "off",
         "draft_model": None,
-        "prefix_cache": False,
+        "prefix_cache": None,
         "on_progress": None,
     }
     assert all(p.kind is p.KEYWORD_ONLY for name, p in loads.items() if name != "model")

@@ -41,7 +41,15 @@ READABLE: Final = ("F32", "F16", "BF16", "F64")
 MAX_HEADER_NBYTES: Final = 2_000_000
 MAX_TENSORS: Final = 50_000
 MAX_DIMENSIONS: Final = 8
-STORED: Final = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8", "I8": "i1", "U8": "u1"}
+STORED: Final = {
+    "F32": "<f4",
+    "F16": "<f2",
+    "BF16": "<u2",
+    "F64": "<f8",
+    "I8": "i1",
+    "U8": "u1",
+    "I32": "<i4",
+}
 _BLOCK: Final = 1 << 16  # elements; a block and its mask stay in the processor's cache
 
 
@@ -101,6 +109,7 @@ class SafetensorsFile:
         entries: the sound tensors by name.
         faulty: names of tensors that the header gets wrong or that are cut off.
         faults: what is wrong with them, and with the file's layout, one line each.
+        metadata: of the header, as it stands there; None where there is none.
 
     Raises:
         CheckpointError: the file cannot be opened or its header cannot be read.
@@ -121,7 +130,7 @@ class SafetensorsFile:
                 self._map = mmap.mmap(file.fileno(), nbytes, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:  # ValueError: the file was cut after its size was read
             raise CheckpointError(f"{path} cannot be read: {error}") from error
-        header.pop("__metadata__", None)
+        self.metadata = header.pop("__metadata__", None)
         cut: dict[str, int] = {}  # -> its end
         for name, value in header.items():
             entry = _parse_entry(value, data_begin)
@@ -262,11 +271,14 @@ class TensorData:
     read: Callable[[], np.ndarray]
 
 
-def write_safetensors(file: BinaryIO, tensors: Mapping[str, TensorData]) -> None:
-    """Write tensors one after the other; at most one is held in memory at a time."""
-    header: dict[str, Any] = {
-        "__metadata__": {"format": "pt"}
-    }  # without it older transformers refuse the file
+def write_safetensors(
+    file: BinaryIO, tensors: Mapping[str, TensorData], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors one after the other; at most one is held in memory at a time.
+
+    Without `metadata` there is what older transformers want of a model's file.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"} if metadata is None else dict(metadata)}
     end = 0
     for name, tensor in tensors.items():
         begin, end = end, end + math.prod(tensor.shape) * ITEM_NBYTES[tensor.dtype]

@@ -1,18 +1,15 @@
 """What a model and a file must agree on, and the levels."""
 
 import hashlib
-from typing import Final
 
-from gpt2core import GPT2, Batch, PortableBits, RequestError
+from gpt2core import GPT2, PortableBits, RequestError
+from gpt2core.backends.digest import probe_digest
 from gpt2core.codec.container import (
     MODEL_DIGEST_NBYTES,
     TOKENIZER_DIGEST_NBYTES,
     Windows,
 )
 from gpt2core.codec.text import ReversibleTokenizer
-
-_PROBE_TOKENS: Final = 128
-_PROBE_STRIDE: Final = 8
 
 
 class Predictor:
@@ -44,10 +41,7 @@ class Predictor:
 
     def model_digest(self) -> bytes:
         """Of the logits that a probe gives, which hold the weights, the precision and this machine's bits."""
-        tokens = [(40503 * i + 7) % self.vocab_size for i in range(min(_PROBE_TOKENS, self.context))]
-        batch = Batch.of([(tokens, 0, 0)], range(0, len(tokens), _PROBE_STRIDE))
-        logits = self.backend.forward(batch, self.backend.new_cache(1, len(tokens)))
-        return hashlib.sha256(logits.astype("<f4").tobytes()).digest()[:MODEL_DIGEST_NBYTES]
+        return probe_digest(self.backend)[:MODEL_DIGEST_NBYTES]
 
     def tokenizer_digest(self) -> bytes:
         """Of the bytes of every token."""

@@ -12,18 +12,20 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
-from concurrent.futures import Future
-from typing import Any, Final
+from collections.abc import Callable, Iterable, Sequence
+from typing import Final, TypeVar
 
 import numpy as np
 
 from gpt2core._shapes import Float32
-from gpt2core.backends.base import Backend, Cache, Embeds, ScoresTokens
+from gpt2core.backends.base import Backend, Cache, CopiesCache, Embeds, PortableBits, ScoresTokens
 from gpt2core.batch import Batch
 from gpt2core.engine.draft import draft_nbytes, make_speculation
+from gpt2core.engine.errands import Errands
 from gpt2core.engine.guarded import GuardedScheduler
 from gpt2core.engine.pacing import Pacer
+from gpt2core.engine.prefix_cache import PrefixCache
+from gpt2core.engine.prefix_moves import PrefixMoves
 from gpt2core.engine.request import LOGITS_CHUNK, LogitsReader, PromptLogprobs, Request, ScoreReader, Update
 from gpt2core.engine.rows import (
     Drawn,
@@ -37,7 +39,7 @@ from gpt2core.engine.rows import (
 )
 from gpt2core.engine.scheduler import Scheduler, Step
 from gpt2core.engine.speculation import SpeculationMode
-from gpt2core.errors import BackendError, NumericalError, RequestError
+from gpt2core.errors import BackendError, NumericalError, RequestError, in_short
 from gpt2core.prompts import encode_prompt
 from gpt2core.sampling.overflow import Fit
 from gpt2core.sampling.params import SamplingParams
@@ -46,8 +48,8 @@ from gpt2core.token_scores import TokenScores
 from gpt2core.tokenizer.stream import TextStream
 from gpt2core.tokenizer.tokenizer import Tokenizer
 
+T = TypeVar("T")
 _READ_ONLY: Final = SamplingParams(max_new_tokens=0)
-_ERRAND_S: Final = 0.005
 CACHE_NBYTES: Final = 4 * 2**30
 """Default limit on the KV cache of one engine, bytes."""
 
@@ -70,9 +72,10 @@ class Engine:
         speculation: "prompt_lookup" reads what followed the last tokens before, several tokens in one pass;
             the tokens stay the same (`gpt2core.engine.speculation`).
         draft: a smaller model of the same vocabulary, whose tokens are read so; the engine does not close it.
-
-        prefix_cache: a request does not read again what the request before it has left in its slot, as far
-            as its prompt begins so; not together with speculation.
+        prefix_cache: whether a prompt goes on from what another has left in the cache, as far as both begin
+            alike (`gpt2core.engine.prefix_cache`). None: where that gives the same bits, which is on backends
+            with the capabilities `PortableBits` and `CopiesCache`. Without `CopiesCache` a prompt only goes
+            on in the very slot that holds its beginning.
 
     Raises:
         RequestError: a limit is not a whole number of 1 or more, not even one request fits `cache_nbytes`,
@@ -89,14 +92,14 @@ class Engine:
         step_tokens: int = 512,
         speculation: SpeculationMode = "off",
         draft: Backend | None = None,
-        prefix_cache: bool = False,
+        prefix_cache: bool | None = None,
     ) -> None:
         limits = {"max_slots": max_slots, "cache_nbytes": cache_nbytes, "step_tokens": step_tokens}
         for name, value in limits.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise RequestError(f"{name} is {value!r}; it must be a whole number of 1 or more")
-        if prefix_cache and (speculation != "off" or draft is not None):
-            raise RequestError("prefix_cache and speculation do not go together; leave one of them out")
+        if prefix_cache not in (True, False, None):
+            raise RequestError(f"prefix_cache is {in_short(prefix_cache)}; it must be True, False or None")
         self.config = backend.config
         request_nbytes = self.config.cache_nbytes(1, self.config.n_positions) + draft_nbytes(
             draft, self.config
@@ -111,15 +114,20 @@ class Engine:
         self.tokenizer = tokenizer
         self.slots = min(max_slots, cache_nbytes // request_nbytes)
         self.steps = 0
-        self._scheduler = Scheduler(slots=self.slots, step_tokens=step_tokens, prefix_cache=prefix_cache)
+        copies = isinstance(backend, CopiesCache)
+        if prefix_cache is None:
+            prefix_cache = copies and isinstance(backend, PortableBits)
+        self.prefixes = PrefixCache(self.slots, copies=copies) if prefix_cache else None
+        self._scheduler = Scheduler(slots=self.slots, step_tokens=step_tokens, given_by=self.prefixes)
         self._guarded = GuardedScheduler(self._scheduler)
         self._speculation = make_speculation(speculation, draft, backend, self.slots, step_tokens)
         self._scorer = backend if isinstance(backend, ScoresTokens) else None
         self._cache: Cache | None = None
         self._closed = False
         self._eos = frozenset(self.config.eos_token_ids)
-        self._errands: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._stepping = threading.Lock()  # one step at a time; held while the backend computes
+        self._errands = Errands(self._stepping, lambda: self._closed)
+        self._moves = PrefixMoves(backend, self.prefixes, self._guarded)
 
     @property
     def closed(self) -> bool:
@@ -193,6 +201,7 @@ class Engine:
         logits_from: int = 0,
         on_logits: LogitsReader | None = None,
         on_scores: ScoreReader | None = None,
+        cache_key: str | None = "",
     ) -> list[Request]:
         """Queue a prompt; return one request per choice (`params.n`), in order of choice.
 
@@ -207,6 +216,9 @@ class Engine:
                 by chunk in order, until the prompt's last. It must not call the engine.
             on_scores: what is asked of these logits instead; on a backend with the capability `ScoresTokens`
                 they are never kept. For prompts after which nothing is generated.
+            cache_key: with a prefix cache, requests reuse what those of the same key have read: how long an
+                answer takes tells whether somebody has asked alike, so give each tenant a key of its own.
+                None: this one neither reuses what others have read nor keeps what it reads.
 
         Raises:
             RequestError: what `check` raises; the engine is closed; or logits are read of a prompt that may
@@ -242,6 +254,7 @@ class Engine:
                 on_logits=PromptLogprobs(ids, params.logprobs or 0) if scored else on_logits,
                 on_scores=on_scores,
                 logits_chunk=None if on_scores is not None and self._scorer is not None else LOGITS_CHUNK,
+                cache_key=cache_key,
                 pieces=deque() if stream else None,
                 truncated_tokens=fit.skipped,
                 context=self.config.n_positions if slides else None,
@@ -269,15 +282,15 @@ class Engine:
         (`KeyboardInterrupt`) during the pass propagates and changes nothing: the next step repeats it.
         """
         with self._stepping:
-            self._run_errand()
+            self._errands.run_next()
             begun_s = time.perf_counter()
-            planned = self._next_batch()
+            failed, planned = self._next_batch()
             if planned is None:
-                return []
+                return failed
             rows, batch = planned
             updates = self._guarded.change(self._commit, rows, self._draw(rows, batch))
             self._scheduler.note_time(time.perf_counter() - begun_s)
-            return updates
+            return failed + updates
 
     def pace_prompts(self, stretch: float) -> None:
         """From now on read prompts in parts so small that texts which are written meanwhile do not stutter.
@@ -310,15 +323,7 @@ class Engine:
                 "'numpy' or 'torch'"
             )
         ids, _ = self.check(token_ids, _READ_ONLY)
-        errand: Future[Float32[np.ndarray, "T D"]] = Future()
-        self._errands.append((errand, lambda: backend.hidden_states(ids)))
-        while not errand.done():  # a lock is not fair: steps, one after the other, may run this errand too
-            if self._stepping.acquire(timeout=_ERRAND_S):
-                try:
-                    self._run_errand()
-                finally:
-                    self._stepping.release()
-        hidden = errand.result()
+        hidden = self.between_steps(lambda: backend.hidden_states(ids))
         if not np.isfinite(hidden).all():
             raise NumericalError(
                 f"backend {backend.name!r} returned hidden states that are not finite; check the checkpoint "
@@ -326,19 +331,33 @@ class Engine:
             )
         return hidden
 
-    def _run_errand(self) -> None:
-        """Do one thing that waits for the backend to be free."""
-        if not self._errands:
-            return
-        errand, work = self._errands.popleft()
-        if not errand.set_running_or_notify_cancel():
-            return
-        try:
-            if self._closed:
-                raise RequestError("this model is closed; load it again")
-            errand.set_result(work())
-        except BaseException as error:
-            errand.set_exception(error)
+    def between_steps(self, work: Callable[[], T]) -> T:
+        """Call what needs the backend, or the cache, for itself, and return what it returns.
+
+        Raises:
+            RequestError: the engine is closed; or whatever `work` raises.
+        """
+        return self._errands.run(work)
+
+    def read_prefix(self, token_ids: Sequence[int], cache_key: str = "") -> np.ndarray | None:
+        """What the cache holds of these tokens, from the first on, (L, 2, H, T, K); None where it does not.
+
+        None too without a prefix cache, or on a backend without the capability `MovesCache`.
+        """
+        return self.between_steps(lambda: self._moves.read(self._cache, token_ids, cache_key))
+
+    def write_prefix(self, token_ids: Sequence[int], positions: np.ndarray, cache_key: str = "") -> bool:
+        """Let prompts of `cache_key` that begin with these tokens go on from what `read_prefix` returned.
+
+        Returns:
+            Whether it is kept; not where every slot is in use, or `read_prefix` would return None for all.
+
+        Raises:
+            RequestError: the positions are not of this model, or the engine is closed.
+            BackendError: the cache cannot be made.
+        """
+        self._guarded.change(self._make_cache)
+        return self.between_steps(lambda: self._moves.write(self._cache, token_ids, positions, cache_key))
 
     def close(self) -> None:
         """Cancel whatever waits or runs, once a step under way has ended, and let go of the cache."""
@@ -346,6 +365,11 @@ class Engine:
             self._guarded.change(self._end_all)
 
     def _add(self, requests: list[Request]) -> None:
+        self._make_cache()
+        for request in requests:
+            self._scheduler.add(request)
+
+    def _make_cache(self) -> None:
         if self._closed:
             raise RequestError("this model is closed; load it again")
         if self._cache is None:
@@ -357,22 +381,41 @@ class Engine:
                     f"backend {self.backend.name!r} cannot make a cache of {self.slots} slots (some {nbytes} "
                     f"bytes): {error!r}; lower max_batch or cache_nbytes"
                 ) from error
-        for request in requests:
-            self._scheduler.add(request)
 
     def _end_all(self) -> None:
         self._guarded.cancel_all()
         self._closed = True
         self._cache = None
+        if self.prefixes is not None:
+            self.prefixes.drop_copies()
         if self._speculation is not None:
             self._speculation.close()
 
-    def _next_batch(self) -> tuple[list[Row], Batch] | None:
-        if self._speculation is None:
-            return self._guarded.change(lambda: self._build_batch(self._scheduler.plan(), {}))
+    def _next_batch(self) -> tuple[list[Update], tuple[list[Row], Batch] | None]:
+        """Who ended before the pass, and the pass."""
         step = self._guarded.change(self._scheduler.plan)
-        proposals = self._speculation.propose(step)  # without the lock: a draft model takes its time
-        return self._guarded.change(lambda: self._build_batch(step.without_ended(), proposals))
+        failed = self._copy_prefixes()
+        proposals: dict[Request, list[int]] = {}
+        if self._speculation is not None:  # without the lock: a draft model takes its time
+            proposals = self._speculation.propose(step.without_ended() if failed else step)
+        return failed, self._guarded.change(lambda: self._build_batch(step.without_ended(), proposals))
+
+    def _copy_prefixes(self) -> list[Update]:
+        """Copy what prompts go on from; without the lock, since it takes as long as memory does."""
+        try:
+            self._moves.copy_all(self._cache)
+        except Exception as error:  # of whatever type a backend raises
+            return self._guarded.change(self._fail_copies, error)
+        return []
+
+    def _fail_copies(self, error: Exception) -> list[Update]:
+        assert self.prefixes is not None
+        now_s = time.perf_counter()
+        updates = []
+        for request in self.prefixes.drop_copies():
+            updates.append(request.fail(fail_row(error, self.backend.name, self.steps).error, now_s))
+            self._scheduler.remove(request)
+        return updates
 
     def _build_batch(self, step: Step, proposals: dict[Request, list[int]]) -> tuple[list[Row], Batch] | None:
         if not step.prefill and not step.decode:

@@ -106,6 +106,7 @@ class Request:
     on_logits: LogitsReader | None = None
     on_scores: ScoreReader | None = None  # instead: reads what they say of given tokens
     logits_chunk: int | None = LOGITS_CHUNK  # most positions per step whose logits are read; None: any number
+    cache_key: str | None = ""  # what it reads is reused by requests of the same key; None: by nobody
     pieces: deque[Piece] | None = None  # not yet taken by the one who streams; None when nobody does
     bell: Callable[[], None] | None = (
         None  # is called, in the step, when it has a piece, and when it has ended
@@ -117,6 +118,7 @@ class Request:
     slot: int | None = None  # in the cache; None while waiting
     cached: int = 0  # tokens in the cache, of those from `first` on
     to_read: int = field(init=False)  # with so many a token is drawn: the prompt's, or what is read anew
+    reused: int = 0  # tokens of the prompt that it did not have to read
     proposed: int = 0  # tokens that speculation proposed
     accepted: int = 0  # and how many of them were drawn
     texts: list[str] = field(default_factory=list)  # one per update
@@ -183,18 +185,16 @@ class Request:
         self.cached, self.to_read = 0, len(self.token_ids) - self.first
         self.logits_from = None  # whoever read the prompt's has them
 
-    def count_cached(self, held: Sequence[int]) -> int:
-        """How many tokens of the prompt a slot that holds `held` has already.
+    @property
+    def reusable_tokens(self) -> int:
+        """How many tokens of the prompt need not be read if a slot holds them.
 
         At least one is left to be read, whose logits give the first token, and all whose logits are wanted.
         """
-        most = min(len(held), self.to_read - 1)
-        if self.logits_from is not None:
-            most = min(most, self.logits_from)
-        for i in range(most):
-            if held[i] != self.token_ids[self.first + i]:
-                return i
-        return most
+        if self.cache_key is None:
+            return 0
+        most = self.to_read - 1
+        return most if self.logits_from is None else min(most, self.logits_from)
 
     def take_prompt(self, now_s: float) -> Update | None:
         """The prompt is in the cache: emit the echo, and end here when no new token is wanted."""

@@ -8,13 +8,13 @@ What it guarantees, whatever arrives:
 - Every request that decodes gets its token in every step: a long prompt does not stall the others.
 - Every request that holds a slot and still has prompt left advances by at least one token in every step, and
   by an equal share of the budget or all that it needs: a short prompt does not wait for a long one beside it.
+  With a `PrefixCache` it may wait instead while another request reads the tokens that both begin with.
 - Waiting requests get slots in the order in which they came; each slot comes free, since every request ends
   after so many tokens. So nobody starves.
 - A step takes at most `step_tokens` tokens, or two per slot where that is more; with a `Pacer`, beside rows
   that decode, at most as many prompt tokens as it says, or one per prompt where that is more.
 """
 
-import heapq
 import time
 from bisect import insort
 from collections import deque
@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gpt2core.engine.pacing import Pacer
+from gpt2core.engine.prefix_cache import PlainSlots, Slots
 from gpt2core.engine.request import Request
 
 
@@ -46,14 +47,13 @@ class Scheduler:
     Args:
         slots: of the cache.
         step_tokens: most tokens of a step.
-        prefix_cache: whether a request goes on from what its slot holds, as far as its prompt begins so.
+        given_by: who gives out the slots; None: the lowest free one, each time anew.
     """
 
-    def __init__(self, *, slots: int, step_tokens: int, prefix_cache: bool = False) -> None:
+    def __init__(self, *, slots: int, step_tokens: int, given_by: Slots | None = None) -> None:
         self._slots = slots
-        self._held: dict[int, list[int]] | None = {} if prefix_cache else None  # slot -> tokens in the cache
+        self._given_by = PlainSlots(slots) if given_by is None else given_by
         self._step_tokens = step_tokens
-        self._free = list(range(slots))  # a heap; lowest slot first: keeps cache[:B] a view
         self.pacer: Pacer | None = None
         self._planned = (0, 0)  # rows that decode in the last step, and prompt tokens
         self.waiting: deque[Request] = deque()
@@ -71,25 +71,25 @@ class Scheduler:
 
     def plan(self) -> Step:
         """Give free slots to those that wait, and share out the next step's tokens; a list may be empty."""
-        while self.waiting and self._free:
+        self._given_by.settle(self.prefilling)  # first: those who come may need the slots to copy from
+        while self.waiting and self._given_by.free:
             request = self.waiting[0]
             self.prefilling.append(request)
             request.started_s = time.perf_counter()
-            request.slot = heapq.heappop(self._free)
-            if self._held is not None:
-                request.cached = request.count_cached(self._held.pop(request.slot, []))
+            self._given_by.take(request)
             self.waiting.popleft()  # last: `repair` can tell how far an interrupted admission came
         self._planned = len(self.decoding), 0
-        if not self.prefilling:
+        reading = [request for request in self.prefilling if not self._given_by.waits(request)]
+        if not reading:
             return Step([], self.decoding.copy())
         # The floor of one token per slot is what keeps decoding rows from starving prefill.
         budget = max(self._step_tokens - len(self.decoding), self._slots)
         limit = None if self.pacer is None else self.pacer.limit(len(self.decoding))
         if limit is not None:
-            budget = max(min(budget, limit), len(self.prefilling))
-        shares = fair_shares(budget, [request.prefill_tokens for request in self.prefilling])
+            budget = max(min(budget, limit), len(reading))
+        shares = fair_shares(budget, [request.prefill_tokens for request in reading])
         self._planned = len(self.decoding), sum(shares)
-        return Step(list(zip(self.prefilling, shares, strict=True)), self.decoding.copy())
+        return Step(list(zip(reading, shares, strict=True)), self.decoding.copy())
 
     def note_time(self, elapsed_s: float) -> None:
         """Learn how long the step took that was planned last."""
@@ -105,6 +105,7 @@ class Scheduler:
         """The model shall see something else than its slot holds: it reads that before it goes on."""
         self.decoding.remove(request)
         self.prefilling.append(request)
+        self._given_by.forget(request)
 
     def remove(self, request: Request) -> None:
         """Forget a request that ended, wherever it stands, and free its slot for the next `plan`."""
@@ -112,20 +113,14 @@ class Scheduler:
             self.waiting.remove(request)
             return
         (self.prefilling if request in self.prefilling else self.decoding).remove(request)
-        if self._held is not None and request.error is None:
-            self._held[request.slot] = request.cached_ids
-        heapq.heappush(self._free, request.slot)
-        request.slot = None
+        self._given_by.release(request)
 
     def repair(self) -> None:
         """After an interrupt in the midst of a change: drop what has ended, find which slots are free."""
         self.waiting = deque(s for s in self.waiting if s.slot is None and not s.finished)
         for queue in (self.prefilling, self.decoding):
             queue[:] = [s for s in queue if s.slot is not None and not s.finished]
-        if self._held is not None:
-            self._held.clear()
-        held = {s.slot for s in (*self.prefilling, *self.decoding)}
-        self._free = [slot for slot in range(self._slots) if slot not in held]
+        self._given_by.repair((*self.prefilling, *self.decoding))
 
 
 def fair_shares(budget: int, wants: Sequence[int]) -> list[int]:

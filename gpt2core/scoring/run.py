@@ -204,6 +204,7 @@ class Scorer:
             _READ_ONLY,
             logits_from=window.scored_from - window.start,
             on_scores=reader,
+            cache_key=None,  # most texts are scored once, and would take the place of others
         )
         job.ends.append(window.end)
         return request

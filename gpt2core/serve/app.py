@@ -42,6 +42,7 @@ def load_model(settings: Settings) -> GPT2:
         cache_nbytes=settings.cache_nbytes,
         speculation=settings.speculation,
         draft_model=settings.draft_model,
+        prefix_cache=False if settings.prefix_cache == "off" else None,
     )
     try:
         _ = model.tokenizer

@@ -293,10 +293,12 @@ class Driver:
     def _submit(
         self, engine: Engine, ticket: Ticket, prompts: list[list[int]], params: SamplingParams
     ) -> None:
+        assert ticket.client is not None
+        cache_key = ticket.client.cache_key if self._settings.prefix_cache == "per-key" else ""
         for i, ids in enumerate(prompts):
             if ticket.cancelled:
                 break
-            requests = engine.submit(ids, params, prompt=i)
+            requests = engine.submit(ids, params, prompt=i, cache_key=cache_key)
             ticket.requests += requests
             for request in requests:
                 self._ticket_of[request] = ticket

@@ -74,6 +74,16 @@ class Metrics:
         )
         self._prompt = Counter("gpt2core_prompt_tokens", "Prompt tokens.", registry=self.registry)
         self._generated = Counter("gpt2core_generated_tokens", "Tokens generated.", registry=self.registry)
+        self._hits = Counter(
+            "gpt2core_prefix_cache_hits",
+            "Texts whose prompt was not read from its beginning.",
+            registry=self.registry,
+        )
+        self._saved = Counter(
+            "gpt2core_prefix_cache_saved_tokens",
+            "Prompt tokens that were not read.",
+            registry=self.registry,
+        )
         # Exposed as gpt2core_server_info.
         self._server = Info("gpt2core_server", "What answers.", registry=self.registry)
         self._of_route: dict[str, RouteMetrics] = {}
@@ -121,6 +131,9 @@ class Metrics:
     def count_text(self, request: Request, route: str) -> None:
         """Count a text that is complete."""
         self._prompt.inc(request.read_prompt_tokens)
+        if request.reused:
+            self._hits.inc()
+            self._saved.inc(request.reused)
         later = len(request.token_ids) - request.prompt_tokens - 1
         if later > 0 and request.first_token_s is not None and request.last_token_s is not None:
             self.of_route(route).token_s.observe((request.last_token_s - request.first_token_s) / later)

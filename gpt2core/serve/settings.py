@@ -39,6 +39,10 @@ class Settings(BaseSettings):
     draft_model: str | None = Field(
         default=None, description="A small model of the same vocabulary that makes the model faster."
     )
+    prefix_cache: Literal["off", "per-key", "shared"] = Field(
+        default="per-key",
+        description="Whom prompts that begin alike are read once for: nobody, each key (or address), all.",
+    )
     served_name: str | None = Field(
         default=None,
         pattern=r"^[\w./:-]{1,128}$",

@@ -15,6 +15,11 @@ class Client:
     address: str | None
     key: int | None = None  # from 1; None until a route has asked for it
 
+    @property
+    def cache_key(self) -> str:
+        """Whom it shares a prefix cache with: whoever has the same key, or without keys the same address."""
+        return f"address {self.address}" if self.key is None else f"key {self.key}"
+
 
 @dataclass(slots=True)
 class RequestState:
