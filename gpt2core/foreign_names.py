@@ -6,21 +6,19 @@ the command line puts it into its own.
 
 from typing import Final
 
-_NO_BEAMS: Final = "there is no beam search; n=4 draws several texts to choose from"
+_NO_GROUPS: Final = "beams are not divided into groups here; leave it out"
 _NOT_NEEDED: Final = "it is not needed here; leave it out"
 _ONE_COPY: Final = "weights are mapped from their file anyway; leave it out"
 
 SAMPLING: Final = {
     "do_sample": "temperature=0.8 (any above 0) draws, temperature=0 takes the likeliest token",
-    "num_beams": _NO_BEAMS,
-    "num_beam_groups": _NO_BEAMS,
-    "diversity_penalty": _NO_BEAMS,
-    "early_stopping": _NO_BEAMS,
-    "length_penalty": _NO_BEAMS,
+    "num_beam_groups": _NO_GROUPS,
+    "diversity_penalty": _NO_GROUPS,
+    "use_beam_search": "use num_beams=4",
+    "beam_width": "use num_beams=4",
     "stop_strings": "use stop='text'",
     "stop_sequences": "use stop='text'",
     "eos_token_id": "use stop_token_ids=[50256]",
-    "num_return_sequences": "use n=2",
     "best_of": "use n=2",
     "max_tokens": "use max_new_tokens=100",
     "n_predict": "use max_new_tokens=100",

@@ -44,6 +44,8 @@ class Generation:
         timing: how long it took.
         truncated_tokens: how many of the prompt's first tokens were not read, with `overflow` other than
             "error".
+        score: of a beam search: the sum of its tokens' log probabilities, after penalties and bans, divided
+            by its length to the power of `length_penalty`.
     """
 
     text: str
@@ -55,6 +57,7 @@ class Generation:
     choice: int
     timing: Timing
     truncated_tokens: int = 0
+    score: float | None = None
 
 
 def make_generation(done: Request) -> Generation:
@@ -77,4 +80,5 @@ def make_generation(done: Request) -> Generation:
         choice=done.choice,
         timing=Timing(ttft_s, done.finished_s - done.submitted_s, tokens_per_s, done.proposed, done.accepted),
         truncated_tokens=done.truncated_tokens,
+        score=done.score,
     )

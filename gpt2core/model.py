@@ -13,6 +13,7 @@ import numpy as np
 from gpt2core._shapes import Float32
 from gpt2core.backends.base import Backend, LoadProgress
 from gpt2core.checkpoint.open import Source, save_model
+from gpt2core.engine.beams import check_streams
 from gpt2core.engine.engine import CACHE_NBYTES, Engine
 from gpt2core.engine.request import LogitsReader, Piece, Request
 from gpt2core.engine.speculation import SpeculationMode
@@ -428,6 +429,7 @@ class GPT2(Scorable, HoldsSessions):
     ) -> AbstractContextManager[list[Request]]:
         """The requests of `stream`, which are submitted on entering; what is wrong is raised at once."""
         params = merge_options(params, sampling)
+        check_streams(params)
         prompts, _ = self._prompts(prompt, params, allow_special)
         return self._submitted(prompts, params, stream=True)
 

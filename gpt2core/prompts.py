@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
-from typing import Any, TypeAlias, TypedDict, cast
+from typing import Any, Literal, TypeAlias, TypedDict, cast
 
 from gpt2core.errors import ContextLengthError, InvalidSamplingError, RequestError, did_you_mean, in_short
 from gpt2core.foreign_names import SAMPLING
@@ -39,12 +39,16 @@ class OneChoiceOptions(TypedDict, total=False):
     logprobs: int | None
     echo: bool
     overflow: Overflow
+    num_beams: int
+    length_penalty: float
+    early_stopping: bool | Literal["never"]
 
 
 class SamplingOptions(OneChoiceOptions, total=False):
-    """The fields of `SamplingParams` as keywords of `generate` and `stream`."""
+    """The fields of `SamplingParams` as keywords of `generate` and `stream`, and another name of `n`."""
 
     n: int
+    num_return_sequences: int
 
 
 def merge_options(params: SamplingParams | None, options: Mapping[str, Any]) -> SamplingParams:
@@ -54,7 +58,7 @@ def merge_options(params: SamplingParams | None, options: Mapping[str, Any]) -> 
         InvalidSamplingError: an option is unknown (names the nearest that is known, or what another library's
             option is called here) or out of its range.
     """
-    known = [field.name for field in fields(SamplingParams)]
+    known = [*(field.name for field in fields(SamplingParams)), "num_return_sequences"]
     for name in options:
         if name not in known:
             remedy = SAMPLING.get(name) or did_you_mean(name, known).removeprefix("; ")

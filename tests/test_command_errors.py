@@ -89,7 +89,7 @@ def test_a_misspelt_option_of_loading_is_answered_with_the_nearest():
     ("option", "answer"),
     [
         ("--do-sample", "--temperature 0.8 (any above 0) draws, --temperature 0 takes the likeliest token"),
-        ("--num-beams=4", "there is no beam search; --n 4 draws several texts to choose from"),
+        ("--beam-width=4", "use --num-beams 4"),
         ("--stop-strings", "use --stop text"),
         ("--max-tokens", "use --max-new-tokens 100"),
         ("--max_new_tokens", "use --max-new-tokens"),

@@ -11,6 +11,7 @@ from gpt2core.cli import main, program
 from gpt2core.testing import random_checkpoint
 
 PROMPT = "Once upon"
+BEAMS = {"num_beams", "length_penalty", "early_stopping"}
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def test_every_sampling_parameter_is_an_option_and_every_default_but_two_is_the_
     assert ours == SamplingParams(temperature=0.8)
     talk = {option.name for option in program.commands["chat"].params}
     # An answer is one text, shown as it is, and a conversation is never cut.
-    assert names - talk == {"n", "logprobs", "echo", "overflow"}
+    assert names - talk == {"n", "logprobs", "echo", "overflow"} | BEAMS
 
 
 def test_every_option_of_loading_that_concerns_one_text_is_an_option():
@@ -222,3 +223,17 @@ def test_a_text_slides_on_beyond_the_context(generate, model):
     got = generate(PROMPT, "-n", "200", "-t", "0", "--overflow", "slide")
     assert (got.out, got.err) == (f"{PROMPT}{want.text}\n", "")
     assert len(want.token_ids) > 96 or want.finish_reason == "stop"
+
+
+def test_a_search_for_the_likeliest_texts(generate, model):
+    options = {"num_beams": 4, "max_new_tokens": 9, "length_penalty": 0.5, "early_stopping": "never"}
+    best, second = model.generate(PROMPT, n=2, **options)
+    given = ("-n", "9", "--num-beams", "4", "--length-penalty", "0.5", "--early-stopping", "never")
+    assert generate(PROMPT, *given).out == f"{PROMPT}{best.text}\n"
+    got = json.loads(generate(PROMPT, *given, "--n", "2", "--json").out)["generations"]
+    assert [(one["text"], one["score"]) for one in got] == [
+        (best.text, best.score),
+        (second.text, second.score),
+    ]
+    refused = generate(PROMPT, "--num-beams", "4", "-t", "0.8", code=2)
+    assert "--num-beams is 4 and temperature is 0.8; a beam search draws nothing" in refused.err

@@ -147,7 +147,7 @@ def test_the_facade_loads_no_framework_no_hub_client_and_no_command_line():
 
 def test_the_keywords_of_generate_are_the_fields_of_sampling_params():
     assert sorted(SamplingOptions.__annotations__) == sorted(
-        f.name for f in dataclasses.fields(SamplingParams)
+        [*(f.name for f in dataclasses.fields(SamplingParams)), "num_return_sequences"]
     )
 
 
@@ -186,7 +186,7 @@ def test_the_signatures_are_those_that_callers_write():
 def test_the_results_have_these_fields():
     assert [f.name for f in dataclasses.fields(Generation)] == [
         "text", "token_ids", "finish_reason", "prompt_tokens", "logprobs", "seed", "choice", "timing",
-        "truncated_tokens",
+        "truncated_tokens", "score",
     ]  # fmt: skip
     assert [f.name for f in dataclasses.fields(Timing)] == [
         "ttft_s", "elapsed_s", "tokens_per_s", "proposed_tokens", "accepted_tokens",

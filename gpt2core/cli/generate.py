@@ -127,7 +127,7 @@ def generate(
         strict=strict,
     ) as loaded:
         load_s = time.perf_counter() - start_s
-        if as_json or no_stream or params.n > 1 or len(texts) > 1:
+        if as_json or no_stream or params.n > 1 or params.num_beams > 1 or len(texts) > 1:
             # One prompt alone is named without its place in a list.
             given = texts if len(texts) > 1 else texts[0]
             got = loaded.generate(given, params, allow_special=allow_special)
@@ -279,6 +279,7 @@ def _to_document(generation: "Generation") -> dict[str, Any]:
         "truncated_tokens": generation.truncated_tokens,
         "seed": generation.seed,
         "choice": generation.choice,
+        "score": generation.score,
         "logprobs": None if logprobs is None else [_to_entry(entry) for entry in logprobs],
         "timing": {
             "ttft_s": generation.timing.ttft_s,

@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from gpt2core.errors import RequestError, in_short
 
@@ -67,6 +68,21 @@ sampling_options = (
         show_default=True,
         help="Beyond the context: leave out the prompt's beginning, or go on with the newest half.",
     ),
+    click.option(
+        "--num-beams",
+        metavar="N",
+        type=int,
+        default=1,
+        help="Search for the likeliest text with N beams; draws nothing.",
+    ),
+    click.option("--length-penalty", type=float, default=1.0, help="Of beams; above 0: rather longer texts."),
+    click.option(
+        "--early-stopping",
+        type=click.Choice(["no", "yes", "never"]),
+        default="no",
+        callback=lambda context, option, value: {"no": False, "yes": True}.get(value, value),
+        help="Of beams: yes ends with N texts, never looks for better ones to the end.",
+    ),
 )
 """Of `generate`: all of them."""
 
@@ -77,7 +93,14 @@ def to_fields(given: dict[str, Any]) -> dict[str, Any]:
     Raises:
         RequestError: a --logit-bias is not ID=BIAS.
     """
-    return {**given, "logit_bias": dict(map(_bias, given["logit_bias"]))}
+    fields = {**given, "logit_bias": dict(map(_bias, given["logit_bias"]))}
+    context = click.get_current_context()
+    if (
+        given.get("num_beams", 1) > 1
+        and context.get_parameter_source("temperature") is ParameterSource.DEFAULT
+    ):
+        fields["temperature"] = 0.0  # the default is for drawing
+    return fields
 
 
 def _bias(text: str) -> tuple[int, float]:

@@ -20,6 +20,7 @@ import numpy as np
 from gpt2core._shapes import Float32
 from gpt2core.backends.base import Backend, Cache, CopiesCache, Embeds, PortableBits, ScoresTokens
 from gpt2core.batch import Batch
+from gpt2core.engine.beams import BeamKeeper, check_beams, join_beams
 from gpt2core.engine.draft import draft_nbytes, make_speculation
 from gpt2core.engine.errands import Errands
 from gpt2core.engine.guarded import GuardedScheduler
@@ -28,7 +29,7 @@ from gpt2core.engine.prefix_cache import PrefixCache
 from gpt2core.engine.prefix_moves import PrefixMoves
 from gpt2core.engine.request import LOGITS_CHUNK, LogitsReader, PromptLogprobs, Request, ScoreReader, Update
 from gpt2core.engine.rows import (
-    Drawn,
+    Result,
     Row,
     RowFailed,
     build_batch,
@@ -41,6 +42,7 @@ from gpt2core.engine.scheduler import Scheduler, Step
 from gpt2core.engine.speculation import SpeculationMode
 from gpt2core.errors import BackendError, NumericalError, RequestError, in_short
 from gpt2core.prompts import encode_prompt
+from gpt2core.sampling.beam_search import Candidates
 from gpt2core.sampling.overflow import Fit
 from gpt2core.sampling.params import SamplingParams
 from gpt2core.token_ids import Tensor, TokenIds, check_token_ids
@@ -120,6 +122,7 @@ class Engine:
         self.prefixes = PrefixCache(self.slots, copies=copies) if prefix_cache else None
         self._scheduler = Scheduler(slots=self.slots, step_tokens=step_tokens, given_by=self.prefixes)
         self._guarded = GuardedScheduler(self._scheduler)
+        self._beams = BeamKeeper(backend, self._scheduler)
         self._speculation = make_speculation(speculation, draft, backend, self.slots, step_tokens)
         self._scorer = backend if isinstance(backend, ScoresTokens) else None
         self._cache: Cache | None = None
@@ -181,7 +184,7 @@ class Engine:
 
         Raises:
             RequestError: the prompt is empty or holds what is not a token id; stop strings or echo are asked
-                for without a tokenizer.
+                for without a tokenizer; there are too many beams.
             ContextLengthError: prompt and new tokens exceed the context.
             InvalidSamplingError: `logit_bias` or `stop_token_ids` name an id outside the vocabulary.
         """
@@ -189,7 +192,9 @@ class Engine:
         params.check_vocabulary(self.config.vocab_size)
         if self.tokenizer is None and (params.stop or params.echo):
             raise RequestError("stop strings and echo need text; make the engine with a tokenizer")
-        return ids, params.fit(len(ids), self.config.n_positions)
+        fit = params.fit(len(ids), self.config.n_positions)
+        check_beams(params, fit.max_new_tokens, self.slots, self.config, self._end_token_ids(params))
+        return ids, fit
 
     def submit(
         self,
@@ -221,8 +226,8 @@ class Engine:
                 None: this one neither reuses what others have read nor keeps what it reads.
 
         Raises:
-            RequestError: what `check` raises; the engine is closed; or logits are read of a prompt that may
-                be cut (`params.overflow`).
+            RequestError: what `check` raises; the engine is closed; logits are read of a prompt that may be
+                cut (`params.overflow`); or beams are to be streamed.
             BackendError: the cache cannot be made.
         """
         ids, fit = self.check(prompt_ids, params)
@@ -236,7 +241,7 @@ class Engine:
                 f"overflow is {params.overflow!r}; logits are read at the positions of a prompt; leave it out"
             )
         seed = int.from_bytes(os.urandom(8)) >> 1 if params.seed is None else params.seed
-        end_token_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos)
+        end_token_ids = self._end_token_ids(params)
         now_s = time.perf_counter()
         requests = [
             Request(
@@ -261,10 +266,13 @@ class Engine:
                 first=fit.skipped if slides else 0,
                 submitted_s=now_s,
             )
-            for choice in range(params.n)
+            for choice in range(max(params.n, params.num_beams))
         ]
-        self._guarded.change(self._add, requests)
-        return requests
+        self._guarded.change(self._add, join_beams(requests, self.tokenizer))
+        return requests[: params.n]
+
+    def _end_token_ids(self, params: SamplingParams) -> frozenset[int]:
+        return frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos)
 
     def cancel(self, request: Request) -> None:
         """End a request wherever it stands, with `finish_reason` "cancelled", and free its slot.
@@ -284,13 +292,15 @@ class Engine:
         with self._stepping:
             self._errands.run_next()
             begun_s = time.perf_counter()
+            updates = self._beams.copy(self._cache, self._guarded.change, self.steps)
             failed, planned = self._next_batch()
+            updates += failed
             if planned is None:
-                return failed
+                return updates
             rows, batch = planned
-            updates = self._guarded.change(self._commit, rows, self._draw(rows, batch))
+            updates += self._guarded.change(self._commit, rows, self._draw(rows, batch))
             self._scheduler.note_time(time.perf_counter() - begun_s)
-            return failed + updates
+            return updates
 
     def pace_prompts(self, stretch: float) -> None:
         """From now on read prompts in parts so small that texts which are written meanwhile do not stutter.
@@ -304,8 +314,6 @@ class Engine:
         Raises:
             RequestError: `stretch` is not a number above 1.
         """
-        if not (math.isfinite(stretch) and stretch > 1):
-            raise RequestError(f"stretch is {stretch!r}; it must be a number above 1")
         self._scheduler.pacer = Pacer(stretch)
 
     def hidden_states(self, token_ids: Iterable[int] | Tensor) -> Float32[np.ndarray, "T D"]:
@@ -423,7 +431,7 @@ class Engine:
         self.steps += 1
         return build_batch(step, proposals)
 
-    def _draw(self, rows: list[Row], batch: Batch) -> list[list[Drawn] | RowFailed]:
+    def _draw(self, rows: list[Row], batch: Batch) -> list[Result]:
         """What the pass gives each row."""
         try:
             logits, scores = self._forward(rows, batch)
@@ -448,23 +456,27 @@ class Engine:
             raise BackendError(f"it returned logits of shape {logits.shape} instead of {wanted}")
         return logits, scores
 
-    def _commit(self, rows: list[Row], drawn: list[list[Drawn] | RowFailed]) -> list[Update]:
+    def _commit(self, rows: list[Row], drawn: list[Result]) -> list[Update]:
         now_s = time.perf_counter()
         try:
             return self._record(rows, drawn, now_s)
         except BaseException as error:
             # Which of these requests took its token is not known any more, so none may go on.
-            for row in rows:
-                if not row.request.finished:
-                    row.request.fail(BackendError(f"interrupted in step {self.steps}: {error!r}"), now_s)
+            for request in (member for row in rows for member in row.request.together):
+                if not request.finished:
+                    request.fail(BackendError(f"interrupted in step {self.steps}: {error!r}"), now_s)
             raise  # to `change`, which repairs the scheduler
 
-    def _record(self, rows: list[Row], drawn: list[list[Drawn] | RowFailed], now_s: float) -> list[Update]:
+    def _record(self, rows: list[Row], drawn: list[Result], now_s: float) -> list[Update]:
         updates: list[Update] = []
         for row, result in zip(rows, drawn, strict=True):
             request = row.request
             if request.finished:  # cancelled while the backend computed: its slot is free already
                 continue
+            if request.beams is not None:
+                updates += self._beams.record(row, result, now_s)
+                continue
+            assert not isinstance(result, Candidates)
             if isinstance(result, RowFailed):
                 updates.append(request.fail(result.error, now_s))
             else:

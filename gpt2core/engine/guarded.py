@@ -57,6 +57,10 @@ class GuardedScheduler:
     def _end_cancelled(self) -> None:
         while self._to_cancel:
             request = self._to_cancel.popleft()
-            if not request.finished:
-                request.cancel(time.perf_counter())
-                self.scheduler.remove(request)
+            for member in request.together:
+                if not member.finished:
+                    member.cancel(time.perf_counter())
+                    if member.beams is not None:  # its text was not chosen, and may not be copied yet
+                        del member.token_ids[member.prompt_tokens :]
+                        member.cached = 0
+                    self.scheduler.remove(member)

@@ -12,7 +12,10 @@ larger, whatever a token has cost: where parts are padded, or have a price of th
 no more.
 """
 
+import math
 from typing import Final
+
+from gpt2core.errors import RequestError
 
 LEAST_TOKENS: Final = 8
 """Of prompts, however much they delay: with fewer they would hardly end."""
@@ -32,9 +35,14 @@ class Pacer:
 
     Args:
         stretch: how many times as long as a step without prompts one with prompts may take; more than 1.
+
+    Raises:
+        RequestError: it is not.
     """
 
     def __init__(self, stretch: float) -> None:
+        if not (math.isfinite(stretch) and stretch > 1):
+            raise RequestError(f"stretch is {stretch!r}; it must be a number above 1")
         self._stretch = stretch
         self._decode_s: dict[int, float] = {}  # by the number of rows
         self._token_s: float | None = None

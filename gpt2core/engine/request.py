@@ -5,12 +5,13 @@
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Literal, NamedTuple
+from typing import Final, Literal, NamedTuple, Protocol
 
 import numpy as np
 
 from gpt2core._shapes import Float32
 from gpt2core.errors import Gpt2CoreError
+from gpt2core.sampling.beam_search import Candidates
 from gpt2core.sampling.draw import SamplingParams, TokenLogprob, token_logprobs
 from gpt2core.sampling.overflow import window_start
 from gpt2core.token_scores import TokenScores
@@ -88,6 +89,16 @@ class PromptLogprobs:
             self.entries.append(token_logprobs(row, token_id, self._top))
 
 
+class Group(Protocol):
+    """The beams of one search (`gpt2core.engine.beams`), as a beam sees them."""
+
+    members: list["Request"]
+
+    def find_candidates(self, request: "Request", logits: Float32[np.ndarray, "V"]) -> Candidates:
+        """How one of them may go on."""
+        ...
+
+
 @dataclass(eq=False, repr=False, slots=True, weakref_slot=True, kw_only=True)
 class Request:
     """One choice of one request. The engine writes, others read; `_s`: of `time.perf_counter()`."""
@@ -114,6 +125,7 @@ class Request:
     truncated_tokens: int = 0  # of the prompt, which are not read
     context: int | None = None  # where the text slides on when it is full; None: it fits
     first: int = 0  # the first of its tokens that the model sees
+    beams: Group | None = None  # the search that it is a beam of
 
     slot: int | None = None  # in the cache; None while waiting
     cached: int = 0  # tokens in the cache, of those from `first` on
@@ -123,6 +135,7 @@ class Request:
     accepted: int = 0  # and how many of them were drawn
     texts: list[str] = field(default_factory=list)  # one per update
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    score: float | None = None  # of a beam
     finish_reason: FinishReason | None = None
     error: Gpt2CoreError | None = None
     submitted_s: float = 0.0
@@ -163,6 +176,16 @@ class Request:
         return self.prompt_tokens - (0 if self.context is None else self.truncated_tokens)
 
     @property
+    def together(self) -> list["Request"]:
+        """Those that end when it ends: the beams of its search, or it alone."""
+        return [self] if self.beams is None else self.beams.members
+
+    @property
+    def followers(self) -> list["Request"]:
+        """Those that get their slots together with it, and do not wait by themselves."""
+        return [] if self.beams is None else self.beams.members[1:]
+
+    @property
     def cached_ids(self) -> list[int]:
         """The tokens that its slot holds."""
         return self.token_ids[self.first : self.first + self.cached]
@@ -170,6 +193,8 @@ class Request:
     @property
     def tokens_after_next(self) -> int:
         """How many tokens the text may have after the next one, before it ends or slides on."""
+        if self.beams is not None:
+            return 0
         left = self.prompt_tokens + self.max_new_tokens - len(self.token_ids) - 1
         return left if self.context is None else min(left, self.context - self.cached - 1)
 
@@ -226,6 +251,27 @@ class Request:
             if self.stream.stopped:  # the end of a split character completed a stop string
                 reason = "stop"
         return self._record(token_id, text, logprobs, reason, now_s)
+
+    def take_text(
+        self,
+        token_ids: Sequence[int],
+        reason: FinishReason,
+        score: float,
+        logprobs: tuple[TokenLogprob, ...],
+        now_s: float,
+    ) -> Update:
+        """Be one of the texts that a beam search has found."""
+        self.token_ids += token_ids
+        self.score = score
+        self.last_token_s = now_s
+        texts: list[str] = []
+        if self.stream is not None:
+            for token_id in token_ids:
+                if token_id in self.end_token_ids or self.stream.stopped:
+                    break
+                texts.append(self.stream.push(token_id))
+            texts.append(self.stream.flush())
+        return self._record(None, "".join(texts), logprobs, reason, now_s)
 
     def cancel(self, now_s: float) -> None:
         """End where it stands; text that was held back is given out."""

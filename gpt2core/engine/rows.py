@@ -14,6 +14,7 @@ from gpt2core.batch import Batch
 from gpt2core.engine.request import Request
 from gpt2core.engine.scheduler import Step
 from gpt2core.errors import BackendError, Gpt2CoreError, NumericalError
+from gpt2core.sampling.beam_search import Candidates
 from gpt2core.sampling.draw import TokenLogprob, sample_token, token_logprobs
 from gpt2core.token_scores import TokenQuery, TokenScores, score_logits
 
@@ -40,6 +41,8 @@ class RowFailed:
 
 Drawn = tuple[int, tuple[TokenLogprob, ...]]
 """A token id, and what is known of its probability when that was asked for."""
+Result = list[Drawn] | Candidates | RowFailed
+"""What a row gave: its tokens, none in the middle of a prompt, or how a beam may go on."""
 
 
 def build_batch(step: Step, proposals: Mapping[Request, Sequence[int]]) -> tuple[list[Row], Batch]:
@@ -120,7 +123,7 @@ def draw_row(
     finite: bool,
     backend: Backend,
     step: int,
-) -> list[Drawn] | RowFailed:
+) -> Result:
     """The row's tokens, none in the middle of a prompt.
 
     Args:
@@ -188,7 +191,7 @@ def _finite_rows(row: Row, logits: Float32[np.ndarray, "n V"]) -> int:
     return int(finite.argmin()) if row.proposed else 0
 
 
-def _read_row(row: Row, logits: Float32[np.ndarray, "n V"]) -> list[Drawn]:
+def _read_row(row: Row, logits: Float32[np.ndarray, "n V"]) -> list[Drawn] | Candidates:
     """Hand the row's logits to who reads them, and draw its token, or tokens as far as they were proposed.
 
     None in the middle of a prompt. Each token is drawn as if it were the only one: the proposal decides only
@@ -203,6 +206,8 @@ def _read_row(row: Row, logits: Float32[np.ndarray, "n V"]) -> list[Drawn]:
         request.on_scores.read(row.reads_at, score_logits(logits, query))
     if not row.draws:
         return []
+    if request.beams is not None:
+        return request.beams.find_candidates(request, logits[-1])
     if not row.proposed:
         return [_draw(request, request.token_ids, logits[-1])]
     drawn: list[Drawn] = []

@@ -59,11 +59,12 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.prefilling: list[Request] = []  # in order of arrival
         self.decoding: list[Request] = []  # by slot: lets a backend see that its rows are cache[:B]
+        self.parked: list[Request] = []  # hold a slot and wait for others
 
     @property
     def running(self) -> int:
         """How many requests hold a slot."""
-        return len(self.prefilling) + len(self.decoding)
+        return len(self.prefilling) + len(self.decoding) + len(self.parked)
 
     def add(self, request: Request) -> None:
         """Queue a request behind those that wait."""
@@ -72,8 +73,12 @@ class Scheduler:
     def plan(self) -> Step:
         """Give free slots to those that wait, and share out the next step's tokens; a list may be empty."""
         self._given_by.settle(self.prefilling)  # first: those who come may need the slots to copy from
-        while self.waiting and self._given_by.free:
+        while self.waiting and self._given_by.free >= _slots_for(self.waiting[0]):
             request = self.waiting[0]
+            for follower in request.followers:
+                if follower.slot is None:  # before an interrupted admission
+                    self.parked.append(follower)
+                    self._given_by.take(follower)
             self.prefilling.append(request)
             request.started_s = time.perf_counter()
             self._given_by.take(request)
@@ -107,20 +112,39 @@ class Scheduler:
         self.prefilling.append(request)
         self._given_by.forget(request)
 
+    def park(self, request: Request) -> None:
+        """It keeps its slot, and takes part in no step until `resume`."""
+        (self.prefilling if request in self.prefilling else self.decoding).remove(request)
+        self.parked.append(request)
+
+    def resume(self, request: Request) -> None:
+        """Let a parked request go on: read what is left to be read, or decode."""
+        self.parked.remove(request)
+        if request.cached < request.to_read:
+            self.prefilling.append(request)
+        else:
+            insort(self.decoding, request, key=_slot)
+
     def remove(self, request: Request) -> None:
         """Forget a request that ended, wherever it stands, and free its slot for the next `plan`."""
         if request.slot is None:
-            self.waiting.remove(request)
+            if request is request.together[0]:
+                self.waiting.remove(request)
             return
-        (self.prefilling if request in self.prefilling else self.decoding).remove(request)
+        queues = (self.prefilling, self.parked, self.decoding)
+        next(queue for queue in queues if request in queue).remove(request)
         self._given_by.release(request)
 
     def repair(self) -> None:
         """After an interrupt in the midst of a change: drop what has ended, find which slots are free."""
         self.waiting = deque(s for s in self.waiting if s.slot is None and not s.finished)
-        for queue in (self.prefilling, self.decoding):
+        for queue in (self.prefilling, self.decoding, self.parked):
             queue[:] = [s for s in queue if s.slot is not None and not s.finished]
-        self._given_by.repair((*self.prefilling, *self.decoding))
+        self._given_by.repair((*self.prefilling, *self.decoding, *self.parked))
+
+
+def _slots_for(request: Request) -> int:
+    return 1 + sum(follower.slot is None for follower in request.followers)
 
 
 def fair_shares(budget: int, wants: Sequence[int]) -> list[int]:

@@ -3,8 +3,8 @@
 import math
 import numbers
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import InitVar, dataclass
+from typing import Final, Literal
 
 from gpt2core.errors import ContextLengthError, InvalidSamplingError, in_short
 from gpt2core.sampling.overflow import OVERFLOWS, Fit, Overflow, fit_prompt
@@ -12,6 +12,7 @@ from gpt2core.sampling.overflow import OVERFLOWS, Fit, Overflow, fit_prompt
 MAX_COUNT: Final = 2**31 - 1
 MAX_SEED: Final = 2**63 - 1
 MAX_N: Final = 128
+MAX_LENGTH_PENALTY: Final = 20
 MAX_LOGPROBS: Final = 20
 MAX_LOGIT_BIAS: Final = 1024
 MAX_STOPS: Final = 16
@@ -76,6 +77,13 @@ class SamplingParams:
         overflow: where prompt and new tokens exceed the context: "error"; "truncate" leaves out as many of
             the prompt's first tokens as must be; "slide" goes on, whenever the context is full, with its
             newest half, which is read anew (`gpt2core.sampling.overflow`).
+        num_beams: above 1 a beam search, which draws nothing: so many texts are followed side by side, and
+            the `n` best are returned, best first (`gpt2core.sampling.beam_search`).
+        length_penalty: of beams: a text's score is the sum of its logprobs divided by its length to this
+            power; above 0 longer texts gain by it; in [-20, 20].
+        early_stopping: of beams: True ends when there are `num_beams` ended texts; False when no running one
+            will improve them, by a heuristic; "never" when none can.
+        num_return_sequences: transformers' name for `n`.
 
     Raises:
         InvalidSamplingError: a value of the wrong type or out of its range, or two that contradict.
@@ -101,8 +109,20 @@ class SamplingParams:
     logprobs: int | None = None
     echo: bool = False
     overflow: Overflow = "error"
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
+    num_return_sequences: InitVar[int | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, num_return_sequences: int | None) -> None:
+        if num_return_sequences is not None:
+            if self.n not in (1, num_return_sequences):
+                raise InvalidSamplingError(
+                    f"n is {in_short(self.n)} and num_return_sequences, its other name, is "
+                    f"{in_short(num_return_sequences)}; leave one of them out"
+                )
+            object.__setattr__(self, "n", num_return_sequences)
+
         def integer(name: str, least: int, most: int, *, optional: bool = False) -> None:
             value = getattr(self, name)
             if not (optional and value is None):
@@ -132,6 +152,8 @@ class SamplingParams:
         object.__setattr__(self, "stop", _stops(self.stop))
         object.__setattr__(self, "stop_token_ids", _stop_token_ids(self.stop_token_ids))
         integer("n", 1, MAX_N)
+        integer("num_beams", 1, MAX_N)
+        real("length_penalty", -MAX_LENGTH_PENALTY, MAX_LENGTH_PENALTY)
         integer("seed", 0, MAX_SEED, optional=True)
         integer("logprobs", 0, MAX_LOGPROBS, optional=True)
         for name in ("echo", "ignore_eos"):
@@ -141,6 +163,7 @@ class SamplingParams:
             raise InvalidSamplingError(
                 f"overflow is {in_short(self.overflow)}; it must be 'error', 'truncate' or 'slide'"
             )
+        self._check_beams()
         if self.max_new_tokens is not None and self.max_length is not None:
             raise InvalidSamplingError(
                 f"max_new_tokens {self.max_new_tokens} and max_length {self.max_length} (prompt + new) are "
@@ -151,6 +174,33 @@ class SamplingParams:
             name = "max_new_tokens" if self.max_new_tokens is not None else "max_length"
             raise InvalidSamplingError(
                 f"min_new_tokens {self.min_new_tokens} is more than {name} {most}; lower it or raise {name}"
+            )
+
+    def _check_beams(self) -> None:
+        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
+            raise InvalidSamplingError(
+                f"early_stopping is {in_short(self.early_stopping)}; it must be True, False or 'never'"
+            )
+        beams = self.num_beams
+        if beams == 1:
+            if self.length_penalty != 1 or self.early_stopping is not False:
+                raise InvalidSamplingError(
+                    "length_penalty and early_stopping are of beam search; pass num_beams=4 or leave them out"
+                )
+            return
+        if self.temperature != 0:
+            raise InvalidSamplingError(
+                f"num_beams is {beams} and temperature is {self.temperature}; a beam search draws nothing: "
+                "leave one of them out"
+            )
+        if self.n > beams:
+            raise InvalidSamplingError(
+                f"n is {self.n} and num_beams is {beams}; a search gives as many texts as it has beams at "
+                "most: lower n or raise num_beams"
+            )
+        if self.overflow == "slide":
+            raise InvalidSamplingError(
+                f"num_beams is {beams} and overflow is 'slide'; beams cannot slide: pass overflow='truncate'"
             )
 
     def resolve_max_new_tokens(self, prompt_tokens: int, context: int) -> int:
