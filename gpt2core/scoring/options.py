@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 from typing import Literal, TypedDict
 
-from gpt2core.config import ModelConfig
+from gpt2core import ModelConfig
 from gpt2core.errors import RequestError, in_short
 
 Marker = Literal["eos"] | int | None
