@@ -20,6 +20,7 @@ import numpy as np
 from gpt2core._shapes import Float32
 from gpt2core.backends.base import Backend, Cache, CopiesCache, Embeds, PortableBits, ScoresTokens
 from gpt2core.batch import Batch
+from gpt2core.constraints.compiler import Constraints
 from gpt2core.engine.draft import draft_nbytes, make_speculation
 from gpt2core.engine.errands import Errands
 from gpt2core.engine.guarded import GuardedScheduler
@@ -39,6 +40,7 @@ from gpt2core.engine.rows import (
 )
 from gpt2core.engine.scheduler import Scheduler, Step
 from gpt2core.engine.speculation import SpeculationMode
+from gpt2core.engine.steering import LogitsProcessor, StoppingFunction, check_functions, make_steering
 from gpt2core.errors import BackendError, NumericalError, RequestError, in_short
 from gpt2core.prompts import encode_prompt
 from gpt2core.sampling.overflow import Fit
@@ -125,6 +127,7 @@ class Engine:
         self._cache: Cache | None = None
         self._closed = False
         self._eos = frozenset(self.config.eos_token_ids)
+        self._constraints = Constraints(tokenizer, self.config)
         self._stepping = threading.Lock()  # one step at a time; held while the backend computes
         self._errands = Errands(self._stepping, lambda: self._closed)
         self._moves = PrefixMoves(backend, self.prefixes, self._guarded)
@@ -183,10 +186,13 @@ class Engine:
             RequestError: the prompt is empty or holds what is not a token id; stop strings or echo are asked
                 for without a tokenizer.
             ContextLengthError: prompt and new tokens exceed the context.
-            InvalidSamplingError: `logit_bias` or `stop_token_ids` name an id outside the vocabulary.
+            InvalidSamplingError: `logit_bias` or `stop_token_ids` name an id outside the vocabulary, or the
+                constraint cannot be compiled.
+            BackendUnavailableError: the package that constraints need is missing.
         """
         ids = check_token_ids(prompt_ids, self.config.vocab_size)
         params.check_vocabulary(self.config.vocab_size)
+        self._constraints.check(params)
         if self.tokenizer is None and (params.stop or params.echo):
             raise RequestError("stop strings and echo need text; make the engine with a tokenizer")
         return ids, params.fit(len(ids), self.config.n_positions)
@@ -202,6 +208,8 @@ class Engine:
         on_logits: LogitsReader | None = None,
         on_scores: ScoreReader | None = None,
         cache_key: str | None = "",
+        logits_processors: Sequence[LogitsProcessor] = (),
+        stopping: Sequence[StoppingFunction] = (),
     ) -> list[Request]:
         """Queue a prompt; return one request per choice (`params.n`), in order of choice.
 
@@ -219,13 +227,15 @@ class Engine:
             cache_key: with a prefix cache, requests reuse what those of the same key have read: how long an
                 answer takes tells whether somebody has asked alike, so give each tenant a key of its own.
                 None: this one neither reuses what others have read nor keeps what it reads.
+            logits_processors, stopping: functions as of `GPT2.generate`. They must not call the engine.
 
         Raises:
-            RequestError: what `check` raises; the engine is closed; or logits are read of a prompt that may
-                be cut (`params.overflow`).
+            RequestError: what `check` raises; a function is none; the engine is closed; or logits are read
+                of a prompt that may be cut (`params.overflow`).
             BackendError: the cache cannot be made.
         """
         ids, fit = self.check(prompt_ids, params)
+        functions = check_functions(logits_processors, stopping)
         slides = params.overflow == "slide"
         if not slides:
             ids = ids[fit.skipped :]
@@ -255,6 +265,13 @@ class Engine:
                 on_scores=on_scores,
                 logits_chunk=None if on_scores is not None and self._scorer is not None else LOGITS_CHUNK,
                 cache_key=cache_key,
+                steering=make_steering(
+                    len(ids),
+                    functions,
+                    self._decode,
+                    self._constraints.start(params, end_token_ids),
+                    params.min_new_tokens,
+                ),
                 pieces=deque() if stream else None,
                 truncated_tokens=fit.skipped,
                 context=self.config.n_positions if slides else None,
@@ -265,6 +282,9 @@ class Engine:
         ]
         self._guarded.change(self._add, requests)
         return requests
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return "" if self.tokenizer is None else self.tokenizer.decode(token_ids, skip_special=True)
 
     def cancel(self, request: Request) -> None:
         """End a request wherever it stands, with `finish_reason` "cancelled", and free its slot.

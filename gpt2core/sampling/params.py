@@ -4,9 +4,10 @@ import math
 import numbers
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from gpt2core.errors import ContextLengthError, InvalidSamplingError, in_short
+from gpt2core.sampling.constraint import KINDS, check_constraint
 from gpt2core.sampling.overflow import OVERFLOWS, Fit, Overflow, fit_prompt
 
 MAX_COUNT: Final = 2**31 - 1
@@ -76,6 +77,16 @@ class SamplingParams:
         overflow: where prompt and new tokens exceed the context: "error"; "truncate" leaves out as many of
             the prompt's first tokens as must be; "slide" goes on, whenever the context is full, with its
             newest half, which is read anew (`gpt2core.sampling.overflow`).
+        regex: a regular expression that the whole text matches, in the syntax of Rust's crate regex: without
+            look-around, back references and word boundaries, and with classes such as that of digits in
+            ASCII. At most 16,384 characters.
+        json_schema: a JSON schema, as a dict or as JSON, that the text is an instance of, its properties in
+            the schema's order; {"type": "object"} is any object. At most 65,536 characters.
+        choice: the text is one of up to 1024 strings.
+        grammar: a context-free grammar that the text follows, in llguidance's variant of Lark's syntax, or
+            llama.cpp's GBNF. At most 16,384 characters and 512 colons.
+
+    Of the last four one may be given. They need the extra `guidance`, and a tokenizer whose tokens are bytes.
 
     Raises:
         InvalidSamplingError: a value of the wrong type or out of its range, or two that contradict.
@@ -101,6 +112,10 @@ class SamplingParams:
     logprobs: int | None = None
     echo: bool = False
     overflow: Overflow = "error"
+    regex: str | None = None
+    json_schema: str | Mapping[str, Any] | None = None
+    choice: Sequence[str] | None = None
+    grammar: str | None = None
 
     def __post_init__(self) -> None:
         def integer(name: str, least: int, most: int, *, optional: bool = False) -> None:
@@ -141,6 +156,8 @@ class SamplingParams:
             raise InvalidSamplingError(
                 f"overflow is {in_short(self.overflow)}; it must be 'error', 'truncate' or 'slide'"
             )
+        for name, value in check_constraint({kind: getattr(self, kind) for kind in KINDS}).items():
+            object.__setattr__(self, name, value)
         if self.max_new_tokens is not None and self.max_length is not None:
             raise InvalidSamplingError(
                 f"max_new_tokens {self.max_new_tokens} and max_length {self.max_length} (prompt + new) are "
