@@ -466,3 +466,23 @@ def test_sampling_alone_takes_the_same_step():
     }
     assert 1 < len(drawn) <= 5
     assert drawn <= {*np.flatnonzero(edited > -np.inf)}
+
+
+def test_coroutines_take_functions_and_parameters_of_each_prompt_too():
+    import asyncio
+
+    from gpt2core import AsyncGPT2
+
+    options = {"max_new_tokens": 30, **HOT, "logits_processors": [prefer_letters], "stopping": [at_a_sum]}
+    want = make_model().generate(["a", "bc"], [SamplingParams(), SamplingParams(n=2)], **options)
+
+    async def ask():
+        async with AsyncGPT2(make_model()) as model:
+            got = await model.generate(["a", "bc"], [SamplingParams(), SamplingParams(n=2)], **options)
+            pieces = [piece.text async for piece in model.stream("a", **options)]
+            with pytest.raises(RequestError, match=r"stopping\[0\] is 3"):
+                await model.generate("a", stopping=[3])
+            return got, "".join(pieces)
+
+    got, text = asyncio.run(ask())
+    assert (texts(got), text) == (texts(want), want[0].text)
