@@ -331,8 +331,7 @@ class GPT2(Scorable, HoldsSessions):
         Raises:
             InvalidSamplingError: a keyword is unknown or out of its range.
             ContextLengthError: prompt and new tokens exceed the model's context.
-            RequestError: a prompt is empty or no prompt, or the model is closed; or one of the functions
-                raised, which ends only the texts of this call, or returned what are no logits.
+            RequestError: a prompt is empty or no prompt; the model is closed; or a function raised.
             BackendError: the backend failed; `NumericalError` if what it returned is not finite.
 
         With one `seed` and several prompts each prompt gets what it would get alone. Without a seed each

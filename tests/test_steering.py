@@ -486,3 +486,10 @@ def test_coroutines_take_functions_and_parameters_of_each_prompt_too():
 
     got, text = asyncio.run(ask())
     assert (texts(got), text) == (texts(want), want[0].text)
+
+
+def test_a_prompt_that_was_cut_is_no_part_of_the_text_that_is_steered():
+    seen = []
+    options = {"max_new_tokens": 5, "overflow": "truncate", "regex": "[a-c]{5}", **HOT}
+    got = make_model().generate("x" * 100, stopping=[lambda _, text: seen.append(text)], **options)
+    assert (got.truncated_tokens, len(got.text), seen) == (41, 5, [got.text[:i] for i in range(1, 5)])

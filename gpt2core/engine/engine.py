@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Final, TypeVar
 
 import numpy as np
@@ -186,8 +187,7 @@ class Engine:
             RequestError: the prompt is empty or holds what is not a token id; stop strings or echo are asked
                 for without a tokenizer.
             ContextLengthError: prompt and new tokens exceed the context.
-            InvalidSamplingError: `logit_bias` or `stop_token_ids` name an id outside the vocabulary, or the
-                constraint cannot be compiled.
+            InvalidSamplingError: an id is outside the vocabulary, or a constraint cannot be compiled.
             BackendUnavailableError: the package that constraints need is missing.
         """
         ids = check_token_ids(prompt_ids, self.config.vocab_size)
@@ -239,6 +239,7 @@ class Engine:
         slides = params.overflow == "slide"
         if not slides:
             ids = ids[fit.skipped :]
+        steer = partial(make_steering, len(ids), params, functions, self.tokenizer)
         scored = on_logits is None and params.echo and params.logprobs is not None
         reads = on_logits is not None or on_scores is not None
         if reads and params.overflow != "error":
@@ -265,13 +266,7 @@ class Engine:
                 on_scores=on_scores,
                 logits_chunk=None if on_scores is not None and self._scorer is not None else LOGITS_CHUNK,
                 cache_key=cache_key,
-                steering=make_steering(
-                    len(ids),
-                    functions,
-                    self._decode,
-                    self._constraints.start(params, end_token_ids),
-                    params.min_new_tokens,
-                ),
+                steering=steer(self._constraints.start(params, end_token_ids)),
                 pieces=deque() if stream else None,
                 truncated_tokens=fit.skipped,
                 context=self.config.n_positions if slides else None,
@@ -282,9 +277,6 @@ class Engine:
         ]
         self._guarded.change(self._add, requests)
         return requests
-
-    def _decode(self, token_ids: list[int]) -> str:
-        return "" if self.tokenizer is None else self.tokenizer.decode(token_ids, skip_special=True)
 
     def cancel(self, request: Request) -> None:
         """End a request wherever it stands, with `finish_reason` "cancelled", and free its slot.

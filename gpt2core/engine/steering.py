@@ -14,6 +14,8 @@ import numpy as np
 from gpt2core._shapes import Float, Float32
 from gpt2core.constraints.matcher import Matcher
 from gpt2core.errors import InvalidSamplingError, RequestError, in_short
+from gpt2core.sampling.params import SamplingParams
+from gpt2core.tokenizer.tokenizer import Tokenizer
 
 LogitsProcessor: TypeAlias = Callable[[list[int], Float32[np.ndarray, "V"]], Any]
 """Is called with the token ids of prompt and text so far and the next token's logits, (V,) float32, which it
@@ -170,12 +172,16 @@ def _check_logits(name: str, result: object, vocab_size: int) -> Float32[np.ndar
 
 def make_steering(
     prompt_tokens: int,
+    params: SamplingParams,
     functions: Functions,
-    decode: Callable[[list[int]], str],
+    tokenizer: Tokenizer | None,
     matcher: Matcher | None,
-    min_new_tokens: int,
 ) -> Steering | None:
     """`Steering`, or None where there is nothing to steer by."""
     if matcher is None and not any(functions.values()):
         return None
-    return Steering(prompt_tokens, functions, decode, matcher, min_new_tokens)
+
+    def decode(token_ids: list[int]) -> str:
+        return "" if tokenizer is None else tokenizer.decode(token_ids, skip_special=True)
+
+    return Steering(prompt_tokens, functions, decode, matcher, params.min_new_tokens)
