@@ -3,17 +3,17 @@
 import asyncio
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, closing
 from typing import Any, Final, Literal, Self, Unpack, overload
 
 from gpt2core.engine.request import Piece, Request
+from gpt2core.engine.steering import LogitsProcessor, StoppingFunction
 from gpt2core.engine.step_loop import all_done, has_news, take_pieces
 from gpt2core.errors import BackendError, RequestError
 from gpt2core.generation import Generation
 from gpt2core.model import GPT2
-from gpt2core.prompts import OneChoiceOptions, Prompt, Prompts, SamplingOptions, split_prompts
-from gpt2core.sampling.params import SamplingParams
+from gpt2core.prompts import OneChoiceOptions, Params, Prompt, Prompts, SamplingOptions, split_prompts
 from gpt2core.scoring.options import ScoreChoices
 from gpt2core.scoring.run import Job
 from gpt2core.scoring.score import Score
@@ -55,6 +55,8 @@ class AsyncGPT2:
         params: None = None,
         *,
         allow_special: bool = ...,
+        logits_processors: Sequence[LogitsProcessor] = ...,
+        stopping: Sequence[StoppingFunction] = ...,
         n: Literal[1] = 1,
         **sampling: Unpack[OneChoiceOptions],
     ) -> Generation: ...
@@ -62,26 +64,32 @@ class AsyncGPT2:
     async def generate(
         self,
         prompt: list[str] | list[list[int]],
-        params: SamplingParams | None = None,
+        params: Params = None,
         *,
         allow_special: bool = ...,
+        logits_processors: Sequence[LogitsProcessor] = ...,
+        stopping: Sequence[StoppingFunction] = ...,
         **sampling: Unpack[SamplingOptions],
     ) -> list[Generation]: ...
     @overload
     async def generate(
         self,
         prompt: Prompts,
-        params: SamplingParams | None = None,
+        params: Params = None,
         *,
         allow_special: bool = ...,
+        logits_processors: Sequence[LogitsProcessor] = ...,
+        stopping: Sequence[StoppingFunction] = ...,
         **sampling: Unpack[SamplingOptions],
     ) -> Generation | list[Generation]: ...
     async def generate(
         self,
         prompt: Prompts,
-        params: SamplingParams | None = None,
+        params: Params = None,
         *,
         allow_special: bool = False,
+        logits_processors: Sequence[LogitsProcessor] = (),
+        stopping: Sequence[StoppingFunction] = (),
         **sampling: Any,
     ) -> Generation | list[Generation]:
         """Continue one prompt or several: arguments, result and errors of `GPT2.generate`.
@@ -89,7 +97,8 @@ class AsyncGPT2:
         Closing this, or the model, meanwhile ends it with the `finish_reason` "cancelled".
         """
         self._enter()
-        work = self.model._generating(prompt, params, allow_special=allow_special, **sampling)
+        functions: dict[str, Any] = {"logits_processors": logits_processors, "stopping": stopping}
+        work = self.model._generating(prompt, params, allow_special=allow_special, **functions, **sampling)
         try:
             while True:
                 requests = next(work)
@@ -104,9 +113,11 @@ class AsyncGPT2:
     def stream(
         self,
         prompt: Prompts,
-        params: SamplingParams | None = None,
+        params: Params = None,
         *,
         allow_special: bool = False,
+        logits_processors: Sequence[LogitsProcessor] = (),
+        stopping: Sequence[StoppingFunction] = (),
         **sampling: Unpack[SamplingOptions],
     ) -> AsyncGenerator[Piece, None]:
         """Continue a prompt piece by piece, `async for piece in ...`: as `GPT2.stream`.
@@ -115,7 +126,9 @@ class AsyncGPT2:
         leaving the loop ends it. (A `break` leaves that to the event loop's next turn; `contextlib.aclosing`
         does not.)
         """
-        return self._pieces(self.model._streaming(prompt, params, allow_special=allow_special, **sampling))
+        functions: dict[str, Any] = {"logits_processors": logits_processors, "stopping": stopping}
+        options: dict[str, Any] = {**functions, **sampling}
+        return self._pieces(self.model._streaming(prompt, params, allow_special=allow_special, **options))
 
     async def _pieces(self, submitted: AbstractContextManager[list[Request]]) -> AsyncGenerator[Piece, None]:
         self._enter()

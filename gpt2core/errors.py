@@ -9,6 +9,7 @@
     └── RequestError (ValueError)    the caller asked for something impossible
         ├── ContextLengthError           prompt plus new tokens exceed the model's context
         └── InvalidSamplingError         a sampling parameter out of its range
+            └── ConstraintError              a constraint that cannot be compiled or followed
 
 Each message names the value, the limit and the remedy. What is no error but should be known is a
 `CheckpointWarning`, of the module `warnings`.
@@ -57,6 +58,18 @@ class ContextLengthError(RequestError):
 
 class InvalidSamplingError(RequestError):
     """A sampling parameter is outside its range or contradicts another."""
+
+
+class ConstraintError(InvalidSamplingError):
+    """A regular expression, schema or grammar cannot be compiled, or takes too much to follow.
+
+    Attributes:
+        summary: the same without quoting it, for those who may not repeat it.
+    """
+
+    def __init__(self, message: str, summary: str = "") -> None:
+        super().__init__(message)
+        self.summary = summary or message
 
 
 def in_short(value: object) -> str:

@@ -3,7 +3,7 @@
 # T tokens, V vocabulary, n positions of one chunk
 
 import os
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Literal, Never, Self, Unpack, overload
@@ -17,6 +17,7 @@ from gpt2core.engine.beams import check_streams
 from gpt2core.engine.engine import CACHE_NBYTES, Engine
 from gpt2core.engine.request import LogitsReader, Piece, Request
 from gpt2core.engine.speculation import SpeculationMode
+from gpt2core.engine.steering import LogitsProcessor, StoppingFunction, take_functions
 from gpt2core.engine.step_loop import (
     StepLoop,
     all_done,
@@ -30,11 +31,13 @@ from gpt2core.generation import Generation, Timing, make_generation
 from gpt2core.loading import Loaded, Origin, check_unknown, load_models, load_transformers
 from gpt2core.prompts import (
     OneChoiceOptions,
+    Params,
     Prompt,
     Prompts,
     SamplingOptions,
     check_prompts,
-    merge_options,
+    merge_options_of_each,
+    split_prompts,
 )
 from gpt2core.sampling.draw import SamplingParams
 from gpt2core.scorable import Scorable
@@ -269,6 +272,8 @@ class GPT2(Scorable, HoldsSessions):
         params: None = None,
         *,
         allow_special: bool = ...,
+        logits_processors: Sequence[LogitsProcessor] = ...,
+        stopping: Sequence[StoppingFunction] = ...,
         n: Literal[1] = 1,
         **sampling: Unpack[OneChoiceOptions],
     ) -> Generation: ...
@@ -276,26 +281,32 @@ class GPT2(Scorable, HoldsSessions):
     def generate(
         self,
         prompt: list[str] | list[list[int]],
-        params: SamplingParams | None = None,
+        params: Params = None,
         *,
         allow_special: bool = ...,
+        logits_processors: Sequence[LogitsProcessor] = ...,
+        stopping: Sequence[StoppingFunction] = ...,
         **sampling: Unpack[SamplingOptions],
     ) -> list[Generation]: ...
     @overload
     def generate(
         self,
         prompt: Prompts,
-        params: SamplingParams | None = None,
+        params: Params = None,
         *,
         allow_special: bool = ...,
+        logits_processors: Sequence[LogitsProcessor] = ...,
+        stopping: Sequence[StoppingFunction] = ...,
         **sampling: Unpack[SamplingOptions],
     ) -> Generation | list[Generation]: ...
     def generate(
         self,
         prompt: Prompts,
-        params: SamplingParams | None = None,
+        params: Params = None,
         *,
         allow_special: bool = False,
+        logits_processors: Sequence[LogitsProcessor] = (),
+        stopping: Sequence[StoppingFunction] = (),
         **sampling: Any,
     ) -> Generation | list[Generation]:
         """Continue one prompt or several, batched.
@@ -303,10 +314,16 @@ class GPT2(Scorable, HoldsSessions):
         Args:
             prompt: a text; or one prompt as token ids, a list or an array (T,) of NumPy, PyTorch, ...; or a
                 list of such prompts; or an array (N, T) of token ids.
-            params: how to sample.
+            params: how to sample; a list gives each prompt its own.
             allow_special: whether special tokens that a text spells out, as `<|endoftext|>`, become those
                 tokens.
-            **sampling: fields of `SamplingParams`, which take precedence over `params`.
+            logits_processors: functions of (token ids of prompt and text, logits (V,) float32) that return
+                logits, called before each draw in their order, after the penalties and before the
+                temperature (`transform_logits` has the whole order).
+            stopping: functions of (token ids of prompt and text, text), called after each token; the text
+                ends with it, `finish_reason` "stop", once one of them returns true.
+            **sampling: fields of `SamplingParams`, which take precedence over `params`; `seed` may be a list
+                with one for each prompt.
 
         Returns:
             One `Generation` for one prompt with `n=1`; otherwise a flat list, prompt after prompt, each
@@ -315,21 +332,25 @@ class GPT2(Scorable, HoldsSessions):
         Raises:
             InvalidSamplingError: a keyword is unknown or out of its range.
             ContextLengthError: prompt and new tokens exceed the model's context.
-            RequestError: a prompt is empty or no prompt, or the model is closed.
+            RequestError: a prompt is empty or no prompt; the model is closed; or a function raised.
             BackendError: the backend failed; `NumericalError` if what it returned is not finite.
 
         With one `seed` and several prompts each prompt gets what it would get alone. Without a seed each
-        prompt has a fresh one, which its `Generation` names.
+        prompt has a fresh one, which its `Generation` names. The functions keep that promise if their results
+        depend on their arguments alone. They run between two steps, and must not call the model.
         """
-        work = self._generating(prompt, params, allow_special=allow_special, **sampling)
+        functions: dict[str, Any] = {"logits_processors": logits_processors, "stopping": stopping}
+        work = self._generating(prompt, params, allow_special=allow_special, **functions, **sampling)
         return run_waiting(work, self._run_until)
 
     def stream(
         self,
         prompt: Prompts,
-        params: SamplingParams | None = None,
+        params: Params = None,
         *,
         allow_special: bool = False,
+        logits_processors: Sequence[LogitsProcessor] = (),
+        stopping: Sequence[StoppingFunction] = (),
         **sampling: Unpack[SamplingOptions],
     ) -> Iterator[Piece]:
         """Continue a prompt piece by piece: one `Piece` per token, as soon as it is drawn.
@@ -343,7 +364,9 @@ class GPT2(Scorable, HoldsSessions):
         the first `next`, which starts the work. Closing the iterator, or leaving the loop, ends the
         generation.
         """
-        return self._pieces(self._streaming(prompt, params, allow_special=allow_special, **sampling))
+        functions: dict[str, Any] = {"logits_processors": logits_processors, "stopping": stopping}
+        work = self._streaming(prompt, params, allow_special=allow_special, **functions, **sampling)
+        return self._pieces(work)
 
     def logits(self, token_ids: TokenIds) -> Float32[np.ndarray, "T V"]:
         """The model's logits at every position of one sequence.
@@ -390,7 +413,7 @@ class GPT2(Scorable, HoldsSessions):
         """
         if pooling not in ("mean", "last"):
             raise RequestError(f"pooling is {in_short(pooling)}; it must be 'mean' or 'last'")
-        texts, single = self._prompts(text, _READ_ONLY, allow_special)
+        texts, _, single = self._prompts(text, _READ_ONLY, {}, allow_special)
         result = np.empty((len(texts), self.config.n_embd), np.float32)
         for i, ids in enumerate(texts):
             hidden = self.engine.hidden_states(ids)  # (T, D)
@@ -401,10 +424,9 @@ class GPT2(Scorable, HoldsSessions):
 
     def close(self) -> None:
         """Free the model; calling it twice is harmless. Calls in other threads end as "cancelled"."""
-        self.engine.close()
-        self.backend.close()
-        if self._draft is not None:
-            self._draft.close()
+        for part in (self.engine, self.backend, self._draft):
+            if part is not None:
+                part.close()
 
     def __enter__(self) -> Self:
         return self
@@ -413,25 +435,25 @@ class GPT2(Scorable, HoldsSessions):
         self.close()
 
     def _generating(
-        self, prompt: Prompts, params: SamplingParams | None, *, allow_special: bool, **sampling: Any
+        self, prompt: Prompts, params: Params, *, allow_special: bool, **options: Any
     ) -> Generator[list[Request], None, Generation | list[Generation]]:
         """The work of `generate`, which yields what it waits for."""
-        params = merge_options(params, sampling)
-        prompts, single = self._prompts(prompt, params, allow_special)
-        with self._submitted(prompts, params) as requests:
+        functions = take_functions(options)
+        prompts, each, single = self._prompts(prompt, params, options, allow_special)
+        with self._submitted(prompts, each, **functions) as requests:
             yield requests
         raise_error(requests)
         generations = [make_generation(request) for request in requests]
-        return generations[0] if single and params.n == 1 else generations
+        return generations[0] if single and each[0].n == 1 else generations
 
     def _streaming(
-        self, prompt: Prompts, params: SamplingParams | None, *, allow_special: bool, **sampling: Any
+        self, prompt: Prompts, params: Params, *, allow_special: bool, **options: Any
     ) -> AbstractContextManager[list[Request]]:
         """The requests of `stream`, which are submitted on entering; what is wrong is raised at once."""
-        params = merge_options(params, sampling)
-        check_streams(params)
-        prompts, _ = self._prompts(prompt, params, allow_special)
-        return self._submitted(prompts, params, stream=True)
+        functions = take_functions(options)
+        prompts, each, _ = self._prompts(prompt, params, options, allow_special)
+        check_streams(*each)
+        return self._submitted(prompts, each, stream=True, **functions)
 
     def _pieces(self, submitted: AbstractContextManager[list[Request]]) -> Iterator[Piece]:
         with submitted as requests:
@@ -442,8 +464,7 @@ class GPT2(Scorable, HoldsSessions):
 
     def _read(self, ids: list[int], logits_from: int, reader: LogitsReader) -> None:
         """Let `reader` see the logits from position `logits_from` on."""
-        options = {"logits_from": logits_from, "on_logits": reader}
-        with self._submitted([ids], _READ_ONLY, **options) as requests:
+        with self._submitted([ids], [_READ_ONLY], logits_from=logits_from, on_logits=reader) as requests:
             self._run_until(lambda: all_done(requests))
         raise_error(requests)
         if any(request.finish_reason == "cancelled" for request in requests):
@@ -451,27 +472,29 @@ class GPT2(Scorable, HoldsSessions):
 
     @contextmanager
     def _submitted(
-        self, prompts: list[list[int]], params: SamplingParams, **options: Any
+        self, prompts: list[list[int]], params: Sequence[SamplingParams], **options: Any
     ) -> Iterator[list[Request]]:
         """Requests for the prompts; those that have not ended by the end of the context are cancelled."""
         requests: list[Request] = []
         try:
-            for i, ids in enumerate(prompts):
-                requests += self.engine.submit(ids, params, prompt=i, **options)
+            for i, (ids, own) in enumerate(zip(prompts, params, strict=True)):
+                requests += self.engine.submit(ids, own, prompt=i, **options)
             yield requests
         finally:
             for request in requests:
                 self.engine.cancel(request)
 
     def _prompts(
-        self, prompt: Prompts, params: SamplingParams, allow_special: bool
-    ) -> tuple[list[list[int]], bool]:
-        """Each prompt's token ids, checked before anything is submitted, and whether it is one prompt."""
+        self, prompt: Prompts, params: Params, options: Mapping[str, Any], allow_special: bool
+    ) -> tuple[list[list[int]], list[SamplingParams], bool]:
+        """Each prompt's token ids and parameters, checked before anything is submitted; whether it is one."""
+        prompts, single = split_prompts(prompt)
+        each = merge_options_of_each(params, options, len(prompts))
         self._check_open()
 
-        def encode(prompt: Prompt) -> list[int]:
+        def encode(prompt: Prompt, own: SamplingParams) -> list[int]:
             if isinstance(prompt, str) and self._tokenizer is None:
                 _ = self.tokenizer  # says what is missing
-            return self.engine.encode(prompt, params, allow_special=allow_special)
+            return self.engine.encode(prompt, own, allow_special=allow_special)
 
-        return check_prompts(prompt, encode)
+        return check_prompts(prompts, each, encode, single=single), each, single

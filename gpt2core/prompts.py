@@ -15,6 +15,8 @@ Prompt: TypeAlias = str | TokenIds
 """A text, or the token ids of one."""
 Prompts: TypeAlias = Prompt | Sequence[Prompt]
 """One prompt or several; an array (N, T) is N prompts of T tokens."""
+Params: TypeAlias = SamplingParams | Sequence[SamplingParams] | None
+"""Of all prompts, or of each its own; None = the defaults."""
 
 
 class OneChoiceOptions(TypedDict, total=False):
@@ -35,13 +37,17 @@ class OneChoiceOptions(TypedDict, total=False):
     stop: str | Sequence[str]
     stop_token_ids: Sequence[int]
     ignore_eos: bool
-    seed: int | None
+    seed: int | Sequence[int] | None
     logprobs: int | None
     echo: bool
     overflow: Overflow
     num_beams: int
     length_penalty: float
     early_stopping: bool | Literal["never"]
+    regex: str | None
+    json_schema: str | Mapping[str, Any] | None
+    choice: Sequence[str] | None
+    grammar: str | None
 
 
 class SamplingOptions(OneChoiceOptions, total=False):
@@ -71,6 +77,38 @@ def merge_options(params: SamplingParams | None, options: Mapping[str, Any]) -> 
             f"params is {in_short(params)}; expected SamplingParams, or pass its fields as keywords"
         )
     return replace(params, **options)
+
+
+def merge_options_of_each(params: Params, options: Mapping[str, Any], prompts: int) -> list[SamplingParams]:
+    """The parameters of each prompt: `merge_options`, where `params` and `seed` may hold one for each.
+
+    Raises:
+        InvalidSamplingError: what `merge_options` raises, of a list with the number of the one at fault; or
+            there are more or fewer of them than prompts.
+    """
+    given, seeds = _of_each("params", params, prompts), _of_each("seed", options.get("seed"), prompts)
+    if given is None and seeds is None:
+        return [merge_options(cast(SamplingParams | None, params), options)] * prompts
+    merged = []
+    for i in range(prompts):
+        own = options if seeds is None else {**options, "seed": seeds[i]}
+        try:
+            merged.append(merge_options(cast(Any, params) if given is None else given[i], own))
+        except InvalidSamplingError as error:
+            raise InvalidSamplingError(f"prompt {i} of the list: {error}") from None
+    return merged
+
+
+def _of_each(name: str, value: object, prompts: int) -> Sequence[Any] | None:
+    """One value for each prompt; None where there is one for all of them."""
+    if not isinstance(value, list | tuple):
+        return None
+    if len(value) != prompts:
+        raise InvalidSamplingError(
+            f"{name} is a list of {len(value)} for {prompts} prompt{'s' * (prompts != 1)}; give one for "
+            "each, or one for all without a list"
+        )
+    return value
 
 
 def split_prompts(prompt: Prompts) -> tuple[list[Prompt], bool]:
@@ -123,19 +161,24 @@ def encode_prompt(text: str, tokenizer: Tokenizer, context: int | None, *, allow
     return tokenizer.encode(text, allow_special=allow_special)
 
 
-def check_prompts(prompt: Prompts, check: Callable[[Prompt], list[int]]) -> tuple[list[list[int]], bool]:
-    """Each prompt's token ids as `check` gives them, and whether it is one prompt.
+def check_prompts(
+    prompts: Sequence[Prompt],
+    params: Sequence[SamplingParams],
+    check: Callable[[Prompt, SamplingParams], list[int]],
+    *,
+    single: bool,
+) -> list[list[int]]:
+    """Each prompt's token ids as `check` gives them.
 
     Raises:
         RequestError: what `check` raises, of several prompts with the number of the one at fault.
     """
-    prompts, single = split_prompts(prompt)
     checked = []
-    for i, given in enumerate(prompts):
+    for i, (given, own) in enumerate(zip(prompts, params, strict=True)):
         try:
-            checked.append(check(given))
+            checked.append(check(given, own))
         except RequestError as error:
             if single:
                 raise
             raise type(error)(f"prompt {i} of the list: {error}") from None
-    return checked, single
+    return checked

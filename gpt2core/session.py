@@ -9,7 +9,7 @@ slower, and on `native` the same to the last bit.
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
@@ -42,7 +42,7 @@ class HoldsSessions:
     _run_until: Callable[[Callable[[], bool]], None]
 
     def _submitted(
-        self, prompts: list[list[int]], params: SamplingParams, **options: Any
+        self, prompts: list[list[int]], params: Sequence[SamplingParams], **options: Any
     ) -> AbstractContextManager[list[Request]]:
         raise NotImplementedError
 
@@ -157,7 +157,7 @@ class Session:
         Arguments, result and errors are those of `GPT2.generate` with the session as the prompt; `n` is 1.
         """
         params = self._merge(params, sampling)
-        with self._model._submitted([self.token_ids], params, cache_key=self._cache_key) as requests:
+        with self._model._submitted([self.token_ids], [params], cache_key=self._cache_key) as requests:
             self._model._run_until(lambda: all_done(requests))
         raise_error(requests)
         generation = make_generation(requests[0])
@@ -171,7 +171,7 @@ class Session:
         params = self._merge(params, sampling)
         ids, _ = self._model.engine.check(self._token_ids, params)
         options = {"stream": True, "cache_key": self._cache_key}
-        return self._keep(self._model._pieces(self._model._submitted([ids], params, **options)))
+        return self._keep(self._model._pieces(self._model._submitted([ids], [params], **options)))
 
     def _keep(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
         length = len(self)
@@ -212,7 +212,7 @@ class Session:
         sequence = [*self._token_ids, *ids]
         reader = ScoreReader(targets=sequence[1:], top=0, members=None, read=read)
         options = {"logits_from": start, "on_scores": reader, "cache_key": self._cache_key}
-        with self._model._submitted([sequence[:-1]], _READ_ONLY, **options) as requests:
+        with self._model._submitted([sequence[:-1]], [_READ_ONLY], **options) as requests:
             self._model._run_until(lambda: all_done(requests))
         raise_error(requests)
         whole = text if isinstance(text, str) else None
@@ -274,7 +274,7 @@ class Session:
         for _ in range(_TRIES):  # others may need the slot between reading a text and reading its slot
             if positions is not None:
                 break
-            with self._model._submitted([ids], _READ_ONLY, cache_key=self._cache_key) as requests:
+            with self._model._submitted([ids], [_READ_ONLY], cache_key=self._cache_key) as requests:
                 self._model._run_until(lambda requests=requests: all_done(requests))  # type: ignore[misc]
             raise_error(requests)
             positions = engine.read_prefix(ids, self._cache_key)

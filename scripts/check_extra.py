@@ -58,6 +58,14 @@ def check_chat(*, installed: bool) -> None:
     assert installed or "pip install 'gpt2core[chat]'" in done.stderr, done.stderr
 
 
+def check_guidance(*, installed: bool) -> None:
+    """Without llguidance a constraint is refused with the extra `guidance`; with it the text follows it."""
+    options = ("--choice", " yes", "--offline")
+    done = gpt2core("generate", TEXT, *options, code=0 if installed else MISSING)
+    assert done.stdout == (f"{TEXT} yes\n" if installed else ""), done.stdout
+    assert installed or "pip install 'gpt2core[guidance]'" in done.stderr, done.stderr
+
+
 def check_serve(*, installed: bool) -> None:
     """Without the extra `serve` the server is refused with it; with it a model is served until SIGTERM."""
     if not installed:
@@ -108,6 +116,7 @@ def main(extra: str, backends: list[str]) -> None:
     missing = set(backends) - here
     check_bench(installed=extra == "bench")
     check_chat(installed=find_spec("jinja2") is not None)
+    check_guidance(installed=extra == "guidance")
     check_serve(installed=extra == "serve")
     for name in missing:
         remedy = f"pip install 'gpt2core[{name}]'"

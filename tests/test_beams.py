@@ -442,3 +442,17 @@ def test_a_search_that_bans_leave_nothing_for_says_so():
         with pytest.raises(InvalidSamplingError, match="only 0 of 2 texts are left of 2 beams"):
             model.generate([3], max_new_tokens=4, **options)
         assert idle(model)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"logits_processors": [lambda token_ids, logits: logits]}, {"stopping": [lambda token_ids, text: True]}],
+)
+def test_functions_do_not_act_on_beams_and_are_refused(options):
+    with pytest.raises(RequestError, match="num_beams is 2; logits_processors and stopping do not act on"):
+        make_model().generate("ab", num_beams=2, **options)
+
+
+def test_a_constraint_does_not_act_on_beams_and_is_refused():
+    with pytest.raises(InvalidSamplingError, match="num_beams is 2, and a constraint does not act on beams"):
+        SamplingParams(num_beams=2, regex="a+")

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 from dataclasses import fields
 
 import pytest
@@ -237,3 +238,35 @@ def test_a_search_for_the_likeliest_texts(generate, model):
     ]
     refused = generate(PROMPT, "--num-beams", "4", "-t", "0.8", code=2)
     assert "--num-beams is 4 and temperature is 0.8; a beam search draws nothing" in refused.err
+
+
+def test_a_text_matches_what_the_command_line_asks_for(generate, tmp_path):
+    out = generate("a", "--regex", "[a-d]{3}-[0-9]", "-s", "1", "--no-prompt").out
+    assert re.fullmatch(r"[a-d]{3}-[0-9]\n", out)
+    out = generate("a", "--choice", "yes", "--choice", "no, sir", "-s", "1", "--no-prompt").out
+    assert out in ("yes\n", "no, sir\n")
+    schema = {"type": "array", "items": {"enum": [1, 22]}, "minItems": 2, "maxItems": 3}
+    (tmp_path / "schema.json").write_text(json.dumps(schema))
+    (tmp_path / "sum.lark").write_text('start: NUMBER ("+" NUMBER){1,3}\nNUMBER: /[0-9]{1,2}/\n')
+    for given in (json.dumps(schema), str(tmp_path / "schema.json")):
+        out = generate("a", "--json-schema", given, "-s", "1", "--no-prompt").out
+        assert {*json.loads(out)} <= {1, 22}
+    out = generate("a", "--grammar", str(tmp_path / "sum.lark"), "-s", "1", "--no-prompt").out
+    assert re.fullmatch(r"\d{1,2}(\+\d{1,2}){1,3}\n", out)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--regex", "("), "regex cannot be compiled: unclosed group; mend it"),
+        (("--regex", "a", "--choice", "b"), "regex and choice are both given"),
+        (
+            ("--json-schema", "nowhere.json"),
+            "--json-schema names nowhere.json, which cannot be read: No such",
+        ),
+        (("--json-schema", "{"), "--json-schema is not strict JSON"),
+        (("--grammar", "nowhere.lark"), "--grammar names nowhere.lark, which cannot be read: No such"),
+    ],
+)
+def test_a_bad_constraint_is_refused_in_the_command_lines_spelling(generate, options, message):
+    assert message in generate("a", *options, code=2).err

@@ -172,7 +172,7 @@ LAYERS = (
     ("config",),
     ("weights", "batch", "trace", "token_scores"),
     ("sampling", "tokenizer"),
-    ("prompts", "reference", "chat_template"),
+    ("prompts", "reference", "chat_template", "constraints"),
     ("quantization",),
     ("checkpoint",),
     ("backends",),

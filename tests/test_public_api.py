@@ -179,6 +179,8 @@ def test_the_signatures_are_those_that_callers_write():
             "prompt",
             "params",
             "allow_special",
+            "logits_processors",
+            "stopping",
             "sampling",
         ]
 

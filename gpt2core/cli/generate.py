@@ -51,6 +51,7 @@ class Speed:
     examples=(
         'gpt2core generate "Once upon a time" -t 0.8 -s 7',
         'gpt2core generate "Once upon a time" "The king said" -n 20 --json',
+        "gpt2core generate 'The king was' --choice ' happy' --choice ' sad'",
         'echo "The king said" | gpt2core generate - --no-prompt',
         "gpt2core generate --prompts prompts.jsonl -m openai-community/gpt2 -b torch",
     ),

@@ -6,6 +6,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from gpt2core.cli.constraint_options import constraint_options, read_constraint
 from gpt2core.errors import RequestError, in_short
 
 text_options = (
@@ -49,6 +50,7 @@ text_options = (
     ),
     click.option("--ignore-eos", is_flag=True, help="Go on after the end-of-text token."),
     click.option("-s", "--seed", type=int, help="The same seed gives the same text.  [default: a new one]"),
+    *constraint_options,
 )
 """Of one text, in the order of --help."""
 
@@ -91,9 +93,9 @@ def to_fields(given: dict[str, Any]) -> dict[str, Any]:
     """The fields of `SamplingParams` that these options mean.
 
     Raises:
-        RequestError: a --logit-bias is not ID=BIAS.
+        RequestError: a --logit-bias is not ID=BIAS, or a file cannot be read.
     """
-    fields = {**given, "logit_bias": dict(map(_bias, given["logit_bias"]))}
+    fields = {**read_constraint(given), "logit_bias": dict(map(_bias, given["logit_bias"]))}
     context = click.get_current_context()
     if (
         given.get("num_beams", 1) > 1

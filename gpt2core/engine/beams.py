@@ -77,17 +77,18 @@ class Copy(NamedTuple):
     end: int
 
 
-def check_streams(params: SamplingParams) -> None:
+def check_streams(*params: SamplingParams) -> None:
     """Refuse to stream beams.
 
     Raises:
         RequestError: there are several.
     """
-    if params.num_beams > 1:
-        raise RequestError(
-            f"num_beams is {params.num_beams}; beams cannot be streamed, since the best text is known "
-            "at the end only: call generate"
-        )
+    for own in params:
+        if own.num_beams > 1:
+            raise RequestError(
+                f"num_beams is {own.num_beams}; beams cannot be streamed, since the best text is known "
+                "at the end only: call generate"
+            )
 
 
 def check_beams(

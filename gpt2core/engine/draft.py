@@ -143,6 +143,7 @@ class DraftModel:
                 eos_token_ids=request.end_token_ids,
                 seed=request.seed,
                 choice=request.choice,
+                steer=None if request.steering is None else request.steering.edit,
             )
         except Gpt2CoreError:  # the draft has nothing to say here; the model itself draws from its own logits
             return False

@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Final, TypeVar
 
 import numpy as np
@@ -20,10 +21,12 @@ import numpy as np
 from gpt2core._shapes import Float32
 from gpt2core.backends.base import Backend, Cache, CopiesCache, Embeds, PortableBits, ScoresTokens
 from gpt2core.batch import Batch
+from gpt2core.constraints.compiler import Constraints
 from gpt2core.engine.beams import BeamKeeper, check_beams, join_beams
-from gpt2core.engine.draft import draft_nbytes, make_speculation
+from gpt2core.engine.draft import make_speculation
 from gpt2core.engine.errands import Errands
 from gpt2core.engine.guarded import GuardedScheduler
+from gpt2core.engine.limits import count_slots
 from gpt2core.engine.pacing import Pacer
 from gpt2core.engine.prefix_cache import PrefixCache
 from gpt2core.engine.prefix_moves import PrefixMoves
@@ -40,6 +43,7 @@ from gpt2core.engine.rows import (
 )
 from gpt2core.engine.scheduler import Scheduler, Step
 from gpt2core.engine.speculation import SpeculationMode
+from gpt2core.engine.steering import LogitsProcessor, StoppingFunction, check_functions, make_steering
 from gpt2core.errors import BackendError, NumericalError, RequestError, in_short
 from gpt2core.prompts import encode_prompt
 from gpt2core.sampling.beam_search import Candidates
@@ -96,25 +100,13 @@ class Engine:
         draft: Backend | None = None,
         prefix_cache: bool | None = None,
     ) -> None:
-        limits = {"max_slots": max_slots, "cache_nbytes": cache_nbytes, "step_tokens": step_tokens}
-        for name, value in limits.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise RequestError(f"{name} is {value!r}; it must be a whole number of 1 or more")
         if prefix_cache not in (True, False, None):
             raise RequestError(f"prefix_cache is {in_short(prefix_cache)}; it must be True, False or None")
         self.config = backend.config
-        request_nbytes = self.config.cache_nbytes(1, self.config.n_positions) + draft_nbytes(
-            draft, self.config
-        )
-        if cache_nbytes < request_nbytes:
-            raise RequestError(
-                f"cache_nbytes is {cache_nbytes!r}; one request of this model's context of "
-                f"{self.config.n_positions} tokens needs {request_nbytes} bytes; raise cache_nbytes to that "
-                "much"
-            )
         self.backend = backend
         self.tokenizer = tokenizer
-        self.slots = min(max_slots, cache_nbytes // request_nbytes)
+        limits = {"max_slots": max_slots, "cache_nbytes": cache_nbytes, "step_tokens": step_tokens}
+        self.slots = count_slots(self.config, draft, **limits)
         self.steps = 0
         copies = isinstance(backend, CopiesCache)
         if prefix_cache is None:
@@ -127,7 +119,7 @@ class Engine:
         self._scorer = backend if isinstance(backend, ScoresTokens) else None
         self._cache: Cache | None = None
         self._closed = False
-        self._eos = frozenset(self.config.eos_token_ids)
+        self._constraints = Constraints(tokenizer, self.config)
         self._stepping = threading.Lock()  # one step at a time; held while the backend computes
         self._errands = Errands(self._stepping, lambda: self._closed)
         self._moves = PrefixMoves(backend, self.prefixes, self._guarded)
@@ -186,10 +178,12 @@ class Engine:
             RequestError: the prompt is empty or holds what is not a token id; stop strings or echo are asked
                 for without a tokenizer; there are too many beams.
             ContextLengthError: prompt and new tokens exceed the context.
-            InvalidSamplingError: `logit_bias` or `stop_token_ids` name an id outside the vocabulary.
+            InvalidSamplingError: an id is outside the vocabulary, or a constraint cannot be compiled.
+            BackendUnavailableError: the package that constraints need is missing.
         """
         ids = check_token_ids(prompt_ids, self.config.vocab_size)
         params.check_vocabulary(self.config.vocab_size)
+        self._constraints.check(params)
         if self.tokenizer is None and (params.stop or params.echo):
             raise RequestError("stop strings and echo need text; make the engine with a tokenizer")
         fit = params.fit(len(ids), self.config.n_positions)
@@ -207,6 +201,8 @@ class Engine:
         on_logits: LogitsReader | None = None,
         on_scores: ScoreReader | None = None,
         cache_key: str | None = "",
+        logits_processors: Sequence[LogitsProcessor] = (),
+        stopping: Sequence[StoppingFunction] = (),
     ) -> list[Request]:
         """Queue a prompt; return one request per choice (`params.n`), in order of choice.
 
@@ -224,16 +220,19 @@ class Engine:
             cache_key: with a prefix cache, requests reuse what those of the same key have read: how long an
                 answer takes tells whether somebody has asked alike, so give each tenant a key of its own.
                 None: this one neither reuses what others have read nor keeps what it reads.
+            logits_processors, stopping: functions as of `GPT2.generate`. They must not call the engine.
 
         Raises:
-            RequestError: what `check` raises; the engine is closed; logits are read of a prompt that may be
-                cut (`params.overflow`); or beams are to be streamed.
+            RequestError: what `check` raises; a function is none; the engine is closed; logits are read of a
+                prompt that may be cut (`params.overflow`); or beams are to be streamed or get functions.
             BackendError: the cache cannot be made.
         """
         ids, fit = self.check(prompt_ids, params)
+        functions = check_functions(logits_processors, stopping)
         slides = params.overflow == "slide"
         if not slides:
             ids = ids[fit.skipped :]
+        steer = partial(make_steering, len(ids), params, functions, self.tokenizer)
         scored = on_logits is None and params.echo and params.logprobs is not None
         reads = on_logits is not None or on_scores is not None
         if reads and params.overflow != "error":
@@ -260,6 +259,7 @@ class Engine:
                 on_scores=on_scores,
                 logits_chunk=None if on_scores is not None and self._scorer is not None else LOGITS_CHUNK,
                 cache_key=cache_key,
+                steering=steer(self._constraints.start(params, end_token_ids)),
                 pieces=deque() if stream else None,
                 truncated_tokens=fit.skipped,
                 context=self.config.n_positions if slides else None,
@@ -272,7 +272,7 @@ class Engine:
         return requests[: params.n]
 
     def _end_token_ids(self, params: SamplingParams) -> frozenset[int]:
-        return frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos)
+        return frozenset((*params.stop_token_ids, *(() if params.ignore_eos else self.config.eos_token_ids)))
 
     def cancel(self, request: Request) -> None:
         """End a request wherever it stands, with `finish_reason` "cancelled", and free its slot.

@@ -10,6 +10,7 @@ from typing import Final, Literal, NamedTuple, Protocol
 import numpy as np
 
 from gpt2core._shapes import Float32
+from gpt2core.engine.steering import Steering
 from gpt2core.errors import Gpt2CoreError
 from gpt2core.sampling.beam_search import Candidates
 from gpt2core.sampling.draw import SamplingParams, TokenLogprob, token_logprobs
@@ -118,6 +119,7 @@ class Request:
     on_scores: ScoreReader | None = None  # instead: reads what they say of given tokens
     logits_chunk: int | None = LOGITS_CHUNK  # most positions per step whose logits are read; None: any number
     cache_key: str | None = ""  # what it reads is reused by requests of the same key; None: by nobody
+    steering: Steering | None = None  # None: nothing but the parameters
     pieces: deque[Piece] | None = None  # not yet taken by the one who streams; None when nobody does
     bell: Callable[[], None] | None = (
         None  # is called, in the step, when it has a piece, and when it has ended
@@ -230,8 +232,13 @@ class Request:
             return self._record(None, self.echo, logprobs, None, now_s) if self.params.echo else None
         return self._record(None, self.echo, logprobs, "length", now_s)
 
-    def take_token(self, token_id: int, logprobs: tuple[TokenLogprob, ...], now_s: float) -> Update:
-        """Append a drawn token; end at a token that ends it, a stop string or the last token allowed."""
+    def take_token(
+        self, token_id: int, logprobs: tuple[TokenLogprob, ...], ends: bool, now_s: float
+    ) -> Update:
+        """Append a drawn token; end at a token that ends it, a stop string or the last token allowed.
+
+        With `ends` the text ends with this token, which is part of it.
+        """
         self.token_ids.append(token_id)
         self.last_token_s = now_s
         if self.first_token_s is None:
@@ -244,6 +251,8 @@ class Request:
             text = self.stream.push(token_id)
             if self.stream.stopped:
                 reason = "stop"
+        if reason is None and ends:
+            reason = "stop"
         if reason is None and len(self.token_ids) - self.prompt_tokens >= self.max_new_tokens:
             reason = "length"
         if reason is not None and self.stream is not None and not self.stream.stopped:

@@ -39,8 +39,9 @@ class RowFailed:
     error: Gpt2CoreError
 
 
-Drawn = tuple[int, tuple[TokenLogprob, ...]]
-"""A token id, and what is known of its probability when that was asked for."""
+Drawn = tuple[int, tuple[TokenLogprob, ...], bool]
+"""A token id, what is known of its probability when that was asked for, and whether the text ends with it
+because its steering says so."""
 Result = list[Drawn] | Candidates | RowFailed
 """What a row gave: its tokens, none in the middle of a prompt, or how a beam may go on."""
 
@@ -176,7 +177,7 @@ def fail_row(error: Exception, backend: str, step: int) -> RowFailed:
 
 def count_accepted(row: Row, drawn: list[Drawn]) -> int:
     """How many of the proposed tokens were drawn."""
-    return sum(token_id == proposed for (token_id, _), proposed in zip(drawn, row.proposed, strict=False))
+    return sum(token_id == proposed for (token_id, *_), proposed in zip(drawn, row.proposed, strict=False))
 
 
 def _finite_rows(row: Row, logits: Float32[np.ndarray, "n V"]) -> int:
@@ -219,15 +220,15 @@ def _read_row(row: Row, logits: Float32[np.ndarray, "n V"]) -> list[Drawn] | Can
             if not drawn:
                 raise
             break  # the next step meets it first, unless the text has ended by then
-        token_id = drawn[-1][0]
-        if i == len(row.proposed) or token_id != row.proposed[i] or token_id in request.end_token_ids:
+        token_id, _, ends = drawn[-1]
+        if i == len(row.proposed) or token_id != row.proposed[i] or ends or token_id in request.end_token_ids:
             break
         token_ids.append(token_id)
     return drawn
 
 
 def _draw(request: Request, token_ids: list[int], logits: Float32[np.ndarray, "V"]) -> Drawn:
-    params = request.params
+    params, steering = request.params, request.steering
     token_id = sample_token(
         logits,
         params,
@@ -236,7 +237,9 @@ def _draw(request: Request, token_ids: list[int], logits: Float32[np.ndarray, "V
         eos_token_ids=request.end_token_ids,
         seed=request.seed,
         choice=request.choice,
+        steer=None if steering is None else steering.edit,
     )
-    if params.logprobs is None:
-        return token_id, ()
-    return token_id, (token_logprobs(logits, token_id, params.logprobs),)
+    logprobs = () if params.logprobs is None else (token_logprobs(logits, token_id, params.logprobs),)
+    if steering is None or token_id in request.end_token_ids:
+        return token_id, logprobs, False
+    return token_id, logprobs, steering.ends([*token_ids, token_id])

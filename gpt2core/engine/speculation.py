@@ -207,6 +207,8 @@ class Speculation:
             return {}
         proposals = {}
         for (request, _), proposal in zip(wants, found, strict=True):
+            if request.steering is not None:
+                proposal = request.steering.admit(request.token_ids, proposal)
             if proposal:
                 proposals[request] = proposal
                 self._accounts[request].credit -= self._cost(source, len(proposal), rows)

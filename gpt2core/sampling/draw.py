@@ -3,9 +3,9 @@
 # V vocabulary, K kept tokens
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeAlias
 
 import numpy as np
 
@@ -17,6 +17,8 @@ from gpt2core.sampling.params import SamplingParams
 __all__ = ["SamplingParams", "TokenLogprob", "sample_token", "token_logprobs", "transform_logits", "uniform"]
 
 _U64: Final = 2**64 - 1
+Steer: TypeAlias = Callable[[Sequence[int], Float[np.ndarray, "V"]], Float[np.ndarray, "V"]]
+"""Prompt and text so far, and logits (V,), which it must leave as they are -> logits (V,)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,7 @@ def transform_logits(
     token_ids: Sequence[int],
     prompt_tokens: int,
     eos_token_ids: Collection[int],
+    steer: Steer | None = None,
 ) -> Float64[np.ndarray, "V"]:
     """The logits whose softmax the next token is drawn from; a token that cannot be drawn has -inf.
 
@@ -74,10 +77,12 @@ def transform_logits(
     3. `presence_penalty` and `frequency_penalty`, over the text
     4. `no_repeat_ngram_size`, over prompt and text
     5. `min_new_tokens`: no end of text before
-    6. `temperature`; from here on the greatest logit is 0. With temperature 0 the order ends before this step
-    7. `top_k`
-    8. `top_p`
-    9. `min_p`
+    6. `steer`: the caller's `logits_processors`, in their order; then `regex`, `json_schema`, `choice` or
+       `grammar`, which ban what does not fit
+    7. `temperature`; from here on the greatest logit is 0. With temperature 0 the order ends before this step
+    8. `top_k`
+    9. `top_p`
+    10. `min_p`
 
     Args:
         logits: (V,) the model's own.
@@ -85,12 +90,15 @@ def transform_logits(
         token_ids: prompt and text so far.
         prompt_tokens: how many of them are the prompt.
         eos_token_ids: the tokens that end a text.
+        steer: what changes the logits further, if anything.
 
     Raises:
         NumericalError: `logits` hold NaN or +inf, or nothing above -inf.
         InvalidSamplingError: no token is left, or `logit_bias` names one outside the vocabulary.
     """
     edited = transforms.edit(logits, transforms.History(params, token_ids, prompt_tokens, eos_token_ids))
+    if steer is not None:
+        edited = steer(token_ids, edited)
     _check_maximum(edited.max(), logits, len(token_ids))
     if params.temperature == 0:
         return edited.astype(np.float64)  # a copy also where nothing was edited
@@ -112,6 +120,7 @@ def sample_token(
     eos_token_ids: Collection[int],
     seed: int,
     choice: int,
+    steer: Steer | None = None,
 ) -> int:
     """Draw the next token: the arguments of `transform_logits`, and whose random numbers to use.
 
@@ -131,6 +140,8 @@ def sample_token(
         InvalidSamplingError: no token is left, or `logit_bias` names one outside the vocabulary.
     """
     edited = transforms.edit(logits, transforms.History(params, token_ids, prompt_tokens, eos_token_ids))
+    if steer is not None:
+        edited = steer(token_ids, edited)
     if params.temperature == 0:
         best = int(edited.argmax())  # the first NaN, if there is one
         _check_maximum(edited[best], logits, len(token_ids))
@@ -166,7 +177,7 @@ def token_logprobs(logits: Float[np.ndarray, "V"], token_id: int, k: int) -> Tok
 def _weigh(
     edited: Float[np.ndarray, "V"], params: SamplingParams
 ) -> tuple[Int[np.ndarray, "K"] | None, Float64[np.ndarray, "K"]]:
-    """Steps 6 to 9 of `transform_logits`."""
+    """Steps 7 to 10 of `transform_logits`."""
     return transforms.weigh(
         edited,
         temperature=params.temperature,

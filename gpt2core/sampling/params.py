@@ -4,9 +4,10 @@ import math
 import numbers
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import InitVar, dataclass
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from gpt2core.errors import ContextLengthError, InvalidSamplingError, in_short
+from gpt2core.sampling.constraint import KINDS, check_constraint
 from gpt2core.sampling.overflow import OVERFLOWS, Fit, Overflow, fit_prompt
 
 MAX_COUNT: Final = 2**31 - 1
@@ -84,6 +85,16 @@ class SamplingParams:
         early_stopping: of beams: True ends when there are `num_beams` ended texts; False when no running one
             will improve them, by a heuristic; "never" when none can.
         num_return_sequences: transformers' name for `n`.
+        regex: a regular expression that the whole text matches, in the syntax of Rust's crate regex: without
+            look-around, back references and word boundaries, and with classes such as that of digits in
+            ASCII. At most 16,384 characters.
+        json_schema: a JSON schema, as a dict or as JSON, that the text is an instance of, its properties in
+            the schema's order; {"type": "object"} is any object. At most 65,536 characters.
+        choice: the text is one of up to 1024 strings.
+        grammar: a context-free grammar that the text follows, in llguidance's variant of Lark's syntax, or
+            llama.cpp's GBNF. At most 16,384 characters and 512 colons.
+
+    Of the last four one may be given. They need the extra `guidance`, and a tokenizer whose tokens are bytes.
 
     Raises:
         InvalidSamplingError: a value of the wrong type or out of its range, or two that contradict.
@@ -112,6 +123,10 @@ class SamplingParams:
     num_beams: int = 1
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = False
+    regex: str | None = None
+    json_schema: str | Mapping[str, Any] | None = None
+    choice: Sequence[str] | None = None
+    grammar: str | None = None
     num_return_sequences: InitVar[int | None] = None
 
     def __post_init__(self, num_return_sequences: int | None) -> None:
@@ -163,6 +178,8 @@ class SamplingParams:
             raise InvalidSamplingError(
                 f"overflow is {in_short(self.overflow)}; it must be 'error', 'truncate' or 'slide'"
             )
+        for name, value in check_constraint({kind: getattr(self, kind) for kind in KINDS}).items():
+            object.__setattr__(self, name, value)
         self._check_beams()
         if self.max_new_tokens is not None and self.max_length is not None:
             raise InvalidSamplingError(
@@ -197,6 +214,10 @@ class SamplingParams:
             raise InvalidSamplingError(
                 f"n is {self.n} and num_beams is {beams}; a search gives as many texts as it has beams at "
                 "most: lower n or raise num_beams"
+            )
+        if any(getattr(self, kind) is not None for kind in KINDS):
+            raise InvalidSamplingError(
+                f"num_beams is {beams}, and a constraint does not act on beams; leave one of them out"
             )
         if self.overflow == "slide":
             raise InvalidSamplingError(

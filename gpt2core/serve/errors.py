@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from gpt2core import BackendError, ContextLengthError, NumericalError, RequestError
+from gpt2core.errors import ConstraintError
 from gpt2core.serve import logs
 from gpt2core.serve.state import find_state
 
@@ -153,6 +154,8 @@ def to_refusal(error: BaseException) -> Refusal:
             return error
         case ContextLengthError():
             return invalid(str(error), param="prompt", code="context_length_exceeded")
+        case ConstraintError(summary=summary):  # its message quotes what the client sent
+            return invalid(summary)
         case RequestError():
             return invalid(str(error))
         case NumericalError():

@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
 from gpt2core import SamplingParams
+from gpt2core.serve.constraint_schemas import Constrained, OpenAIConstrained
 from gpt2core.serve.errors import invalid
 from gpt2core.serve.settings import Settings
 
@@ -105,7 +106,7 @@ class Options(Body):
         return self
 
 
-class GenerateRequest(Options):
+class GenerateRequest(Constrained, Options):
     """`POST /generate`."""
 
     prompt: Text | Annotated[list[Text], Field(min_length=1)] = Field(
@@ -184,7 +185,7 @@ class StreamOptions(BaseModel):
     include_obfuscation: bool | None = Field(default=None, description="is not used")
 
 
-class OpenAIOptions(Options):
+class OpenAIOptions(OpenAIConstrained, Options):
     """What `/v1/completions` and `/v1/chat/completions` share: OpenAI's names, and vLLM's for the rest."""
 
     model: ModelName = MODEL
@@ -261,6 +262,7 @@ class OpenAIOptions(Options):
             "n": self.choices,
             "seed": self.seed,
             "overflow": self.overflow or "error",
+            **self.constraint(),
         }
 
 
@@ -346,14 +348,6 @@ class ChatMessage(BaseModel):
         return {"role": self.role, "content": text} | ({"name": self.name} if self.name else {})
 
 
-class ResponseFormat(BaseModel):
-    """`response_format` of OpenAI's API: text only."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    type: Literal["text"]
-
-
 class ChatRequest(OpenAIOptions):
     """`POST /v1/chat/completions`."""
 
@@ -375,7 +369,6 @@ class ChatRequest(OpenAIOptions):
     add_generation_prompt: bool | None = Field(
         default=True, description="true or false: whether the prompt ends where the assistant begins"
     )
-    response_format: ResponseFormat | None = Field(default=None, description="type text is the only one")
     tools: Nothing = Field(default=None, description="these models call no tools; leave it out")
     tool_choice: Literal["none"] | None = Field(default=None, description="none, or leave it out")
     store: Literal[False] | None = Field(default=None, description="nothing is stored; leave it out")

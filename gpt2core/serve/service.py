@@ -8,7 +8,7 @@ from typing import Final, TypeVar
 
 from starlette.requests import Request as HttpRequest
 
-from gpt2core import Request, RequestError, SamplingParams
+from gpt2core import BackendUnavailableError, Request, RequestError, SamplingParams
 from gpt2core.serve.driver import Driver
 from gpt2core.serve.errand import Errand, watch_client
 from gpt2core.serve.errors import Disconnected, invalid, to_refusal
@@ -103,6 +103,8 @@ class Service:
             try:
                 given = prompt() if callable(prompt) else prompt
                 result.append(engine.encode(given, params, allow_special=special))
+            except BackendUnavailableError as error:  # the package that constraints need
+                raise invalid(str(error)) from None
             except RequestError as error:
                 refusal = to_refusal(error)
                 where = f"prompt {i} of the list: " if len(prompts) > 1 else ""

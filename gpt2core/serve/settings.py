@@ -84,6 +84,9 @@ class Settings(BaseSettings):
     )
     max_logprobs: int = Field(default=5, ge=0, le=20, description="Most alternatives reported per token.")
     max_logit_bias: int = Field(default=300, ge=0, le=1024, description="Most entries of `logit_bias`.")
+    max_constraint_nbytes: int = Field(
+        default=16 * 1024, ge=1, le=64 * 1024, description="Longest schema, regular expression or grammar."
+    )
     max_batch: int = Field(default=32, ge=1, description="Most texts that are generated at once.")
     max_queue: int = Field(default=64, ge=0, description="Most texts that wait for their turn.")
     client_share: float = Field(

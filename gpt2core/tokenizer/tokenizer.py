@@ -42,6 +42,7 @@ class Tokenizer:
     """One checkpoint's tokenizer. Safe to use from several threads at once.
 
     Attributes:
+        byte_level: whether each token stands for certain bytes, as GPT-2's do, whatever stands beside it.
         special_ids: the special tokens, as `<|endoftext|>`; user text never becomes one of them by itself.
         special_tokens: names of special tokens, as "eos_token", with what they spell.
         chat_template: how the messages of a chat become a prompt, in Jinja; None where the checkpoint has
@@ -75,7 +76,7 @@ class Tokenizer:
         self.chat_template = chat_template
         self._with_special: tokenizers.Tokenizer | None = None
         self._with_special_lock = threading.Lock()
-        self._byte_level = isinstance(inner.decoder, ByteLevel)
+        self.byte_level = isinstance(inner.decoder, ByteLevel)
         self._added = inner.get_added_tokens_decoder()
         self.special_ids = frozenset(token_id for token_id, token in self._added.items() if token.special)
         self._bytes: dict[int, bytes] = {}
@@ -83,7 +84,7 @@ class Tokenizer:
             if token.special or inner.model.id_to_token(token_id) != token.content:
                 self._bytes[token_id] = token.content.encode()  # literal, where tokenizers would garble "é"
         self._missing_bytes: frozenset[int] = frozenset()
-        if self._byte_level and inner.normalizer is None and not self._has_unknown_token:
+        if self.byte_level and inner.normalizer is None and not self._has_unknown_token:
             self._missing_bytes = frozenset(
                 byte for character, byte in _BYTE_OF.items() if inner.token_to_id(character) is None
             )
@@ -179,7 +180,7 @@ class Tokenizer:
         ids = [_check_id(token_id) for token_id in token_ids]
         if skip_special:
             ids = [token_id for token_id in ids if token_id not in self.special_ids]
-        if not self._byte_level:
+        if not self.byte_level:
             return self._inner.decode(ids, skip_special_tokens=False)
         return b"".join(map(self._token_bytes, ids)).decode("utf-8", "replace")
 
@@ -195,7 +196,7 @@ class Tokenizer:
             allow_special: as of `encode`.
         """
         pieces = list(map(self.token_bytes, token_ids))
-        data = b"".join(pieces) if text is None or self._byte_level else None
+        data = b"".join(pieces) if text is None or self.byte_level else None
         if text is not None and data != text.encode():
             inner = self._special_encoder() if allow_special else self._inner
             spans = inner.encode(text).offsets[: len(pieces)]  # in characters
@@ -252,7 +253,7 @@ class Tokenizer:
         swallows the whitespace around it, a split that removes text.
         """
         if (
-            not self._byte_level
+            not self.byte_level
             or self._inner.normalizer is not None
             or self._has_unknown_token
             or any(token.lstrip or token.rstrip for token in self._added.values())
@@ -264,7 +265,7 @@ class Tokenizer:
 
     def stream_decoder(self) -> StreamDecoder:
         """A decoder for one text that arrives token by token."""
-        return ByteStreamDecoder(self) if self._byte_level else TextStreamDecoder(self)
+        return ByteStreamDecoder(self) if self.byte_level else TextStreamDecoder(self)
 
     @property
     def _has_unknown_token(self) -> bool:
@@ -277,7 +278,7 @@ class Tokenizer:
         token = self._inner.id_to_token(token_id)
         if token is None:
             return b""
-        if self._byte_level:
+        if self.byte_level:
             data = _spelled_bytes(token)
         else:
             data = self._inner.decode([token_id], skip_special_tokens=False).encode()
