@@ -334,4 +334,5 @@ def test_the_fields_of_generate_are_those_of_the_library():
     from gpt2core.serve.schemas import GenerateRequest
 
     own = {"prompt", "stream", "allow_special"}
-    assert set(GenerateRequest.model_fields) - own == set(SamplingParams.__dataclass_fields__)
+    beams = {"num_beams", "length_penalty", "early_stopping", "num_return_sequences"}  # not over HTTP
+    assert set(GenerateRequest.model_fields) - own == set(SamplingParams.__dataclass_fields__) - beams
