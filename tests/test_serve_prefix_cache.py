@@ -4,6 +4,8 @@ import httpx2
 import pytest
 from serving import serving
 
+from gpt2core.backends.native.build import load_library
+
 PROMPT = "Once upon a time there was a little girl who lived in a small house by the sea. "
 HITS, SAVED = "gpt2core_prefix_cache_hits_total", "gpt2core_prefix_cache_saved_tokens_total"
 
@@ -22,6 +24,12 @@ def counts(server, key):
     text = httpx2.get(f"{server.url}/metrics", headers={"Authorization": f"Bearer {key}"}).text
     found = dict(line.split(" ") for line in text.splitlines() if line.startswith("gpt2core_prefix_cache"))
     return int(float(found[HITS])), int(float(found[SAVED]))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _built():
+    """A server that compiles first is not ready as soon as the tests' servers must be."""
+    load_library()
 
 
 @pytest.fixture
