@@ -103,6 +103,7 @@ class AsyncGPT2:
             while True:
                 requests = next(work)
                 with _Bell(self, requests) as bell:
+                    # The lambda takes its list as a default, whose type mypy does not infer.
                     await bell.wait_until(lambda requests=requests: all_done(requests))  # type: ignore[misc]
         except StopIteration as end:
             result: Generation | list[Generation] = end.value
@@ -156,6 +157,7 @@ class AsyncGPT2:
             with closing(scorer.passes([job for job in group if isinstance(job, Job)])) as passes:
                 for now in passes:
                     with _Bell(self, now) as bell:
+                        # The lambda takes its list as a default, whose type mypy does not infer.
                         await bell.wait_until(lambda now=now: any(request.finished for request in now))  # type: ignore[misc]
                     self._check_open()
             for job in group:

@@ -154,6 +154,8 @@ def process(*options: str, **environment: str) -> Iterator[tuple[subprocess.Pope
     try:
         port = 0
         for line in running.stderr:
+            if not line.startswith(b"{"):  # native says so when it is compiled first
+                continue
             event = json.loads(line)
             port = event["port"] if event["event"] == "listening" else port
             if event["event"] == "ready":
